@@ -1,0 +1,1 @@
+"""MiniLLM: distillation of language models by sequence-level reverse KL (arXiv 2306.08543)."""

@@ -1,0 +1,379 @@
+"""The training loop: rollout → score → loss → backward → step → log.
+
+Each method is a generator that yields, per optimiser step, the micro-batches to learn from, each with the function that
+turns its logits into summed losses. The loop knows nothing else of the methods: it divides the sums by the number of
+tokens that count, over all micro-batches and processes, so that 1 × 8 sequences, 8 × 1 and 2 processes × 4 give the
+same gradient.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from minillm.config import Config, ConfigError
+from minillm.data import Batch, Example, chunk_text, collate, encode, read_records, read_text, shuffled
+from minillm.models import Predictor, check_context, common_vocabulary, head, last_hidden
+from minillm.objective import PolicyTerms, concatenate, minillm_loss, policy_terms, token_rewards
+from minillm.rollout import draw_uniforms, sample
+from minillm.run import Run
+from minillm_kernels import distill_stats, fused_divergence_loss, token_logprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Sums = dict[str, Tensor]
+"""Named sums over tokens; "loss" is differentiated, the others are logged."""
+
+
+class Micro(NamedTuple):
+    """Sequences of one forward and backward pass, and how their logits [N, V] become sums.
+
+    Micro-batches of one `kind` are normalised together, by the number of their targets.
+    """
+
+    kind: str
+    batch: Batch
+    loss: Callable[[Tensor, Batch], Sums]
+
+
+class Step(NamedTuple):
+    """What one optimiser step learns from, and what is known about it already."""
+
+    micros: list[Micro]
+    metrics: dict[str, float]
+
+
+@dataclass
+class Clock:
+    """Seconds spent per phase since the last reset."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def reset(self) -> dict[str, float]:
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+
+@dataclass
+class Training:
+    """All that a method may use. The models live on `accelerator.device`."""
+
+    config: Config
+    accelerator: Accelerator
+    student: "PreTrainedModel"
+    teacher: "PreTrainedModel | None"
+    tokenizer: "PreTrainedTokenizerBase"
+    examples: list[Example]
+    text: list[list[int]]
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """The one vocabulary size that every kernel call gets."""
+        return None if self.teacher is None else common_vocabulary(self.student, self.teacher)
+
+    def mine(self, items: list) -> list:
+        """This process's share of what all processes draw alike."""
+        return items[self.accelerator.process_index :: self.accelerator.num_processes]
+
+
+def prepare(
+    config: Config,
+    student: "PreTrainedModel",
+    teacher: "PreTrainedModel | None",
+    tokenizer: "PreTrainedTokenizerBase",
+) -> Training:
+    """Read and check the data against the models, before any work that could be lost."""
+    accelerator = Accelerator()
+    torch.manual_seed(config.seed)
+    examples = encode(read_records(config.data.train), tokenizer, config.data, config.data.train)
+    if config.method != "minillm":
+        examples = [example for example in examples if example.response]
+        if not examples:
+            raise ConfigError(f"{config.data.train} holds no answers; method {config.method} learns from them")
+    wants_text = config.method == "minillm" and config.objective.pt_weight > 0
+    text = chunk_text(read_text(config.data.text), tokenizer, config.objective.pt_length) if wants_text else []
+    answer = config.rollout.max_new_tokens if config.method == "minillm" else config.data.max_response_length
+    for model in (student, teacher):
+        if model is not None:
+            check_context(model, config.data.max_prompt_length + answer)
+            model.to(accelerator.device)
+    if teacher is not None:
+        teacher.requires_grad_(False)
+    for key in ("optim.batch_size", "rollout.batch_size"):
+        size = config.optim.batch_size if key == "optim.batch_size" else config.rollout.batch_size
+        if size % accelerator.num_processes:
+            raise ConfigError(f"{key} is {size}, which {accelerator.num_processes} processes cannot share equally")
+    return Training(config, accelerator, student, teacher, tokenizer, examples, text)
+
+
+def train(training: Training, run: Run, stage: str, first_step: int = 0) -> dict[str, float]:
+    """Run one stage: `optim.steps` optimiser steps, counted on from `first_step` in everything written.
+
+    Returns tokens seen (prompts included) and seconds, in all and per phase.
+
+    Raises FloatingPointError, naming the step, before a loss or gradient that is not finite reaches the weights.
+    """
+    config, accelerator, clock = training.config, training.accelerator, training.clock
+    optim = config.optim
+    optimizer = torch.optim.AdamW(
+        training.student.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
+    )
+    predictor, optimizer = accelerator.prepare(Predictor(training.student), optimizer)
+    steps = METHODS[config.method](training)
+    started, seen, history = time.perf_counter(), 0, []
+    totals: dict[str, float] = {}
+
+    for step in range(1, optim.steps + 1):
+        # ---- what this step learns from (MiniLLM rolls out here when the last rollouts are used up)
+        step_started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = optim.lr * lr_factor(step, config)
+        micros, metrics = next(steps)
+        tokens = count_targets(micros, accelerator)
+
+        # ---- loss and gradient, micro-batch by micro-batch
+        for i, micro in enumerate(micros):
+            batch = micro.batch.to(accelerator.device)
+            last = i + 1 == len(micros)
+            with nullcontext() if last else accelerator.no_sync(predictor):
+                logits = predictor(batch.input_ids, batch.attention_mask, batch.predict)
+                sums = micro.loss(logits, batch)
+                # gradients are averaged over processes, the token count is global: undo the average
+                accelerator.backward(sums["loss"] * accelerator.num_processes / tokens[micro.kind])
+            for name, value in sums.items():
+                value = accelerator.reduce(value.detach().double(), "sum")
+                metrics[name] = metrics.get(name, 0.0) + value.item() / tokens[micro.kind]
+
+        # ---- update
+        grad_norm = float(accelerator.clip_grad_norm_(predictor.parameters(), optim.max_grad_norm))
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
+            raise FloatingPointError(
+                f"{stage}, step {step}: loss {metrics['loss']}, gradient norm {grad_norm}. The weights were not "
+                "updated; lower optim.lr, or look at the data of this step"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # ---- log
+        elapsed, phases = time.perf_counter() - step_started, clock.reset()
+        now = int(sum(micro.batch.attention_mask.sum() for micro in micros)) * accelerator.num_processes
+        seen += now
+        metrics |= {
+            "grad_norm": grad_norm,
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            "step_time": elapsed,
+            "tokens_per_second": now / elapsed,
+            "time/rollout": phases.get("rollout", 0.0),
+            "time/score": phases.get("score", 0.0),
+            "time/update": elapsed - sum(phases.values()),
+        }
+        for name in ("step_time", "time/rollout", "time/score", "time/update"):
+            totals[name] = totals.get(name, 0.0) + metrics[name]
+        history.append(metrics)
+        if step % config.log.every == 0 or step == optim.steps:
+            left = (time.perf_counter() - started) / step * (optim.steps - step)
+            if accelerator.is_main_process:
+                run.log(stage, step, optim.steps, first_step + step, average(history) | {"num_tokens": seen}, left)
+            history = []
+        if config.log.checkpoint_every and step % config.log.checkpoint_every == 0:
+            run.checkpoint(accelerator, first_step + step)
+    return {"num_tokens": seen, **{name: round(value, 2) for name, value in totals.items()}}
+
+
+# ---- methods ---------------------------------------------------------------------------------------------------------
+
+
+def sft_steps(training: Training) -> Iterator[Step]:
+    """Cross entropy with the reference answers."""
+
+    def loss(logits: Tensor, batch: Batch) -> Sums:
+        return {"loss": cross_entropy(logits, batch, training.vocab_size)}
+
+    for batch in answer_batches(training):
+        yield Step([Micro("answers", micro, loss) for micro in batch], {})
+
+
+def kd_steps(training: Training) -> Iterator[Step]:
+    """Word-level distillation on the reference answers: distill_weight · divergence + label_weight · cross entropy."""
+    config, teacher, vocab_size = training.config.loss, training.teacher, training.vocab_size
+    assert teacher is not None
+
+    def loss(logits: Tensor, batch: Batch) -> Sums:
+        with training.clock("score"), torch.no_grad():
+            teacher_logits = head(teacher, last_hidden(teacher, batch.input_ids, batch.attention_mask)[batch.predict])
+        distill = fused_divergence_loss(
+            logits,
+            teacher_logits,
+            config.divergence,
+            beta=config.beta,
+            temperature=config.temperature,
+            reduction="sum",
+            vocab_size=vocab_size,
+        )
+        label = cross_entropy(logits, batch, vocab_size)
+        total = config.distill_weight * distill + config.label_weight * label
+        return {"loss": total, "loss/distill": distill, "loss/label": label}
+
+    for batch in answer_batches(training):
+        yield Step([Micro("answers", micro, loss) for micro in batch], {})
+
+
+def minillm_steps(training: Training) -> Iterator[Step]:
+    """The paper's algorithm: roll out a batch of prompts, then pass over it `rollout.epochs` times in minibatches."""
+    config, teacher, clock = training.config, training.teacher, training.clock
+    assert teacher is not None
+    prompts = shuffled(len(training.examples), config.seed)
+    passages = shuffled(len(training.text), config.seed + 1)
+    minibatches = torch.Generator().manual_seed(config.seed + 2)
+    size = config.optim.batch_size // training.accelerator.num_processes
+    iteration = 0
+    while True:
+        # ---- rollout: everything about the sampled tokens is known from here on
+        with clock("rollout"), training.accelerator.autocast():
+            chosen = training.mine([next(prompts) for _ in range(config.rollout.batch_size)])
+            uniforms = draw_uniforms(
+                config.seed * 1_000_003 + iteration, config.rollout.max_new_tokens, config.rollout.batch_size
+            )[:, training.accelerator.process_index :: training.accelerator.num_processes]
+            rollout = sample(
+                training.student,
+                teacher,
+                [training.examples[i].prompt for i in chosen],
+                max_new_tokens=config.rollout.max_new_tokens,
+                eos_token_id=training.tokenizer.eos_token_id,
+                alpha=config.rollout.alpha,
+                uniforms=uniforms,
+                vocab_size=training.vocab_size,
+            )
+        responses, mask = rollout.responses(), rollout.mask
+        terms = policy_terms(
+            rollout,
+            length_norm=config.objective.length_norm,
+            single_step=config.objective.single_step,
+            weighted=config.objective.importance_weights,
+        )
+        assert rollout.teacher_hidden is not None
+        rewards = token_rewards(rollout)[mask]
+        about = {
+            "reward/mean": rewards.mean().item(),
+            "rollout/from_teacher": rollout.from_teacher[mask].float().mean().item(),
+            "completions/mean_length": rollout.lengths.float().mean().item(),
+        }
+        iteration += 1
+
+        # ---- updates
+        for _ in range(config.rollout.epochs):
+            order = torch.randperm(len(responses), generator=minibatches).tolist()
+            for start in range(0, len(order), size):
+                micros = []
+                for rows in chunks(order[start : start + size], config.optim.micro_batch_size):
+                    batch = collate([rollout.prompts[i] for i in rows], [responses[i] for i in rows])
+                    states = torch.cat([rollout.teacher_hidden[i, : len(responses[i])] for i in rows])
+                    constants = concatenate([terms[i] for i in rows])
+                    micros.append(Micro("responses", batch, policy_loss(training, states, constants)))
+                if config.objective.pt_weight > 0:
+                    drawn = training.mine([next(passages) for _ in range(config.objective.pt_batch_size)])
+                    for rows in chunks(drawn, config.optim.micro_batch_size):
+                        texts = [training.text[i] for i in rows]
+                        batch = collate([t[:1] for t in texts], [t[1:] for t in texts])
+                        micros.append(Micro("text", batch, text_loss(training)))
+                yield Step(micros, dict(about))
+
+
+def policy_loss(training: Training, states: Tensor, terms: PolicyTerms) -> Callable[[Tensor, Batch], Sums]:
+    """Single + Long on sampled tokens, from the teacher's final states [N, H] and the rollout's constants."""
+    settings, teacher = training.config.objective, training.teacher
+    assert teacher is not None
+
+    def loss(logits: Tensor, batch: Batch) -> Sums:
+        with training.clock("score"), torch.no_grad():
+            teacher_logits = head(teacher, states)
+        stats = distill_stats(logits, teacher_logits, batch.targets, vocab_size=training.vocab_size)
+        result = minillm_loss(stats, terms, clip_range=settings.clip_range, single_step=settings.single_step)
+        return {
+            "loss": result.loss,
+            "loss/policy": result.policy_loss,
+            "loss/single_step": result.single_step_loss,
+            "kl/reverse": stats.reverse_kl.sum(),
+            "entropy": stats.student_entropy.sum(),
+            "clip_fraction": result.clipped,
+        }
+
+    return loss
+
+
+def text_loss(training: Training) -> Callable[[Tensor, Batch], Sums]:
+    """L_PT, the language-modelling loss on plain text."""
+
+    def loss(logits: Tensor, batch: Batch) -> Sums:
+        total = cross_entropy(logits, batch, training.vocab_size)
+        return {"loss": training.config.objective.pt_weight * total, "loss/pt": total}
+
+    return loss
+
+
+METHODS = {"sft": sft_steps, "kd": kd_steps, "minillm": minillm_steps}
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(logits: Tensor, batch: Batch, vocab_size: int | None) -> Tensor:
+    """Summed over tokens, in nats."""
+    logprobs = token_logprobs(logits, batch.targets, vocab_size=vocab_size)
+    assert isinstance(logprobs, Tensor)
+    return -logprobs.sum()
+
+
+def answer_batches(training: Training) -> Iterator[list[Batch]]:
+    """Micro-batches of prompts with reference answers, one list per optimiser step."""
+    config = training.config
+    order = shuffled(len(training.examples), config.seed)
+    while True:
+        chosen = training.mine([next(order) for _ in range(config.optim.batch_size)])
+        examples = [training.examples[i] for i in chosen]
+        yield [
+            collate([example.prompt for example in part], [example.response for example in part])
+            for part in chunks(examples, config.optim.micro_batch_size)
+        ]
+
+
+def count_targets(micros: list[Micro], accelerator: Accelerator) -> dict[str, int]:
+    """Tokens that count, per kind, over all micro-batches and processes; at least 1."""
+    counts: dict[str, int] = {}
+    for micro in micros:
+        counts[micro.kind] = counts.get(micro.kind, 0) + len(micro.batch.targets)
+    device = accelerator.device
+    return {k: max(1, int(accelerator.reduce(torch.tensor(n, device=device), "sum"))) for k, n in counts.items()}
+
+
+def lr_factor(step: int, config: Config) -> float:
+    """Learning rate of a step (from 1) as a share of the peak."""
+    warmup, total = config.optim.warmup_steps, config.optim.steps
+    if step <= warmup:
+        return step / warmup
+    done = (step - warmup - 1) / max(1, total - warmup)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.optim.schedule]
+
+
+def average(history: list[dict[str, float]]) -> dict[str, float]:
+    """Mean over the steps of a log interval."""
+    names = dict.fromkeys(name for metrics in history for name in metrics)
+    return {name: sum(metrics.get(name, 0.0) for metrics in history) / len(history) for name in names}
+
+
+def chunks(items: list, size: int) -> Iterator[list]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,93 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from minillm.cli import main
+
+
+def run(capsys, *arguments):
+    status = main([str(a) for a in arguments])
+    return status, *capsys.readouterr()
+
+
+def test_help_is_quick():
+    """In a process of its own: nothing heavy may be imported to show the help."""
+    code = "import sys; from minillm.cli import main\ntry: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    started = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("False\n") and "distill" in result.stdout
+    assert time.perf_counter() - started < 5  # measured 0.03 s; a loaded machine may be slow to start python
+
+
+def test_smoke_distillation_then_generate_and_evaluate(files, capsys):
+    status, out, _ = run(capsys, "distill", files / "recipe.yaml", "--smoke")
+    assert status == 0 and "minillm  1/1" in out
+    model = files / "run" / "model"
+    status, out, _ = run(capsys, "generate", model, "--prompt", "Say a", "--max-new-tokens", "4")
+    assert status == 0
+    status, out, _ = run(
+        capsys, "evaluate", model, "--data", files / "eval.jsonl", "--teacher", files / "teacher",
+        "--eval.prompts=4", "--eval.max_new_tokens=4", "--eval.rouge_new_tokens=4",
+    )  # fmt: skip
+    assert status == 0
+    assert json.loads(out)["reverse_kl/own_samples"]["prompts"] == 4
+
+
+def test_train_does_without_evaluation(files, capsys):
+    status, out, _ = run(capsys, "train", files / "recipe.yaml", "--data.eval=", "--optim.steps=1")
+    assert status == 0
+    assert "evaluating" not in out and (files / "run" / "model" / "config.json").exists()
+
+
+def test_generate_reads_standard_input(files, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", iter(["one\n", "two\n"]))
+    status, _, _ = run(capsys, "generate", files / "student", "--max-new-tokens", "2")
+    assert status == 0
+
+
+def test_env_names_backends_and_versions(capsys):
+    status, out, _ = run(capsys, "env")
+    assert status == 0
+    assert "torch: " in out and "  reference: ok" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--optm.lr=1"], "did you mean 'optim'"),
+        (["--optim.lr", "1"], "--section.key=value"),
+        (["--data.train=none.jsonl"], "no data at 'none.jsonl'"),
+        (["--data.train=package:none"], "no data set called package:none; known: package:alpaca"),
+        (["--data.max_prompt_length=10"], "longer than data.max_prompt_length = 10 tokens"),
+        (["--data.max_prompt_length=600"], "LlamaForCausalLM has 512 positions"),
+        (["--data.eval="], "data.eval is empty"),
+        (["--eval.prompts=9"], "eval.prompts asks for 9"),
+        (["--model.student=nowhere/nothing-here"], "could be loaded from 'nowhere/nothing-here'"),
+        (["--objective.pt_length=99999"], "fewer than one chunk"),
+    ],
+)
+def test_errors_come_before_any_work(files, capsys, monkeypatch, flags, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    status, out, err = run(capsys, "distill", files / "recipe.yaml", *flags)
+    assert status == 2
+    assert err.startswith("minillm: ") and message in err and "Traceback" not in err
+    assert "evaluating" not in out and not (files / "run").exists()
+
+
+def test_empty_data_and_unequal_tokenizers(files, capsys, make_tokenizer):
+    (files / "empty.jsonl").write_text("")
+    status, _, err = run(capsys, "distill", files / "recipe.yaml", f"--data.train={files / 'empty.jsonl'}")
+    assert status == 2 and "empty.jsonl is empty" in err
+    make_tokenizer(reverse=True).save_pretrained(files / "student")
+    status, _, err = run(capsys, "distill", files / "recipe.yaml")
+    assert status == 2 and "teacher and student have different tokenizers" in err
+
+
+def test_a_run_is_never_overwritten(files, capsys):
+    (files / "run").mkdir()
+    (files / "run" / "precious").touch()
+    status, _, err = run(capsys, "distill", files / "recipe.yaml", "--smoke")
+    assert status == 2 and "is not empty: give another --output" in err
