@@ -194,9 +194,16 @@ class Recipe:
     def first(self) -> Config:
         return next(iter(self.stages.values()))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything resolved, in the form that `load_recipe` reads."""
+        return json.loads(json.dumps({"stages": {k: dataclasses.asdict(stage) for k, stage in self.stages.items()}}))
+
     def digest(self) -> str:
-        """Hash of everything resolved, to tell whether two runs ran the same thing."""
-        return hashlib.sha256(json.dumps(to_dict(self), sort_keys=True).encode()).hexdigest()[:16]
+        """Hash of everything resolved but the output directory: two runs with one digest ran the same thing."""
+        tree = self.to_dict()
+        for stage in tree["stages"].values():
+            del stage["output"]
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_recipe(path: str | Path, flags: Sequence[str] = (), smoke: bool = False) -> Recipe:
@@ -323,14 +330,9 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain dictionary of a Config or Recipe, ready for YAML or JSON."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
 def save(recipe: Recipe, path: Path) -> None:
     """Write everything resolved, so that the run can be read and repeated without its flags."""
-    path.write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False))
+    path.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
 
 
 def _build(cls: type, tree: Any, path: str) -> Any:

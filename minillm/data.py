@@ -114,7 +114,7 @@ def encode(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", data
             continue
         response: list[int] = []
         if record.answer is not None:
-            response = tokenizer.encode(record.answer, add_special_tokens=False) + [tokenizer.eos_token_id]
+            response = [*tokenizer.encode(record.answer, add_special_tokens=False), tokenizer.eos_token_id]
         examples.append(Example(record, prompt, response[: data.max_response_length]))
     if overlong and data.overlong_prompts == "error":
         i, length = overlong[0]
@@ -129,7 +129,7 @@ def encode(records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", data
 
 
 def chunk_text(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase", length: int) -> list[list[int]]:
-    """Documents joined by end-of-sequence and cut into chunks of `length` tokens; an incomplete last one is dropped."""
+    """Documents joined by end-of-sequence, in chunks of `length` tokens; an incomplete last one is dropped."""
     stream: list[int] = []
     for ids in tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]:
         stream += [*ids, tokenizer.eos_token_id]

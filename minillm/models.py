@@ -23,7 +23,7 @@ PROBE = "In 1984,  the naïve café (№ 7) answered: “2 + 2 = 5”?\n\n\tdef 
 
 
 def load_model(source: str, dtype: str = "float32") -> "PreTrainedModel":
-    """An AutoModelForCausalLM from a hub id, a directory or `package:NAME`, in eval mode (dropout off, as in the paper).
+    """An AutoModelForCausalLM from a hub id, a directory or `package:NAME`, in eval mode (no dropout).
 
     Raises ConfigError when nothing can be loaded from `source` or its head cannot be called apart from its base.
     """
@@ -152,7 +152,7 @@ def check_context(model: "PreTrainedModel", tokens: int) -> None:
 
 
 def common_vocabulary(student: "PreTrainedModel", teacher: "PreTrainedModel") -> int:
-    """The one vocabulary size used everywhere: the smaller head. Heads of one tokenizer differ only in padding rows."""
+    """The one vocabulary size used everywhere: the smaller head; the rest is padding."""
     sizes = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
     return min(sizes)
 

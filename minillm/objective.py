@@ -1,15 +1,15 @@
 """MiniLLM's objective: sequence-level reverse KL by policy gradient, as the paper prints it (arXiv 2306.08543).
 
     ∇L = ∇Single + ∇Long + ∇L_PT
-    Single = Σ_t w_t RKL_t                                    exact over the vocabulary, w_t = q(y_t) / p̃(y_t)   (eq 3, 5)
-    Long   = -Σ_t min(ρ_t R_{t+1}, clip(ρ_t, 1±ε) R_{t+1})    ρ_t = q_θ(y_t) / p̃(y_t)                     (algorithm 1)
-    R_{t+1} = mean over t' > t of r_t',  r_t = log p(y_t) - log q(y_t); 0 at the last token                       (eq 6)
+    Single = Σ_t w_t RKL_t                                    w_t = q(y_t) / p̃(y_t), RKL exact       (eq 3, 5)
+    Long   = -Σ_t min(ρ_t R_{t+1}, clip(ρ_t, 1±ε) R_{t+1})    ρ_t = q_θ(y_t) / p̃(y_t)           (algorithm 1)
+    R_{t+1} = mean over t' > t of r_t'; 0 at the last token   r_t = log p(y_t) - log q(y_t)             (eq 6)
     L_PT   = -Σ log q(d) over plain text
 
-with p̃ = α p + (1-α) q the mixture that was sampled, and q in w_t and r_t the student that sampled. The mean divides by
-its number of terms; the paper prints one less, which is 0 one token before the last. With α > 0 the single ratio in
-place of the product of ratios, and the normalised return, make this a biased estimate of the gradient of KL(q‖p): it is
-exact at α = 0 with plain sums.
+with p̃ = α p + (1-α) q the mixture that was sampled, and q in w_t and r_t the student that sampled. The mean divides
+by its number of terms; the paper prints one less, which is 0 one token before the last. With α > 0 the single ratio
+in place of the product of ratios, and the normalised return, make this a biased estimate of the gradient of KL(q‖p):
+it is exact at α = 0 with plain sums.
 
 Legend: B sequences, T positions, N tokens that exist over the batch.
 """

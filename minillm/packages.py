@@ -117,8 +117,7 @@ def download(package: Package, folder: Path) -> Path:
             f"{package.requirement}\nand pip said\n{result.stderr.strip()[-2000:]}"
         )
     (archive,) = set(folder.iterdir()) - before
-    with archive.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != package.sha256:
         raise PackageError(f"{archive.name} has sha256 {digest}, expected {package.sha256}: not used")
     return archive

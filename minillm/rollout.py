@@ -1,7 +1,7 @@
 """Sampling from the teacher-student mixture, both models decoding side by side with their own key-value caches.
 
-Every token is drawn by `minillm_kernels.mixed_sample`, whose log-probs are those of the law sampled; they are kept, and
-so are the final hidden states that predicted each token. Hence nothing needs a second forward pass over what was
+Every token is drawn by `minillm_kernels.mixed_sample`, whose log-probs are those of the law sampled; they are kept,
+and so are the final hidden states that predicted each token. Hence nothing needs a second forward pass over what was
 sampled: the teacher's distribution at any response position is its head applied to the state kept here.
 
 Legend: B sequences, P longest prompt, T longest response, H hidden.
@@ -34,7 +34,7 @@ class Rollout(NamedTuple):
     teacher_logprobs: Tensor | None
     """[B, T] log p(y_t); None without a teacher."""
     mixture_logprobs: Tensor
-    """[B, T] log of the law sampled from, α p + (1-α) q."""
+    """[B, T] log-probs of the mixture, the law sampled from."""
     from_teacher: Tensor
     """[B, T] bool, whether the teacher's side of the mixture drew the token."""
     student_hidden: Tensor

@@ -1,8 +1,8 @@
 """The training loop: rollout → score → loss → backward → step → log.
 
-Each method is a generator that yields, per optimiser step, the micro-batches to learn from, each with the function that
-turns its logits into summed losses. The loop knows nothing else of the methods: it divides the sums by the number of
-tokens that count, over all micro-batches and processes, so that 1 × 8 sequences, 8 × 1 and 2 processes × 4 give the
+Each method is a generator that yields, per optimiser step, the micro-batches to learn from, each with the function
+that turns its logits into summed losses. The loop knows nothing else of the methods: it divides the sums by the number
+of tokens that count, over all micro-batches and processes, so that 1 × 8 sequences, 8 × 1 and 2 processes × 4 give the
 same gradient.
 """
 
@@ -21,7 +21,7 @@ from minillm.config import Config, ConfigError
 from minillm.data import Batch, Example, chunk_text, collate, encode, read_records, read_text, shuffled
 from minillm.models import Predictor, check_context, common_vocabulary, head, last_hidden
 from minillm.objective import PolicyTerms, concatenate, minillm_loss, policy_terms, token_rewards
-from minillm.rollout import draw_uniforms, sample
+from minillm.rollout import Rollout, draw_uniforms, sample
 from minillm.run import Run
 from minillm_kernels import distill_stats, fused_divergence_loss, token_logprobs
 
@@ -134,7 +134,7 @@ def train(training: Training, run: Run, stage: str, first_step: int = 0) -> dict
     )
     predictor, optimizer = accelerator.prepare(Predictor(training.student), optimizer)
     steps = METHODS[config.method](training)
-    started, seen, history = time.perf_counter(), 0, []
+    started, seen, history = time.perf_counter(), 0.0, []
     totals: dict[str, float] = {}
 
     for step in range(1, optim.steps + 1):
@@ -143,20 +143,9 @@ def train(training: Training, run: Run, stage: str, first_step: int = 0) -> dict
         for group in optimizer.param_groups:
             group["lr"] = optim.lr * lr_factor(step, config)
         micros, metrics = next(steps)
-        tokens = count_targets(micros, accelerator)
 
-        # ---- loss and gradient, micro-batch by micro-batch
-        for i, micro in enumerate(micros):
-            batch = micro.batch.to(accelerator.device)
-            last = i + 1 == len(micros)
-            with nullcontext() if last else accelerator.no_sync(predictor):
-                logits = predictor(batch.input_ids, batch.attention_mask, batch.predict)
-                sums = micro.loss(logits, batch)
-                # gradients are averaged over processes, the token count is global: undo the average
-                accelerator.backward(sums["loss"] * accelerator.num_processes / tokens[micro.kind])
-            for name, value in sums.items():
-                value = accelerator.reduce(value.detach().double(), "sum")
-                metrics[name] = metrics.get(name, 0.0) + value.item() / tokens[micro.kind]
+        # ---- loss and gradient
+        metrics |= backward(predictor, micros, accelerator)
 
         # ---- update
         grad_norm = float(accelerator.clip_grad_norm_(predictor.parameters(), optim.max_grad_norm))
@@ -170,7 +159,7 @@ def train(training: Training, run: Run, stage: str, first_step: int = 0) -> dict
 
         # ---- log
         elapsed, phases = time.perf_counter() - step_started, clock.reset()
-        now = int(sum(micro.batch.attention_mask.sum() for micro in micros)) * accelerator.num_processes
+        now = total(accelerator, *(micro.batch.attention_mask.sum() for micro in micros))
         seen += now
         metrics |= {
             "grad_norm": grad_norm,
@@ -191,10 +180,29 @@ def train(training: Training, run: Run, stage: str, first_step: int = 0) -> dict
             history = []
         if config.log.checkpoint_every and step % config.log.checkpoint_every == 0:
             run.checkpoint(accelerator, first_step + step)
+    accelerator.free_memory()  # of the optimiser, before the next stage allocates its own
     return {"num_tokens": seen, **{name: round(value, 2) for name, value in totals.items()}}
 
 
-# ---- methods ---------------------------------------------------------------------------------------------------------
+def backward(predictor: torch.nn.Module, micros: list[Micro], accelerator: Accelerator) -> dict[str, float]:
+    """Accumulate the gradient of the losses per token; returns every named sum per token, over all processes."""
+    tokens = count_targets(micros, accelerator)
+    metrics: Sums = {}
+    for i, micro in enumerate(micros):
+        batch = micro.batch.to(accelerator.device)
+        last = i + 1 == len(micros)
+        with nullcontext() if last else accelerator.no_sync(predictor):
+            sums = micro.loss(predictor(batch.input_ids, batch.attention_mask, batch.predict), batch)
+            # gradients are averaged over processes, the token count is global: undo the average
+            accelerator.backward(sums["loss"] * accelerator.num_processes / tokens[micro.kind])
+        for name, value in sums.items():
+            share = value.detach().float() / tokens[micro.kind]
+            metrics[name] = metrics[name] + share if name in metrics else share
+    reduced = accelerator.reduce(torch.stack(list(metrics.values())), "sum")  # one synchronisation for all of them
+    return dict(zip(metrics, reduced.tolist(), strict=True))
+
+
+# ---- methods
 
 
 def sft_steps(training: Training) -> Iterator[Step]:
@@ -258,7 +266,7 @@ def minillm_steps(training: Training) -> Iterator[Step]:
                 uniforms=uniforms,
                 vocab_size=training.vocab_size,
             )
-        responses, mask = rollout.responses(), rollout.mask
+        responses = rollout.responses()
         terms = policy_terms(
             rollout,
             length_norm=config.objective.length_norm,
@@ -266,12 +274,7 @@ def minillm_steps(training: Training) -> Iterator[Step]:
             weighted=config.objective.importance_weights,
         )
         assert rollout.teacher_hidden is not None
-        rewards = token_rewards(rollout)[mask]
-        about = {
-            "reward/mean": rewards.mean().item(),
-            "rollout/from_teacher": rollout.from_teacher[mask].float().mean().item(),
-            "completions/mean_length": rollout.lengths.float().mean().item(),
-        }
+        about = describe(rollout, training.accelerator)
         iteration += 1
 
         # ---- updates
@@ -327,7 +330,7 @@ def text_loss(training: Training) -> Callable[[Tensor, Batch], Sums]:
 
 METHODS = {"sft": sft_steps, "kd": kd_steps, "minillm": minillm_steps}
 
-# ---- helpers ---------------------------------------------------------------------------------------------------------
+# ---- helpers
 
 
 def cross_entropy(logits: Tensor, batch: Batch, vocab_size: int | None) -> Tensor:
@@ -350,13 +353,29 @@ def answer_batches(training: Training) -> Iterator[list[Batch]]:
         ]
 
 
-def count_targets(micros: list[Micro], accelerator: Accelerator) -> dict[str, int]:
+def count_targets(micros: list[Micro], accelerator: Accelerator) -> dict[str, float]:
     """Tokens that count, per kind, over all micro-batches and processes; at least 1."""
-    counts: dict[str, int] = {}
-    for micro in micros:
-        counts[micro.kind] = counts.get(micro.kind, 0) + len(micro.batch.targets)
-    device = accelerator.device
-    return {k: max(1, int(accelerator.reduce(torch.tensor(n, device=device), "sum"))) for k, n in counts.items()}
+    kinds = dict.fromkeys(micro.kind for micro in micros)
+    return {
+        kind: max(1.0, total(accelerator, *(len(m.batch.targets) for m in micros if m.kind == kind))) for kind in kinds
+    }
+
+
+def describe(rollout: Rollout, accelerator: Accelerator) -> dict[str, float]:
+    """Means per token, and the mean length, of what all processes sampled."""
+    mask, sequences = rollout.mask, total(accelerator, len(rollout.lengths))
+    tokens = total(accelerator, rollout.lengths.sum())
+    return {
+        "reward/mean": total(accelerator, token_rewards(rollout)[mask].sum()) / tokens,
+        "rollout/from_teacher": total(accelerator, rollout.from_teacher[mask].sum()) / tokens,
+        "completions/mean_length": tokens / sequences,
+    }
+
+
+def total(accelerator: Accelerator, *values: Tensor | float) -> float:
+    """Sum over the values and over all processes."""
+    here = torch.tensor(sum(float(value) for value in values), device=accelerator.device)
+    return float(accelerator.reduce(here, "sum"))
 
 
 def lr_factor(step: int, config: Config) -> float:

@@ -28,7 +28,7 @@ class Evaluation:
 
 
 def held_out(config: Config, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
-    """`eval.prompts` prompts with reference answers from data.eval, chosen by eval.seed; no training prompt among them.
+    """`eval.prompts` prompts with reference answers from data.eval, chosen by eval.seed; none that was trained on.
 
     Raises DataError when too few are left.
     """

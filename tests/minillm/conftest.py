@@ -28,7 +28,7 @@ def byte_tokenizer(extra: str = "", reverse: bool = False) -> PreTrainedTokenize
 
 def tiny_llama(layers: int = 3, vocab_size: int = 257, seed: int = 0, **settings) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    defaults = dict(  # noqa: C408
+    defaults = dict(
         vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=48,

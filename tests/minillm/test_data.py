@@ -46,7 +46,7 @@ def test_anything_else_is_an_error_that_says_what_was_found(tmp_path, text, mess
 
 
 def test_missing_file():
-    with pytest.raises(FileNotFoundError, match="no data at 'none.jsonl'.*package:NAME"):
+    with pytest.raises(FileNotFoundError, match=r"no data at 'none.jsonl'.*package:NAME"):
         read_records("none.jsonl")
 
 
@@ -75,7 +75,7 @@ def test_a_cut_answer_does_not_teach_to_stop(tokenizer):
 
 def test_overlong_prompts(tokenizer):
     records = [Record([USER], "a"), Record([{"role": "user", "content": "long " * 20}], "b")]
-    with pytest.raises(DataError, match="x: 1 of 2 prompts are longer.*= 20 tokens; the first is record 2 with 107"):
+    with pytest.raises(DataError, match=r"x: 1 of 2 prompts are longer.*= 20 tokens; the first is record 2 with 107"):
         encode(records, tokenizer, Data(max_prompt_length=20), "x")
     kept = encode(records, tokenizer, Data(max_prompt_length=20, overlong_prompts="drop"), "x")
     assert [example.record.answer for example in kept] == ["a"]
@@ -85,7 +85,7 @@ def test_overlong_prompts(tokenizer):
 
 def test_a_tokenizer_without_chat_template(tokenizer):
     tokenizer.chat_template = None
-    with pytest.raises(DataError, match="has no chat template: set data.prompt_template"):
+    with pytest.raises(DataError, match=r"has no chat template: set data.prompt_template"):
         encode([Record([USER], "a")], tokenizer, Data(), "x")
 
 

@@ -98,7 +98,7 @@ def test_held_out_prompts_are_not_those_trained_on(world, files):
     both = files / "both.jsonl"
     both.write_text((files / "train.jsonl").read_text() + (files / "eval.jsonl").read_text())
     flags = [f"--data.eval={both}", "--eval.prompts=7"]
-    with pytest.raises(DataError, match="has 6 held-out prompts.*eval.prompts asks for 7"):
+    with pytest.raises(DataError, match=r"has 6 held-out prompts.*eval.prompts asks for 7"):
         held_out(load_recipe(files / "recipe.yaml", flags).first, tokenizer)
 
 

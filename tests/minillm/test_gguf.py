@@ -1,4 +1,4 @@
-"""Conversion from GGUF, on a file written here in llama.cpp's conventions; and the packaged teacher, where it is cached."""
+"""Conversion from GGUF, on a file written here as llama.cpp does; and the packaged teacher, if cached."""
 
 import gguf
 import pytest
@@ -91,13 +91,13 @@ def test_the_converted_tokenizer_splits_digits_and_speaks_chatml(tmp_path, make_
 
 def test_what_would_not_convert_exactly_is_refused(tmp_path, make_llama):
     write_gguf(tmp_path / "m.gguf", make_llama(1, vocab_size=261), pre="llama-bpe")
-    with pytest.raises(ValueError, match="tokenizer.ggml.pre is 'llama-bpe'; only 'smollm' converts exactly"):
+    with pytest.raises(ValueError, match=r"tokenizer\.ggml\.pre is 'llama-bpe'; only 'smollm' converts exactly"):
         convert(tmp_path / "m.gguf", tmp_path / "out")
 
 
 @pytest.mark.skipif(
     not (packages.cache_directory() / "models" / "smollm2-135m-instruct").exists(),
-    reason="package:smollm2-135m-instruct is not cached; `minillm distill recipes/smollm2-cpu.yaml --smoke` fetches it",
+    reason="the packaged teacher is not cached; `minillm distill recipes/smollm2-cpu.yaml --smoke` fetches it",
 )
 def test_the_packaged_teacher_answers():
     source = "package:smollm2-135m-instruct"

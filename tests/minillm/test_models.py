@@ -95,7 +95,7 @@ def test_tokenizers_must_agree(make_tokenizer):
     check_same_tokenizer(ours, make_tokenizer())
     with pytest.raises(ConfigError, match=r"1 tokens differ \(257 against 258 entries\), such as '<more>'"):
         check_same_tokenizer(ours, make_tokenizer(extra="<more>"))
-    with pytest.raises(ConfigError, match="tokens differ.*cut one from it with model.drop_layers"):
+    with pytest.raises(ConfigError, match=r"tokens differ.*cut one from it with model.drop_layers"):
         check_same_tokenizer(ours, make_tokenizer(reverse=True))
     other = make_tokenizer()
     other.backend_tokenizer.normalizer = __import__("tokenizers").normalizers.Lowercase()

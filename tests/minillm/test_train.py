@@ -161,7 +161,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(files):
     with torch.no_grad():
         training.student.lm_head.weight[5, 5] = float("nan")
     before = [p.clone() for p in training.student.parameters()]
-    with pytest.raises(FloatingPointError, match="warm-up, step 1: loss nan.*not updated"):
+    with pytest.raises(FloatingPointError, match=r"warm-up, step 1: loss nan.*not updated"):
         loop.train(training, new_run(files), "warm-up")
     for old, new in zip(before, training.student.parameters(), strict=True):
         assert torch.equal(old.nan_to_num(9), new.nan_to_num(9))
