@@ -1,0 +1,105 @@
+"""Checks of the public functions' arguments, before any kernel runs: each error says what was wrong, what was
+expected."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def check_logits(student: Tensor, teacher: Tensor | None) -> None:
+    """Floating-point [..., V], contiguous columns, equal leading shapes, one device, a teacher without gradient."""
+    for name, x in (("student_logits", student), ("teacher_logits", teacher)):
+        if x is None:
+            continue
+        check_tensor(name, x)
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+        if x.dim() == 0 or x.shape[-1] == 0:
+            raise ValueError(f"{name} must be [..., V] with V >= 1, got shape {tuple(x.shape)}")
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(
+                f"{name} has stride {x.stride(-1)} in its last dimension; the vocabulary must be contiguous (stride 1):"
+                " call .contiguous(), or transpose so that the vocabulary comes last"
+            )
+    if teacher is None:
+        return
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"student_logits {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)} must have the same "
+            "leading shape; only the last dimension, the head size, may differ"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"student_logits are on {student.device}, teacher_logits on {teacher.device}: move one of them"
+        )
+    if teacher.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "teacher_logits require a gradient, but the teacher is a constant here: compute them under torch.no_grad() "
+            "or pass teacher_logits.detach()"
+        )
+
+
+def check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
+def resolve_vocab_size(vocab_size: int | None, student: Tensor, teacher: Tensor | None) -> int:
+    """The number of leading columns that count: by default the smaller head."""
+    smaller = student.shape[-1] if teacher is None else min(student.shape[-1], teacher.shape[-1])
+    if vocab_size is None:
+        return smaller
+    if not 1 <= vocab_size <= smaller:
+        heads = f"{student.shape[-1]}" + ("" if teacher is None else f" and {teacher.shape[-1]}")
+        raise ValueError(f"vocab_size {vocab_size} must lie between 1 and the smaller head (head sizes {heads})")
+    return vocab_size
+
+
+def check_temperature(temperature: float, zero_allowed: bool = False) -> float:
+    temperature = float(temperature)
+    if not math.isfinite(temperature) or temperature < 0 or (temperature == 0 and not zero_allowed):
+        expected = "a finite number >= 0 (0 = argmax)" if zero_allowed else "a finite number > 0"
+        raise ValueError(f"temperature must be {expected}, got {temperature}")
+    return temperature
+
+
+def check_unit_interval(name: str, value: float) -> float:
+    value = float(value)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    return value
+
+
+def check_token_ids(name: str, token_ids: Tensor, logits: Tensor) -> Tensor:
+    """One integer a row, as int64: in a narrower type -100 may be a token (156 in uint8)."""
+    check_tensor(name, token_ids)
+    if token_ids.is_floating_point() or token_ids.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {token_ids.dtype}")
+    if token_ids.shape != logits.shape[:-1]:
+        raise ValueError(f"{name} must have shape {tuple(logits.shape[:-1])}, got {tuple(token_ids.shape)}")
+    if token_ids.device != logits.device:
+        raise ValueError(f"{name} are on {token_ids.device}, the logits on {logits.device}: move one of them")
+    return token_ids.long()
+
+
+def check_per_row(name: str, x: Tensor, logits: Tensor) -> Tensor:
+    """A per-row constant, broadcast to the leading shape."""
+    check_tensor(name, x)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} require a gradient, but are constants here: pass {name}.detach()")
+    if x.device != logits.device:
+        raise ValueError(f"{name} are on {x.device}, the logits on {logits.device}: move one of them")
+    try:
+        return x.expand(logits.shape[:-1])
+    except RuntimeError:
+        raise ValueError(
+            f"{name} must broadcast to the leading shape {tuple(logits.shape[:-1])}, got {tuple(x.shape)}"
+        ) from None
+
+
+def check_group(group: object) -> None:
+    if group is not None:
+        raise NotImplementedError("group= (a vocabulary split over ranks) is not implemented; pass group=None")
