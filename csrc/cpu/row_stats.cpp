@@ -12,6 +12,9 @@ namespace minillm::cpu::MINILLM_ISA {
 struct Origins {
     float s, t;
 };
+// An fp32 sum has at most 128 terms before it moves to double, whatever the width of the register: a tile, or a part of one.
+constexpr int64_t RUN = 128 * LANES;
+static_assert(TILE % RUN == 0);
 constexpr float MAX_RISE = 8.0f;  // e^s up to 2^8: costs half a decimal digit at most
 
 MINILLM_HD bool rises(float max, float origin, float scale) { return (max - origin) * scale > MAX_RISE; }
@@ -109,9 +112,9 @@ static RowState<double> span_state(const StatsArgs& a, const Span& span) {
     };
 
     RowState<double> state = RowState<double>::empty(), part;
-    for (int64_t tile = span.first_tile; tile < span.last_tile; ++tile) {
-        const int64_t begin = tile * TILE, n = a.V - begin < TILE ? a.V - begin : TILE;
-        const int64_t whole = n / LANES * LANES;
+    const int64_t end = span.last_tile * TILE < a.V ? span.last_tile * TILE : a.V;
+    for (int64_t begin = first; begin < end; begin += RUN) {
+        const int64_t n = end - begin < RUN ? end - begin : RUN, whole = n / LANES * LANES;
         if (whole > 0) {
             if (!plain(begin, whole, part)) {
                 part = masked(begin, whole);

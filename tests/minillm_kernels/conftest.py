@@ -1,0 +1,47 @@
+"""The backends under test. "cpu" is one backend compiled for several instruction sets, and each must be right."""
+
+import pytest
+from minillm_kernels import available_backends, use_backend
+from minillm_kernels.backends import cpu
+
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+
+
+def select_instruction_set(name: str) -> None:
+    if cpu.unavailable():
+        pytest.skip(cpu.unavailable())
+    if not cpu._core.use_instruction_set(name):
+        pytest.skip(f"this processor has no {name}")
+
+
+@pytest.fixture
+def core():
+    """The compiled module, with its choice of instruction set given back."""
+    if cpu.unavailable():
+        pytest.skip(cpu.unavailable())
+    chosen = cpu._core.instruction_set()
+    yield cpu._core
+    cpu._core.use_instruction_set(chosen)
+
+
+@pytest.fixture(params=[*(f"cpu-{name}" for name in INSTRUCTION_SETS), "reference"])
+def implementation(request):
+    """Runs the test on each instruction set of the compiled backend and on the reference."""
+    backend, _, instruction_set = request.param.partition("-")
+    if available_backends()[backend] != "ok":
+        pytest.skip(available_backends()[backend])
+    before = cpu._core.instruction_set() if cpu._core else None
+    if instruction_set:
+        select_instruction_set(instruction_set)
+    with use_backend(backend):
+        yield backend
+    if before:
+        cpu._core.use_instruction_set(before)
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request):
+    if available_backends()[request.param] != "ok":
+        pytest.skip(available_backends()[request.param])
+    with use_backend(request.param):
+        yield request.param

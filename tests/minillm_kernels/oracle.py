@@ -1,0 +1,148 @@
+"""The right answers: each definition written out row by row with log_softmax, differentiated by autograd, in float64.
+
+With dtype=torch.float32 the same functions are what one would write in plain PyTorch; its error is the measure for ours.
+"""
+
+import torch
+from torch import Tensor
+
+STATISTICS = (
+    "reverse_kl",
+    "forward_kl",
+    "student_logprobs",
+    "teacher_logprobs",
+    "student_entropy",
+    "student_logsumexp",
+    "teacher_logsumexp",
+)
+DIFFERENTIABLE = ("reverse_kl", "forward_kl", "student_logprobs", "student_entropy", "student_logsumexp")
+
+
+def _support(s: Tensor, t: Tensor) -> Tensor:
+    """Columns finite in both models, and those with a NaN or +inf, which must come out as NaN."""
+    shown = s.isnan() | t.isnan() | s.isposinf() | t.isposinf()
+    return (s.isfinite() & t.isfinite()) | shown
+
+
+def _rows(student: Tensor, teacher: Tensor | None, temperature: float, vocab_size: int | None, dtype: torch.dtype):
+    """Of each row: s/T and t/T over the support, and the support's columns."""
+    teacher = student if teacher is None else teacher
+    V = min(student.shape[-1], teacher.shape[-1]) if vocab_size is None else vocab_size
+    for s, t in zip(_flat(student), _flat(teacher), strict=True):
+        columns = _support(s[:V], t[:V]).nonzero().squeeze(-1)
+        yield s[columns].to(dtype) / temperature, t[columns].to(dtype) / temperature, columns
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def log_probabilities(student, teacher, temperature=1.0, vocab_size=None) -> tuple[Tensor, Tensor]:
+    """log q and log p [..., student's head] in float64: -inf outside the support, NaN in rows without one."""
+    log_q = torch.full(student.shape, -torch.inf, dtype=torch.float64)
+    log_p = log_q.clone()
+    rows = _rows(student.detach(), teacher, temperature, vocab_size, torch.float64)
+    for q, p, (s, t, columns) in zip(_flat(log_q), _flat(log_p), rows, strict=True):
+        q[columns], p[columns] = s.log_softmax(-1), t.log_softmax(-1)
+    return log_q, log_p
+
+
+def _entropy(log_q: Tensor) -> Tensor:
+    return -(log_q.exp() * log_q).sum()
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    return (log_a.exp() * (log_a - log_b)).sum()
+
+
+def statistics(
+    student: Tensor,
+    teacher: Tensor | None,
+    token_ids: Tensor | None = None,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Tensor]:
+    """The fields of DistillStats, each with the leading shape; without a teacher only the student's."""
+    rows = []
+    tokens = [0] * _flat(student).shape[0] if token_ids is None else token_ids.flatten().tolist()
+    nan = torch.full((), torch.nan, dtype=dtype)
+    for (s, t, columns), token in zip(_rows(student, teacher, temperature, vocab_size, dtype), tokens, strict=True):
+        if len(columns) == 0:
+            rows.append([nan] * len(STATISTICS))
+            continue
+        log_q, log_p = s.log_softmax(-1), t.log_softmax(-1)
+        at = (columns == token).nonzero()
+        outside = torch.full((), -torch.inf, dtype=dtype)
+        rows.append(
+            [
+                _kl(log_q, log_p),
+                _kl(log_p, log_q),
+                log_q[at.item()] if len(at) else outside,
+                log_p[at.item()] if len(at) else outside,
+                _entropy(log_q),
+                s.logsumexp(-1),
+                t.logsumexp(-1),
+            ]
+        )
+    fields = [torch.stack(f) if f else student.new_zeros(0, dtype=dtype) for f in zip(*rows, strict=True)]
+    fields = fields or [student.new_zeros(0, dtype=dtype)] * len(STATISTICS)
+    return {name: f.reshape(student.shape[:-1]) for name, f in zip(STATISTICS, fields, strict=True)}
+
+
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    name: str,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """[...], by name as in fused_divergence_loss; exactly beta = 0 and 1 of "jsd" are the forward and the reverse KL."""
+    values = []
+    for s, t, columns in _rows(student, teacher, temperature, vocab_size, dtype):
+        if len(columns) == 0:
+            values.append(torch.full((), torch.nan, dtype=dtype))
+            continue
+        values.append(_divergence_of(s.log_softmax(-1), t.log_softmax(-1), name, beta))
+    return torch.stack(values).reshape(student.shape[:-1]) if values else student.new_zeros(0, dtype=dtype)
+
+
+def _divergence_of(log_q: Tensor, log_p: Tensor, name: str, beta: float) -> Tensor:
+    if name == "reverse_kl" or (name == "jsd" and beta == 1):
+        return _kl(log_q, log_p)
+    if name == "forward_kl" or (name == "jsd" and beta == 0):
+        return _kl(log_p, log_q)
+    if name == "tvd":
+        return 0.5 * (log_p.exp() - log_q.exp()).abs().sum()
+    share_of_p = torch.tensor(1 - beta if name == "skew_reverse_kl" else beta, dtype=log_q.dtype)
+    log_m = torch.logaddexp(share_of_p.log() + log_p, (-share_of_p).log1p() + log_q)
+    if name == "jsd":
+        return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+    return _kl(log_p, log_m) if name == "skew_forward_kl" else _kl(log_q, log_m)
+
+
+def reduce(values: Tensor, weights: Tensor | None, counts: Tensor | None, reduction: str, normalizer=None) -> Tensor:
+    """The reductions' definitions, one row after another. counts: False where the label is ignored."""
+    l = values.flatten()
+    w = torch.ones_like(l) if weights is None else weights.expand(values.shape).flatten().to(l.dtype)
+    c = torch.ones_like(l, dtype=torch.bool) if counts is None else counts.flatten()
+    used = [i for i in range(l.numel()) if c[i] and w[i] != 0]
+    if reduction == "none":
+        terms = [w[i] * l[i] if i in used else l.new_zeros(()) for i in range(l.numel())]
+        return torch.stack(terms).reshape(values.shape) if terms else values
+    total = sum((w[i] * l[i] for i in used), l.new_zeros(()))
+    if reduction == "sum":
+        return total
+    if normalizer is None:
+        normalizer = len(used) if reduction == "batchmean" else sum(w[i] for i in used)
+    return total / normalizer if normalizer != 0 else l.new_zeros(())
+
+
+def gradient(scalar: Tensor, leaf: Tensor) -> Tensor:
+    """d scalar/d leaf, 0 where scalar does not depend on it."""
+    if not scalar.requires_grad:
+        return torch.zeros_like(leaf)
+    (grad,) = torch.autograd.grad(scalar, leaf, allow_unused=True)
+    return torch.zeros_like(leaf) if grad is None else grad
