@@ -21,7 +21,7 @@ def check_logits(student: Tensor, teacher: Tensor | None) -> None:
             raise ValueError(f"{name} must be [..., V] with V >= 1, got shape {tuple(x.shape)}")
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(
-                f"{name} has stride {x.stride(-1)} in its last dimension; the vocabulary must be contiguous (stride 1):"
+                f"{name} has stride {x.stride(-1)} in its last dimension; the vocabulary must be contiguous (1):"
                 " call .contiguous(), or transpose so that the vocabulary comes last"
             )
     if teacher is None:
@@ -37,7 +37,7 @@ def check_logits(student: Tensor, teacher: Tensor | None) -> None:
         )
     if teacher.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            "teacher_logits require a gradient, but the teacher is a constant here: compute them under torch.no_grad() "
+            "teacher_logits require a gradient, but the teacher is a constant here: compute them under no_grad() "
             "or pass teacher_logits.detach()"
         )
 

@@ -9,6 +9,8 @@ Legend: ... rows, V' the width of the student's head, V = vocab_size <= V' the c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -135,7 +137,7 @@ def _nothing(*_args) -> None:
     return None
 
 
-_FAKES = {
+_FAKES: dict[str, Callable] = {
     "row_stats": lambda student, teacher, *_: _per_row(student, teacher, len(RowStats._fields)),
     "row_grad": _like,
     "row_grad_": _nothing,

@@ -11,7 +11,7 @@ try:
     # After torch: the core then shares torch's OpenMP, hence its threads.
     from .. import _core
 except ImportError as error:
-    _core = None
+    _core = None  # type: ignore[assignment]
     _import_error = str(error)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

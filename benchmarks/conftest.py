@@ -1,0 +1,129 @@
+"""What every benchmark shares: verify, then time; bandwidth against torch.add on tensors of that size; peak memory.
+
+`pytest benchmarks/ --benchmark-only --benchmark-json=benchmarks/results/cpu.json` makes the JSON of the README's
+tables.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import minillm_kernels
+
+ROUNDS, WARMUP = 15, 3
+
+
+def median_seconds(fn: Callable[[], object], rounds: int = ROUNDS) -> float:
+    times = []
+    for i in range(rounds + WARMUP):
+        start = time.perf_counter()
+        fn()
+        if i >= WARMUP:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def extra_peak_bytes(fn: Callable[[], object]) -> int | None:
+    """How far one call raises this process's resident memory, at its peak; None where the kernel does not tell."""
+
+    def status(field: str) -> int:
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field))
+
+    try:
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")  # resets the peak
+        before = status("VmRSS")
+        keep = fn()
+        peak = status("VmHWM")
+        del keep
+        return peak - before
+    except OSError:
+        return None
+
+
+class Measure:
+    """Times one row of a table and writes beside it what bounds it."""
+
+    def __init__(self, benchmark, group: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        self.benchmark, self.shape, self.dtype = benchmark, shape, dtype
+        benchmark.group = group
+
+    def __call__(
+        self, fn: Callable[..., object], *, tensors: float = 0, setup: Callable | None = None, **info
+    ) -> None:
+        """tensors: how many times the logits' size the call must at least read and write."""
+        call = (lambda: fn(*setup()[0])) if setup else fn
+        peak = extra_peak_bytes(call)
+        self.benchmark.pedantic(fn, setup=setup, rounds=ROUNDS, warmup_rounds=WARMUP)
+        rows, columns = self.shape
+        size = rows * columns * torch.empty((), dtype=self.dtype).element_size()
+        extra = self.benchmark.extra_info
+        extra.update(info, shape=f"{rows}x{columns}", dtype=str(self.dtype).removeprefix("torch."))
+        extra.update(logits_MiB=round(size / 2**20, 1), threads=torch.get_num_threads())
+        if peak is not None:
+            extra["peak_extra_MiB"] = round(peak / 2**20, 1)
+        if tensors:
+            gb_s = tensors * size / self.benchmark.stats.stats.median / 1e9
+            extra.update(bytes=int(tensors * size), GB_s=round(gb_s, 2))
+            extra["fraction_of_add"] = round(gb_s / add_bandwidth(self.shape, self.dtype), 3)
+
+
+_add_bandwidth: dict[tuple, float] = {}
+
+
+def add_bandwidth(shape: tuple[int, int], dtype: torch.dtype) -> float:
+    """GB/s of torch.add(a, b, out=c): two reads and a write of tensors of this size, measured once in this run."""
+    key = (shape, dtype)
+    if key not in _add_bandwidth:
+        a, b, c = (torch.zeros(shape, dtype=dtype) for _ in range(3))
+        seconds = median_seconds(lambda: torch.add(a, b, out=c))
+        _add_bandwidth[key] = 3 * a.numel() * a.element_size() / seconds / 1e9
+    return _add_bandwidth[key]
+
+
+@pytest.fixture
+def measure(benchmark, request) -> Callable[..., Measure]:
+    return lambda group, shape, dtype: Measure(benchmark, group, shape, dtype)
+
+
+def logits(shape: tuple[int, int], dtype: torch.dtype, seed: int) -> Tensor:
+    """Like a language model's: most of the mass on few tokens."""
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2.5
+    return z.to(dtype)
+
+
+def pytest_benchmark_update_machine_info(config, machine_info) -> None:
+    for key in ("node", "release", "system"):
+        machine_info.pop(key, None)
+    machine_info.update(
+        torch=torch.__version__,
+        minillm_kernels=minillm_kernels.__version__,
+        backends=minillm_kernels.available_backends(),
+        instruction_set=_instruction_set(),
+        threads=torch.get_num_threads(),
+        load_average=os.getloadavg()[0],
+    )
+
+
+def _instruction_set() -> str:
+    try:
+        from minillm_kernels import _core
+    except ImportError:
+        return "none"
+    return _core.instruction_set()
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json) -> None:
+    """The file is committed: medians and spread, not each round."""
+    output_json.pop("commit_info", None)
+    for b in output_json["benchmarks"]:
+        b["stats"] = {k: b["stats"][k] for k in ("min", "median", "iqr", "rounds")}
+        b.pop("options", None)

@@ -1,0 +1,85 @@
+"""Reverse KL of two rows of logits: forward + backward, and each kernel alone.
+
+Bounds: the pair of passes must read both rows twice and write a gradient, 5 tensors; the yardstick is torch.add on
+tensors of that size in the same run. A fresh gradient also pays its page faults, which "in place" does not.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import logits
+
+from minillm_kernels import fused_rkl_loss, use_backend
+
+SHAPES = [((256, 50257), torch.float32), ((192, 151936), torch.bfloat16)]
+IDS = ["fp32-256x50257", "bf16-192x151936"]
+
+
+def eager(student, teacher):
+    q, p = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
+    return F.kl_div(p, q, reduction="batchmean", log_target=True)
+
+
+def ours(student, teacher):
+    with use_backend("cpu"):
+        return fused_rkl_loss(student, teacher)
+
+
+def ours_in_place(student, teacher):
+    with use_backend("cpu"):
+        return fused_rkl_loss(student, teacher, inplace=True)
+
+
+def forward_backward(loss_fn, student, teacher):
+    loss = loss_fn(student, teacher)
+    loss.backward()
+    return loss.detach(), student.grad
+
+
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=IDS)
+@pytest.mark.parametrize("row", ["minillm", "minillm in place", "eager", "torch.compile"])
+def test_forward_backward(measure, row, shape, dtype):
+    student, teacher = logits(shape, dtype, 0).requires_grad_(), logits(shape, dtype, 1)
+    loss_fn = {
+        "minillm": ours,
+        "minillm in place": ours_in_place,
+        "eager": eager,
+        "torch.compile": torch.compile(eager, dynamic=False),
+    }[row]
+    truth, gradient = forward_backward(eager, student.detach().double().requires_grad_(), teacher.double())
+    fresh = student.detach().clone()
+
+    def setup():
+        student.grad = None  # a fresh gradient each time, but for "in place"
+        with torch.no_grad():
+            student.copy_(fresh)
+        return (loss_fn, student, teacher), {}
+
+    loss, grad = forward_backward(*setup()[0])
+    error = (grad.double() - gradient).abs().max() / gradient.abs().max()
+    assert abs(loss - truth) < 1e-4 * (1 + truth)
+    assert error < (2**-7 if dtype == torch.bfloat16 else 1e-5)
+    del gradient, grad
+    measure(f"reverse_kl forward+backward {IDS[SHAPES.index((shape, dtype))]}", shape, dtype)(
+        forward_backward, tensors=5, setup=setup, implementation=row, gradient_error=float(error)
+    )
+
+
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=IDS)
+@pytest.mark.parametrize("kernel", ["row_stats", "row_grad in place", "torch.add(out=)"])
+def test_kernels(measure, kernel, shape, dtype):
+    student, teacher, out = logits(shape, dtype, 0), logits(shape, dtype, 1), torch.zeros(shape, dtype=dtype)
+    ops, settings = torch.ops.minillm, (1.0, shape[1], "cpu")
+    stats = ops.row_stats(student, teacher, None, None, False, *settings)
+    coefficients = torch.zeros(5, shape[0])
+    coefficients[0] = 1 / shape[0]
+    fn, tensors = {
+        "row_stats": (lambda: ops.row_stats(student, teacher, None, None, False, *settings), 2),
+        "row_grad in place": (lambda: ops.row_grad_(out, teacher, None, stats, coefficients, *settings), 3),
+        "torch.add(out=)": (lambda: torch.add(student, teacher, out=out), 3),
+    }[kernel]
+    measure(f"reverse_kl kernels {IDS[SHAPES.index((shape, dtype))]}", shape, dtype)(
+        fn, tensors=tensors, implementation=kernel
+    )
