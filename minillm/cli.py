@@ -55,10 +55,10 @@ def evaluate(options: argparse.Namespace, flags: list[str]) -> int:
 
     tokenizer = load_tokenizer(options.model)
     examples = held_out(config, tokenizer)
-    student, teacher = load_model(options.model), None
+    student, teacher = _place(load_model(options.model)), None
     if options.teacher:
         check_same_tokenizer(tokenizer, load_tokenizer(options.teacher))
-        teacher = load_model(options.teacher)
+        teacher = _place(load_model(options.teacher))
     result = evaluate(student, teacher, tokenizer, examples, config)
     print(json.dumps({name: estimate.to_dict() for name, estimate in result.estimates.items()}, indent=1))
     return 0
@@ -75,7 +75,7 @@ def generate(options: argparse.Namespace, flags: list[str]) -> int:
     from minillm.models import load_model, load_tokenizer
     from minillm.rollout import draw_uniforms, sample
 
-    tokenizer, model = load_tokenizer(options.model), load_model(options.model)
+    tokenizer, model = load_tokenizer(options.model), _place(load_model(options.model))
     data = Data(prompt_template=options.template, max_prompt_length=options.max_prompt_length)
     prompts = [options.prompt] if options.prompt else (line.rstrip("\n") for line in sys.stdin)
     for i, prompt in enumerate(prompts):
@@ -149,6 +149,13 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from minillm.packages import PackageError
 
     return ConfigError, DataError, PackageError, FileNotFoundError, FloatingPointError
+
+
+def _place(model: Any) -> Any:
+    """On the accelerator, where there is one."""
+    from accelerate import PartialState
+
+    return model.to(PartialState().device)
 
 
 def _quiet() -> None:

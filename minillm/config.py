@@ -277,8 +277,9 @@ def check(config: Config) -> None:
             raise ConfigError(f"{section}.{key} is {value}; it must be at least 1")
     if not config.data.train:
         raise ConfigError("data.train is empty: name a JSONL file or package:NAME to train on")
-    if not config.model.teacher and config.method != "sft":
-        raise ConfigError(f"method {config.method} needs model.teacher: a hub id, a directory or package:NAME")
+    if not config.model.teacher and (config.method != "sft" or config.model.drop_layers is not None):
+        needs = "model.drop_layers" if config.model.drop_layers is not None else f"method {config.method}"
+        raise ConfigError(f"{needs} needs model.teacher: a hub id, a directory or package:NAME")
     if not config.model.student and config.model.drop_layers is None:
         raise ConfigError("no student: set model.student, or model.drop_layers to cut it from the teacher")
     if config.model.student and config.model.drop_layers is not None:

@@ -174,10 +174,14 @@ def _record(row: dict, where: str) -> Record:
         prompt = row["instruction"]
         if row.get("input"):
             prompt = ALPACA.format(instruction=prompt, input=row["input"])
-        return Record([{"role": "user", "content": prompt}], row.get("output"))
-    if "prompt" in row:
-        return Record([{"role": "user", "content": row["prompt"]}], row.get("completion"))
-    raise DataError(f"{where}: found the columns {sorted(row)}; expected {FORMS}")
+        answer = row.get("output")
+    elif "prompt" in row:
+        prompt, answer = row["prompt"], row.get("completion")
+    else:
+        raise DataError(f"{where}: found the columns {sorted(row)}; expected {FORMS}")
+    if not isinstance(prompt, str) or not isinstance(answer, str | None):
+        raise DataError(f"{where}: prompt and answer must be text; conversations go into `messages`")
+    return Record([{"role": "user", "content": prompt}], answer)
 
 
 def _rows(path: Path) -> Iterator[dict]:

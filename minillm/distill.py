@@ -38,7 +38,7 @@ def run_recipe(recipe: Recipe, command: str, with_evaluation: bool = True) -> di
     examples = held_out(config, tokenizer) if with_evaluation else []
     run = Run(recipe)
     seconds = {"load": time.perf_counter() - started}
-    print(describe(teacher, student, run), flush=True)
+    print(headline(teacher, student, run), flush=True)
 
     evaluations: dict[str, Evaluation] = {}
     summary: dict[str, Any] = {
@@ -152,7 +152,7 @@ def report(summary: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"time: {times}"])
 
 
-def describe(teacher: "PreTrainedModel | None", student: "PreTrainedModel", run: Run) -> str:
+def headline(teacher: "PreTrainedModel | None", student: "PreTrainedModel", run: Run) -> str:
     """One line on what is about to run."""
 
     def size(model: "PreTrainedModel") -> str:

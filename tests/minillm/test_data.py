@@ -37,6 +37,8 @@ def test_forms_that_are_recognised(tmp_path, line, prompt, answer):
         ("[1]", "line 1 holds a list"),
         ("", "is empty: expected one JSON object a line"),
         ('{"messages": []}', "must be a list of objects"),
+        ('{"prompt": [{"role": "user", "content": "Hi"}]}', "must be text; conversations go into `messages`"),
+        ('{"prompt": "a", "completion": 3}', "must be text"),
         ('{"messages": [{"role": "user"}]}', "must be a list of objects"),
     ],
 )
