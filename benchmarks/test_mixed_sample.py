@@ -42,6 +42,7 @@ def test_sample(measure, row, shape, dtype):
 
 def test_decode_step(measure):
     """The sampler right behind the heads' matmuls, as in a rollout: do two thread pools get in each other's way?"""
+    hidden, weight = torch.randn(8, 576), torch.randn(49152, 576) * 0.1
 
     def heads():
         return hidden @ weight.T, hidden @ weight.T

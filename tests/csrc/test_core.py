@@ -1,0 +1,65 @@
+"""The CPU row operations without Python in between: under sanitizers here, and on another architecture."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OPERATIONS = ("row_stats", "row_grad", "row_divergence", "row_sample")
+FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", f"-I{ROOT / 'csrc'}"]
+INSTRUCTION_SETS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+}
+
+
+def build(compiler: str, folder: Path, sets: dict[str, list[str]], *flags: str) -> Path:
+    """check_core for the given instruction sets, as csrc/CMakeLists.txt compiles them."""
+    common = [compiler, *FLAGS, *flags]
+    objects = []
+    jobs = []
+    for name, extra in sets.items():
+        for operation in OPERATIONS:
+            objects.append(folder / f"{operation}_{name}.o")
+            source = ROOT / "csrc" / "cpu" / f"{operation}.cpp"
+            jobs.append([*common, *extra, f"-DMINILLM_ISA={name}", "-c", source, "-o", objects[-1]])
+    defines = ["-DMINILLM_X86"] if len(sets) > 1 else []
+    for source in (ROOT / "csrc" / "cpu" / "dispatch.cpp", Path(__file__).parent / "check_core.cpp"):
+        objects.append(folder / f"{source.stem}.o")
+        jobs.append([*common, *defines, "-c", source, "-o", objects[-1]])
+    for job in jobs:
+        subprocess.run(job, check=True, timeout=300)
+    program = folder / "check_core"
+    subprocess.run([*common, *objects, "-o", program], check=True, timeout=300)
+    return program
+
+
+def run(*command: str | Path) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_operations_under_address_and_undefined_behaviour_sanitizers(tmp_path):
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    sets = INSTRUCTION_SETS if x86 else {"baseline": []}
+    sanitizers = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-w"]
+    output = run(build("g++", tmp_path, sets, *sanitizers))
+    assert "baseline ok" in output
+
+
+CROSS = "aarch64-linux-gnu-g++"
+
+
+@pytest.mark.skipif(shutil.which(CROSS) is None, reason=f"needs {CROSS} (Debian: g++-aarch64-linux-gnu)")
+@pytest.mark.skipif(shutil.which("qemu-aarch64") is None, reason="needs qemu-aarch64 (Debian: qemu-user)")
+def test_operations_on_aarch64(tmp_path):
+    program = build(CROSS, tmp_path, {"baseline": []}, "-O3", "-Werror", "-static")
+    assert "baseline ok" in run("qemu-aarch64", program)
