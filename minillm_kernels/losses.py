@@ -101,6 +101,7 @@ def fused_divergence_loss(
         beta: in [0, 1].
     """
     arguments.check_logits(student_logits, teacher_logits)
+    arguments.check_inplace(inplace, student_logits)
     arguments.check_group(group)
     temperature = arguments.check_temperature(temperature)
     beta = arguments.check_unit_interval("beta", beta)

@@ -95,6 +95,7 @@ def _into(student: Tensor, backend: str, operation: str, args: tuple) -> None:
         student.copy_(backends.run(backend, operation, *args))
     else:
         backends.run(backend, operation, *args, student)
+        torch.autograd.graph.increment_version(student)  # written behind torch's back
 
 
 def _row_sample(student, teacher, uniforms, alpha, temperature, top_k, top_p, vocab_size, backend):

@@ -152,7 +152,8 @@ def row_grad(
 def _divergence_terms(q: Tensor, p: Tensor, log_q: Tensor, log_p: Tensor, divergence: str, beta: float):
     """value_v = f(q_v, p_v) and slope_v = dD/dq_v (csrc/rowmath/divergence.h)."""
     if divergence == "tvd":
-        return 0.5 * (q - p).abs(), 0.5 * (q - p).sign()
+        d = q - p
+        return 0.5 * d.abs(), torch.where(d.isnan(), d, 0.5 * d.sign())  # sign(NaN) is 0: it would hide a NaN
     alpha = 1 - beta if divergence == "skew_reverse_kl" else beta
     m = alpha * p + (1 - alpha) * q
     underflow = m < torch.finfo(torch.float32).tiny

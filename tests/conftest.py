@@ -1,4 +1,4 @@
-"""What every test starts from: a fixed seed, and torch's thread count given back."""
+"""What every test starts from: a fixed seed; torch's thread count is given back afterwards."""
 
 import pytest
 import torch

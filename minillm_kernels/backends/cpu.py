@@ -59,7 +59,8 @@ def _rows(x: Tensor):
 
 def _common(student: Tensor, teacher: Tensor | None, temperature: float, vocab_size: int):
     n_rows = student.shape[:-1].numel()
-    threads = torch.get_num_threads()
+    # Waking threads takes longer than 32768 elements do: torch's own grain, and the same bits either way.
+    threads = torch.get_num_threads() if n_rows * vocab_size > 32768 else 1
     return (_rows(student), None if teacher is None else _rows(teacher), n_rows, vocab_size, temperature, threads)
 
 

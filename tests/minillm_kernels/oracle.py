@@ -106,7 +106,7 @@ def divergence(
             values.append(torch.full((), torch.nan, dtype=dtype))
             continue
         values.append(_divergence_of(s.log_softmax(-1), t.log_softmax(-1), name, beta))
-    return torch.stack(values).reshape(student.shape[:-1]) if values else student.new_zeros(0, dtype=dtype)
+    return torch.stack(values or [student.new_zeros(0, dtype=dtype)]).reshape(student.shape[:-1])
 
 
 def _divergence_of(log_q: Tensor, log_p: Tensor, name: str, beta: float) -> Tensor:
