@@ -40,7 +40,7 @@ class Run:
         self.recipe = recipe
         save(recipe, self.path / "config.yaml")
         self.environment = environment()
-        self.write_json("environment.json", self.environment)
+        self.write("environment.json", self.environment)
 
     def log(self, stage: str, step: int, steps: int, global_step: int, metrics: dict[str, float], left: float) -> None:
         """Append to metrics.jsonl and print one line. `step` of `steps` counts within the stage, `left` is seconds."""
@@ -51,8 +51,10 @@ class Run:
     def sample(self, row: dict[str, Any]) -> None:
         self._append("samples.jsonl", row)
 
-    def write_json(self, name: str, value: Any) -> None:
-        (self.path / name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    def write(self, name: str, value: Any) -> None:
+        """A file of the run: text as it is, anything else as JSON."""
+        text = value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        (self.path / name).write_text(text)
 
     def checkpoint(self, accelerator: "Accelerator", step: int) -> None:
         """Weights, optimiser and random state under checkpoints/step-N; a directory without DONE does not count."""
@@ -64,16 +66,14 @@ class Run:
             (partial / "DONE").touch()
             os.replace(partial, target)
 
-    def export(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", card: str) -> Path:
-        """Write model/, whole or not at all."""
+    def export(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Write model/, or replace the one of the stage before."""
         target = self.path / "model"
         partial = target.with_name(".model")
-        shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(card)
+        shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
-        return target
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         with (self.path / name).open("a") as file:
