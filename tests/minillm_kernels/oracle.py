@@ -146,3 +146,19 @@ def gradient(scalar: Tensor, leaf: Tensor) -> Tensor:
         return torch.zeros_like(leaf)
     (grad,) = torch.autograd.grad(scalar, leaf, allow_unused=True)
     return torch.zeros_like(leaf) if grad is None else grad
+
+
+def sampling_law(z: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Probabilities [V] of one row in float64: T, then top-k, renormalised, then top-p; whole ties are kept."""
+    z = z.double() / temperature
+    if top_k:
+        z = torch.where(_above(z, torch.ones_like(z)) < top_k, z, -torch.inf)
+    return torch.where(_above(z, z.softmax(-1)) < top_p, z, -torch.inf).softmax(-1)
+
+
+def _above(z: Tensor, mass: Tensor) -> Tensor:
+    """Of each column, the mass of the columns with a larger logit."""
+    values, place = z.unique(return_inverse=True)
+    of_value = torch.zeros_like(values).scatter_add(0, place, mass)
+    from_here_up = of_value.flip(0).cumsum(0).flip(0)
+    return torch.cat([from_here_up[1:], values.new_zeros(1)])[place]
