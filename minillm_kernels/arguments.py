@@ -68,7 +68,7 @@ def check_inplace(inplace: bool, student: Tensor) -> None:
 
 def check_temperature(temperature: float, zero_allowed: bool = False) -> float:
     temperature = float(temperature)
-    if not math.isfinite(temperature) or temperature < 0 or (temperature == 0 and not zero_allowed):
+    if not 0.0 <= temperature < math.inf or (temperature == 0 and not zero_allowed):  # NaN fails the first
         expected = "a finite number >= 0 (0 = argmax)" if zero_allowed else "a finite number > 0"
         raise ValueError(f"temperature must be {expected}, got {temperature}")
     return temperature

@@ -18,7 +18,7 @@ from . import backends
 from .rows import DIFFERENTIABLE_INDEX, RowStats
 
 _library = torch.library.Library("minillm", "DEF")
-_SETTINGS = "float temperature, int vocab_size, str backend"
+_SETTINGS = "float temperature, SymInt vocab_size, str backend"
 _DIVERGENCE = f"str divergence, float beta, {_SETTINGS}"
 
 _library.define(
@@ -46,7 +46,7 @@ _library.define(
 )
 _library.define(
     "row_sample(Tensor student, Tensor? teacher, Tensor uniforms, float alpha, float temperature, int top_k, "
-    "float top_p, int vocab_size, str backend) -> (Tensor, Tensor, Tensor)"
+    "float top_p, SymInt vocab_size, str backend) -> (Tensor, Tensor, Tensor)"
 )
 
 

@@ -258,7 +258,7 @@ def row_sample(
     logprobs = log_laws.gather(-1, token_ids.expand(len(models), *token_ids.shape).unsqueeze(-1)).squeeze(-1)
     logprobs = logprobs.masked_fill(undrawable, math.nan)
     lq = logprobs[0]
-    lp = logprobs[1] if teacher is not None else torch.full_like(lq, math.nan)
+    lp = logprobs[1] if teacher is not None else torch.zeros_like(lq)
     mixture = lq if teacher is None or alpha == 0 else lp if alpha == 1 else None
     if mixture is None:
         mixture = torch.logaddexp(lp + math.log(alpha), lq + math.log1p(-alpha))

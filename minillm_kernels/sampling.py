@@ -70,7 +70,8 @@ def mixed_sample(
     vocab_size = arguments.resolve_vocab_size(vocab_size, student_logits, teacher_logits)
     leading = student_logits.shape[:-1]
     if uniforms is None:
-        uniforms = torch.rand(*leading, 2, dtype=torch.float64, device=student_logits.device, generator=generator)
+        source = {} if generator is None else {"generator": generator}  # a None would forbid dynamic shapes
+        uniforms = torch.rand(*leading, 2, dtype=torch.float64, device=student_logits.device, **source)
     else:
         arguments.check_tensor("uniforms", uniforms)
         if uniforms.shape != (*leading, 2) or uniforms.dtype != torch.float64:

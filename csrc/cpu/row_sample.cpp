@@ -204,7 +204,7 @@ void row_sample(const SampleArgs& a) {
         else if (drawable)
             token = draw(law[teacher], mass + teacher * n_tiles, a.uniforms[2 * row + 1]);
         const double lq = drawable ? law[0].logprob(token) : NAN;
-        const double lp = drawable && models == 2 ? law[1].logprob(token) : NAN;
+        const double lp = models == 1 ? 0.0 : drawable ? law[1].logprob(token) : NAN;
         a.token_ids[row] = token;
         a.from_teacher[row] = teacher;
         a.logprobs[row] = float(lq);
