@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def check_logits(student: Tensor, teacher: Tensor | None) -> None:
     """Floating-point [..., V], contiguous columns, equal leading shapes, one device, a teacher without gradient."""
@@ -15,7 +17,7 @@ def check_logits(student: Tensor, teacher: Tensor | None) -> None:
         if x is None:
             continue
         check_tensor(name, x)
-        if not x.is_floating_point():
+        if x.dtype not in LOGIT_DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
         if x.dim() == 0 or x.shape[-1] == 0:
             raise ValueError(f"{name} must be [..., V] with V >= 1, got shape {tuple(x.shape)}")

@@ -53,3 +53,11 @@ def backend(request):
         pytest.skip(available_backends()[request.param])
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request, core):
+    """Runs the test on each instruction set of the compiled backend alone."""
+    select_instruction_set(request.param)
+    with use_backend("cpu"):
+        yield request.param
