@@ -2,7 +2,16 @@
 tensor."""
 
 from .backends import available_backends, last_backend, use_backend
+from .linear import (
+    FusedLinearRKLLoss,
+    fused_linear_distill_stats,
+    fused_linear_divergence_loss,
+    fused_linear_minillm_loss,
+    fused_linear_rkl_loss,
+    fused_linear_token_logprobs,
+)
 from .losses import FusedRKLLoss, fused_divergence_loss, fused_rkl_loss
+from .policy import MiniLLMLoss, minillm_loss
 from .sampling import MixedSample, mixed_sample
 from .statistics import DistillStats, distill_stats, token_logprobs
 
@@ -10,13 +19,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DistillStats",
+    "FusedLinearRKLLoss",
     "FusedRKLLoss",
+    "MiniLLMLoss",
     "MixedSample",
     "available_backends",
     "distill_stats",
     "fused_divergence_loss",
+    "fused_linear_distill_stats",
+    "fused_linear_divergence_loss",
+    "fused_linear_minillm_loss",
+    "fused_linear_rkl_loss",
+    "fused_linear_token_logprobs",
     "fused_rkl_loss",
     "last_backend",
+    "minillm_loss",
     "mixed_sample",
     "token_logprobs",
     "use_backend",

@@ -63,8 +63,8 @@ def resolve_vocab_size(vocab_size: int | None, student: Tensor, teacher: Tensor 
 def check_inplace(inplace: bool, student: Tensor) -> None:
     if inplace and any(size > 1 and stride == 0 for size, stride in zip(student.shape, student.stride(), strict=True)):
         raise ValueError(
-            f"inplace=True cannot write a gradient over student_logits of strides {student.stride()}: several rows share "
-            "one memory; call .contiguous() first, or pass inplace=False"
+            f"inplace=True cannot write a gradient over student_logits of strides {student.stride()}: several rows "
+            "share one memory; call .contiguous() first, or pass inplace=False"
         )
 
 

@@ -104,15 +104,10 @@ def fused_divergence_loss(
     arguments.check_inplace(inplace, student_logits)
     arguments.check_group(group)
     temperature = arguments.check_temperature(temperature)
-    beta = arguments.check_unit_interval("beta", beta)
+    name = check_divergence(divergence, beta, reduction)
     vocab_size = arguments.resolve_vocab_size(vocab_size, student_logits, teacher_logits)
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"unknown divergence {divergence!r}: expected one of {', '.join(DIVERGENCES)}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"unknown reduction {reduction!r}: expected one of {', '.join(REDUCTIONS)}")
-    w = _row_weights(student_logits, labels, weights, ignore_index)
+    w = row_weights(student_logits, labels, weights, ignore_index)
     mask = None if w is None else w != 0
-    name = _limit(divergence, beta)
     settings = (temperature, vocab_size, backends.requested())
     if name in RowStats._fields:
         stats = torch.ops.minillm.row_stats(student_logits, teacher_logits, None, mask, inplace, *settings)
@@ -126,8 +121,13 @@ def fused_divergence_loss(
     return _reduce(per_row, w, reduction, normalizer)
 
 
-def _limit(divergence: str, beta: float) -> str:
-    """Where a mixture is one of the two models, the divergence that it is."""
+def check_divergence(divergence: str, beta: float, reduction: str) -> str:
+    """Checks the three; returns what to compute: where a mixture is one of the two models, the KL that is left."""
+    beta = arguments.check_unit_interval("beta", beta)
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"unknown divergence {divergence!r}: expected one of {', '.join(DIVERGENCES)}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"unknown reduction {reduction!r}: expected one of {', '.join(REDUCTIONS)}")
     if divergence == "jsd" and beta in (0.0, 1.0):
         return "reverse_kl" if beta == 1.0 else "forward_kl"
     if beta == 0.0 and divergence.startswith("skew_"):
@@ -135,30 +135,38 @@ def _limit(divergence: str, beta: float) -> str:
     return divergence
 
 
-def _row_weights(logits: Tensor, labels: Tensor | None, weights: Tensor | None, ignore_index: int) -> Tensor | None:
+def accumulator(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def row_weights(logits: Tensor, labels: Tensor | None, weights: Tensor | None, ignore_index: int) -> Tensor | None:
     """The weight of each row in the accumulation type, 0 where a label is ignored; None when every row counts once."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = accumulator(logits)
     w = None if weights is None else arguments.check_per_row("weights", weights, logits).to(dtype)
     if labels is not None:
-        counts = arguments.check_token_ids("labels", labels, logits) != ignore_index
+        arguments.check_token_ids("labels", labels, logits)
+        counts = labels != ignore_index
         w = counts.to(dtype) if w is None else torch.where(counts, w, 0)
     return w
 
 
-def _reduce(per_row: Tensor, w: Tensor | None, reduction: str, normalizer: float | Tensor | None) -> Tensor:
-    weighted = per_row if w is None else per_row * w.to(per_row.dtype)
-    if reduction == "none":
-        return weighted
-    total = weighted.sum()
+def normalized(w: Tensor, reduction: str, normalizer: float | Tensor | None) -> Tensor:
+    """The row weights of a scalar reduction: w over its denominator; 0 where nothing counts."""
     if reduction == "sum":
-        return total
+        return w
     if normalizer is not None:
-        return total / normalizer
-    if w is None:
-        return total / max(per_row.numel(), 1)
+        return w / normalizer
     count = w.sum() if reduction == "mean" else (w != 0).sum()
     nothing = count == 0
-    return torch.where(nothing, 0, total / torch.where(nothing, 1, count))
+    return torch.where(nothing, 0, w / torch.where(nothing, 1, count))
+
+
+def _reduce(per_row: Tensor, w: Tensor | None, reduction: str, normalizer: float | Tensor | None) -> Tensor:
+    if w is None:
+        w = torch.ones_like(per_row)
+    if reduction == "none":
+        return per_row * w
+    return (per_row * normalized(w, reduction, normalizer)).sum()
 
 
 class FusedRKLLoss(nn.Module):

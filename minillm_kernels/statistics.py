@@ -22,6 +22,18 @@ class DistillStats(NamedTuple):
     student_logsumexp: Tensor
     teacher_logsumexp: Tensor
 
+    @classmethod
+    def of(cls, stats: RowStats) -> DistillStats:
+        return cls(
+            reverse_kl=stats.reverse_kl,
+            forward_kl=stats.forward_kl,
+            student_logprobs=stats.student_logprob,
+            teacher_logprobs=stats.teacher_logprob.detach(),
+            student_entropy=stats.student_entropy,
+            student_logsumexp=stats.student_logsumexp,
+            teacher_logsumexp=stats.teacher_logsumexp.detach(),
+        )
+
 
 def token_logprobs(
     logits: Tensor,
@@ -94,12 +106,4 @@ def distill_stats(
     stats = RowStats(
         *torch.ops.minillm.row_stats(student_logits, teacher_logits, token_ids, mask, False, *settings).unbind(0)
     )
-    return DistillStats(
-        reverse_kl=stats.reverse_kl,
-        forward_kl=stats.forward_kl,
-        student_logprobs=stats.student_logprob,
-        teacher_logprobs=stats.teacher_logprob.detach(),
-        student_entropy=stats.student_entropy,
-        student_logsumexp=stats.student_logsumexp,
-        teacher_logsumexp=stats.teacher_logsumexp.detach(),
-    )
+    return DistillStats.of(stats)
