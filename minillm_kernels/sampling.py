@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,7 +70,9 @@ def mixed_sample(
     vocab_size = arguments.resolve_vocab_size(vocab_size, student_logits, teacher_logits)
     leading = student_logits.shape[:-1]
     if uniforms is None:
-        source = {} if generator is None else {"generator": generator}  # a None would forbid dynamic shapes
+        source: dict[str, Any] = (
+            {} if generator is None else {"generator": generator}
+        )  # a None would forbid dynamic shapes
         uniforms = torch.rand(*leading, 2, dtype=torch.float64, device=student_logits.device, **source)
     else:
         arguments.check_tensor("uniforms", uniforms)
