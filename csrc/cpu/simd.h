@@ -88,7 +88,7 @@ MINILLM_HD double sum_lanes(F32 a) {
     return r[0];
 }
 
-// 2^x for finite x <= 128, relative error below 1e-7; 0 below -126 (no denormals but where the instruction makes them);
+// 2^x for finite x <= 127, relative error below 1e-7; 0 below -126 (no denormals but where the instruction makes them);
 // NaN for NaN. x = n + r, |r| <= 1/2; 2^r is a minimax polynomial (relative error 2e-9).
 MINILLM_HD F32 exp2_fast(F32 x) {
     const F32 magic(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer and leaves that integer in the low bits
@@ -103,8 +103,9 @@ MINILLM_HD F32 exp2_fast(F32 x) {
 #if defined(__AVX512F__)
     return (FloatVector)_mm512_scalef_ps((__m512)p.v, (__m512)n.v);
 #else
-    const WordVector bits = (WordVector)p.v + ((WordVector)shifted.v << 23);
-    return select(x < F32(-126.0f), F32(0.0f), F32((FloatVector)bits));
+    // p times 2^n, not p with n added to its exponent: that would turn a NaN with low bits set into a number.
+    const WordVector power = ((WordVector)shifted.v << 23) + 0x3f800000;
+    return select(x < F32(-126.0f), F32(0.0f), p * F32((FloatVector)power));
 #endif
 }
 

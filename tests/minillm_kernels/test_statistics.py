@@ -9,7 +9,7 @@ import torch
 from cases import Case
 from tolerance import assert_gradient, assert_values, gradient_terms
 
-from minillm_kernels import distill_stats, token_logprobs
+from minillm_kernels import distill_stats, fused_divergence_loss, mixed_sample, token_logprobs
 
 
 def _weighted_sum(fields: dict, coefficients: torch.Tensor) -> torch.Tensor:
@@ -187,3 +187,15 @@ def test_token_outside_the_support(backend):
 def test_teacher_statistics_carry_no_gradient(backend):
     stats = distill_stats(torch.randn(3, 60, requires_grad=True), torch.randn(3, 60), torch.tensor([0, 1, 2]))
     assert {name for name, field in stats._asdict().items() if field.requires_grad} == set(oracle.DIFFERENTIABLE)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7FFFFFFF, 0x7F800001, 0xFFC00000 - 2**32, -1], ids=hex)
+def test_every_nan_is_shown(implementation, bits):
+    """Whatever its payload and sign: arithmetic on the bits of 2^x must not turn it into a number."""
+    s, t = torch.randn(2, 4111), torch.randn(2, 4111)
+    s[0, 2500] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    logprobs, entropy = token_logprobs(s, torch.tensor([3, 3]), return_entropy=True)
+    sample = mixed_sample(s, t)
+    for value in (logprobs, entropy, sample.student_logprobs, fused_divergence_loss(s, t, "tvd", reduction="none")):
+        assert value.isnan().tolist() == [True, False]
+    assert sample.token_ids[0] == 0
