@@ -114,11 +114,6 @@ def _lowest(s: Tensor, t: Tensor) -> None:
     s[out], t[out] = torch.finfo(s.dtype).min, torch.finfo(t.dtype).min
 
 
-def _student_lowest(s: Tensor, t: Tensor) -> None:
-    """In the student alone: harmless for KL(q || p), and a forward KL of 1e38."""
-    s[_some(s, 0.3)] = torch.finfo(s.dtype).min
-
-
 def _equal(s: Tensor, t: Tensor) -> None:
     t.copy_(s[..., : t.shape[-1]])
 
@@ -130,7 +125,7 @@ def _one_hot(s: Tensor, t: Tensor) -> None:
 
 
 def _peaks_outside(s: Tensor, t: Tensor) -> None:
-    """Each model's largest logit, far above all others, where the other model has -inf; at the start and in the middle."""
+    """Each model's largest logit, far above the rest, where the other model has -inf: at the start, in the middle."""
     for column, (peaked, other) in {0: (s, t), 1: (t, s), 2500: (t, s), 2501: (s, t)}.items():
         if column < peaked.shape[-1]:
             peaked[..., column], other[..., column] = 500, -torch.inf

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+
 from minillm_kernels import available_backends, use_backend
 from minillm_kernels.backends import cpu
 
+
 @pytest.fixture(autouse=True)
 def one_thread(reproducible):
-    """Small tensors on shared cores: waiting for a second thread would take most of the time. The results are the same bits
-    (test_threads.py)."""
+    """Small tensors on shared cores: waiting for a second thread would take most of the time. The results are the same
+    bits (test_threads.py)."""
     torch.set_num_threads(1)
 
 

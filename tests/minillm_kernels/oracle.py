@@ -1,6 +1,6 @@
 """The right answers: each definition written out row by row with log_softmax, differentiated by autograd, in float64.
 
-With dtype=torch.float32 the same functions are what one would write in plain PyTorch; its error is the measure for ours.
+With dtype=torch.float32 they are what one would write in plain PyTorch, whose error is the measure of ours.
 """
 
 import torch
@@ -99,7 +99,7 @@ def divergence(
     vocab_size: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """[...], by name as in fused_divergence_loss; exactly beta = 0 and 1 of "jsd" are the forward and the reverse KL."""
+    """[...], by name as in fused_divergence_loss; exactly beta = 0 and 1 of "jsd" are forward and reverse KL."""
     values = []
     for s, t, columns in _rows(student, teacher, temperature, vocab_size, dtype):
         if len(columns) == 0:
@@ -125,19 +125,19 @@ def _divergence_of(log_q: Tensor, log_p: Tensor, name: str, beta: float) -> Tens
 
 def reduce(values: Tensor, weights: Tensor | None, counts: Tensor | None, reduction: str, normalizer=None) -> Tensor:
     """The reductions' definitions, one row after another. counts: False where the label is ignored."""
-    l = values.flatten()
-    w = torch.ones_like(l) if weights is None else weights.expand(values.shape).flatten().to(l.dtype)
-    c = torch.ones_like(l, dtype=torch.bool) if counts is None else counts.flatten()
-    used = [i for i in range(l.numel()) if c[i] and w[i] != 0]
+    loss = values.flatten()
+    w = torch.ones_like(loss) if weights is None else weights.expand(values.shape).flatten().to(loss.dtype)
+    c = torch.ones_like(loss, dtype=torch.bool) if counts is None else counts.flatten()
+    used = [i for i in range(loss.numel()) if c[i] and w[i] != 0]
     if reduction == "none":
-        terms = [w[i] * l[i] if i in used else l.new_zeros(()) for i in range(l.numel())]
+        terms = [w[i] * loss[i] if i in used else loss.new_zeros(()) for i in range(loss.numel())]
         return torch.stack(terms).reshape(values.shape) if terms else values
-    total = sum((w[i] * l[i] for i in used), l.new_zeros(()))
+    total = sum((w[i] * loss[i] for i in used), loss.new_zeros(()))
     if reduction == "sum":
         return total
     if normalizer is None:
         normalizer = len(used) if reduction == "batchmean" else sum(w[i] for i in used)
-    return total / normalizer if normalizer != 0 else l.new_zeros(())
+    return total / normalizer if normalizer != 0 else loss.new_zeros(())
 
 
 def gradient(scalar: Tensor, leaf: Tensor) -> Tensor:
@@ -148,12 +148,12 @@ def gradient(scalar: Tensor, leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if grad is None else grad
 
 
-def sampling_law(z: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Probabilities [V] of one row in float64: T, then top-k, renormalised, then top-p; whole ties are kept."""
+def log_law(z: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Log-probabilities [V] of one row in float64: T, then top-k, renormalised, then top-p; whole ties are kept."""
     z = z.double() / temperature
     if top_k:
         z = torch.where(_above(z, torch.ones_like(z)) < top_k, z, -torch.inf)
-    return torch.where(_above(z, z.softmax(-1)) < top_p, z, -torch.inf).softmax(-1)
+    return torch.where(_above(z, z.softmax(-1)) < top_p, z, -torch.inf).log_softmax(-1)
 
 
 def _above(z: Tensor, mass: Tensor) -> Tensor:

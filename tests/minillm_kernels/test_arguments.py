@@ -28,9 +28,11 @@ def test_pairs_of_logits(function):
         function(S.numpy(), T)
     with pytest.raises(TypeError, match="teacher_logits must be a tensor, got list"):
         function(S, T.tolist())
-    with pytest.raises(TypeError, match="student_logits must be float32, bfloat16, float16 or float64, got torch.int64"):
+    with pytest.raises(
+        TypeError, match=r"student_logits must be float32, bfloat16, float16 or float64, got torch\.int64"
+    ):
         function(S.long(), T)
-    with pytest.raises(TypeError, match="teacher_logits must be float32.*got torch.float8_e4m3fn"):
+    with pytest.raises(TypeError, match=r"teacher_logits must be float32.*got torch.float8_e4m3fn"):
         function(S, T.to(torch.float8_e4m3fn))
     with pytest.raises(ValueError, match=r"student_logits must be \[..., V\] with V >= 1, got shape \(2, 3, 0\)"):
         function(S[..., :0], T)
@@ -38,7 +40,7 @@ def test_pairs_of_logits(function):
         function(S, torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"student_logits \(2, 3, 60\) and teacher_logits \(3, 2, 60\).*same leading"):
         function(S, T.reshape(3, 2, 60))
-    with pytest.raises(ValueError, match="student_logits has stride 6 in its last dimension.*call .contiguous()"):
+    with pytest.raises(ValueError, match=r"student_logits has stride 6 in its last dimension.*call .contiguous()"):
         function(torch.randn(60, 6).t().unflatten(0, (2, 3)), T)
     with pytest.raises(ValueError, match="teacher_logits has stride 0 in its last dimension"):
         function(S, torch.randn(2, 3, 1).expand(2, 3, 60))
@@ -50,7 +52,7 @@ def test_pairs_of_logits(function):
 def test_logits_of_one_model(function):
     with pytest.raises(TypeError, match="logits must be a tensor, got ndarray"):
         function(S.numpy())
-    with pytest.raises(TypeError, match="logits must be float32, bfloat16, float16 or float64, got torch.int32"):
+    with pytest.raises(TypeError, match=r"logits must be float32, bfloat16, float16 or float64, got torch\.int32"):
         function(S.int())
     with pytest.raises(ValueError, match="has stride 2 in its last dimension"):
         function(torch.randn(2, 3, 120)[..., ::2])
@@ -136,7 +138,9 @@ def test_weights_and_mask(name):
 
 
 def test_names():
-    with pytest.raises(ValueError, match="unknown divergence 'kl': expected one of reverse_kl, forward_kl, jsd, skew_f"):
+    with pytest.raises(
+        ValueError, match="unknown divergence 'kl': expected one of reverse_kl, forward_kl, jsd, skew_f"
+    ):
         fused_divergence_loss(S, T, "kl")
     with pytest.raises(ValueError, match="unknown reduction 'median': expected one of none, sum, mean, batchmean"):
         fused_rkl_loss(S, T, reduction="median")
@@ -145,7 +149,9 @@ def test_names():
 def test_teacher_that_requires_grad():
     for name, function in PAIRS.items():
         if name != "mixed_sample":  # draws constants from constants
-            with pytest.raises(ValueError, match="teacher_logits require a gradient, but the teacher is a constant here"):
+            with pytest.raises(
+                ValueError, match="teacher_logits require a gradient, but the teacher is a constant here"
+            ):
                 function(S, T.clone().requires_grad_())
 
 
@@ -169,7 +175,9 @@ def test_group_is_reserved():
 
 
 def test_sampling_options():
-    with pytest.raises(ValueError, match="alpha = 0.2 samples from the teacher too: pass teacher_logits, or alpha=0"):
+    with pytest.raises(
+        ValueError, match=r"alpha = 0\.2 samples from the teacher too: pass teacher_logits, or alpha=0"
+    ):
         mixed_sample(S, None)
     for top_k in (-1, 2.5):
         with pytest.raises(ValueError, match=rf"top_k must be a whole number >= 0 \(0 = no limit\), got {top_k}"):
@@ -179,14 +187,16 @@ def test_sampling_options():
             mixed_sample(S, T, top_p=top_p)
     with pytest.raises(ValueError, match=r"uniforms must be float64 of shape \(2, 3, 2\), got torch.float32 of shape"):
         mixed_sample(S, T, uniforms=torch.rand(2, 3, 2))
-    with pytest.raises(ValueError, match=r"uniforms must be float64 of shape \(2, 3, 2\), got torch.float64 of shape \(6, 2"):
+    with pytest.raises(
+        ValueError, match=r"uniforms must be float64 of shape \(2, 3, 2\), got torch.float64 of shape \(6, 2"
+    ):
         mixed_sample(S, T, uniforms=torch.rand(6, 2, dtype=torch.float64))
     with pytest.raises(TypeError, match="uniforms must be a tensor, got float"):
         mixed_sample(S, T, uniforms=0.5)
 
 
 def test_rows_of_more_than_two_strides():
-    """(4, 2, 3) rows of which no two dimensions merge: the compiled backend asks for a copy, and none is made silently."""
+    """(4, 2, 3) rows of which no two dimensions merge: the compiled backend asks for a copy instead of making one."""
     base = torch.randn(8, 4, 5, 60)
     s = base[::2, ::2, :3]
     with pytest.raises(ValueError, match=r"at most two strides may describe the rows; call .contiguous\(\) first"):

@@ -62,16 +62,15 @@ def test_backward_runs_where_forward_ran():
 
 
 def test_an_unknown_backend_is_an_error():
-    with pytest.raises(ValueError, match="unknown backend 'gpu': expected one of cpu, reference, cuda, triton"):
-        with use_backend("gpu"):
-            pass
+    expected = "unknown backend 'gpu': expected one of cpu, reference, cuda, triton"
+    with pytest.raises(ValueError, match=expected), use_backend("gpu"):
+        pass
 
 
 @pytest.mark.parametrize("name", [n for n, state in available_backends().items() if state != "ok"])
 def test_an_unavailable_backend_raises_and_never_falls_back(name):
-    with pytest.raises(RuntimeError, match=f"backend '{name}' is not available: "):
-        with use_backend(name):
-            pass
+    with pytest.raises(RuntimeError, match=f"backend '{name}' is not available: "), use_backend(name):
+        pass
 
 
 @needs_core
@@ -103,7 +102,11 @@ def test_a_forced_backend_refuses_what_it_cannot_take():
                 call()
 
 
-RUN = "import torch, minillm_kernels as mk; mk.fused_rkl_loss(torch.randn(2, 9), torch.randn(2, 9)); print(mk.last_backend())"
+RUN = """
+import torch, minillm_kernels as mk
+mk.fused_rkl_loss(torch.randn(2, 9), torch.randn(2, 9))
+print(mk.last_backend())
+"""
 
 
 def test_the_environment_variable_is_use_backend_from_outside():
@@ -114,7 +117,7 @@ def test_the_environment_variable_is_use_backend_from_outside():
 
 @needs_core
 def test_inside_the_environment_variable_use_backend_decides():
-    code = RUN.replace("mk.fused", "c = mk.use_backend('cpu'); c.__enter__(); mk.fused")
+    code = RUN.replace("mk.fused", "c = mk.use_backend('cpu'); c.__enter__()\nmk.fused")
     assert in_a_process(code, MINILLM_KERNELS_BACKEND="reference").stdout.strip() == "cpu"
 
 

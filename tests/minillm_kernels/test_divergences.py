@@ -1,4 +1,4 @@
-"""fused_divergence_loss: all six divergences, their limits in beta, and their gradients, against the float64 oracle."""
+"""fused_divergence_loss: all six divergences, their limits in beta and their gradients, against the float64 oracle."""
 
 from functools import lru_cache
 

@@ -89,7 +89,7 @@ def test_double_backward_is_refused(backend, loss_of):
     s, t = _logits()
     s.requires_grad_()
     (grad,) = torch.autograd.grad(loss_of(s, t), s, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative.*without create_graph=True"):
+    with pytest.raises(RuntimeError, match=r"no second derivative.*without create_graph=True"):
         grad.square().sum().backward()
 
 
@@ -180,7 +180,12 @@ def test_autocast_changes_nothing(backend, dtype):
 
 
 def test_gradient_is_dense_and_like_the_logits(backend):
-    for view in (torch.randn(2, 5, 60)[:, :-1], torch.randn(60), torch.randn(6, 60)[::2], torch.randn(1, 60).expand(3, 60)):
+    for view in (
+        torch.randn(2, 5, 60)[:, :-1],
+        torch.randn(60),
+        torch.randn(6, 60)[::2],
+        torch.randn(1, 60).expand(3, 60),
+    ):
         x = view.detach().requires_grad_()
         grad = oracle.gradient(fused_rkl_loss(x, torch.randn(view.shape)), x)
         assert grad.shape == x.shape and grad.is_contiguous()

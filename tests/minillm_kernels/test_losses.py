@@ -124,7 +124,7 @@ def test_nothing_that_counts_gives_zero(backend, reduction, masks):
 
 @pytest.mark.parametrize("masks", ["labels", "weights"])
 def test_rows_that_do_not_count_are_not_read(implementation, masks):
-    """NaN, +inf and empty rows behind a zero weight: loss 0 and gradient exactly 0, even for an upstream gradient of NaN."""
+    """NaN, +inf and empty rows behind a zero weight: loss and gradient exactly 0, even for NaN from upstream."""
     labels, weights = MASKS[masks]
     kept = (weights != 0) if labels is None else labels != -100
     s, t = torch.randn(2, 3, 4111), torch.randn(2, 3, 4111)

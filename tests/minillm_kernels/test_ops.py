@@ -1,4 +1,4 @@
-"""torch.ops.minillm: schemas, fakes and autograd by torch.library.opcheck; torch.compile, dynamic shapes, vmap, func."""
+"""torch.ops.minillm: schemas, fakes and autograd by torch.library.opcheck; torch.compile, dynamic shapes, vmap."""
 
 import shutil
 
@@ -28,7 +28,17 @@ def _samples(leading, dtype, teacher=True, grad=True):
         "row_stats": (s, t, ids, mask, False, *SETTINGS),
         "row_grad": (s.detach(), t, ids, stats, coefficients, *SETTINGS),
         "row_grad_": (s.detach().clone(), t, ids, stats, coefficients, *SETTINGS),
-        "row_sample": (s.detach(), t, torch.rand(*leading, 2).double(), 0.2 if teacher else 0.0, 1.0, 5, 0.9, 60, "auto"),
+        "row_sample": (
+            s.detach(),
+            t,
+            torch.rand(*leading, 2).double(),
+            0.2 if teacher else 0.0,
+            1.0,
+            5,
+            0.9,
+            60,
+            "auto",
+        ),
     }
     if teacher:
         values = OPS.row_divergence(s.detach(), t, mask, stats, False, "jsd", 0.3, *SETTINGS)
@@ -146,9 +156,7 @@ def test_dynamic_shapes(fresh_compiler, name):
     with torch.compiler.set_stance("fail_on_recompile"):
         for V, rows in ((61, 4), (300, 7), (2050, 3)):
             s, t = Case(V, (rows,)).logits()
-            for a, b in zip(
-                _value_and_gradient(function, s, t), _value_and_gradient(compiled, s, t), strict=True
-            ):
+            for a, b in zip(_value_and_gradient(function, s, t), _value_and_gradient(compiled, s, t), strict=True):
                 assert torch.equal(a, b)
 
 
@@ -167,7 +175,7 @@ def test_a_compiled_graph_sees_use_backend(fresh_compiler):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_vmap_is_refused(name):
     s, t = torch.randn(3, 4, 60), torch.randn(3, 4, 60)
-    with pytest.raises(NotImplementedError, match="vmap over minillm_kernels is not supported.*leading dimensions"):
+    with pytest.raises(NotImplementedError, match=r"vmap over minillm_kernels is not supported.*leading dimensions"):
         torch.func.vmap(FUNCTIONS[name])(s, t)
 
 

@@ -1,4 +1,4 @@
-"""csrc/rowmath and csrc/cpu/simd.h by themselves, compiled by this test: the merge's algebra, 2^x and log2 x, conversions."""
+"""csrc/rowmath and csrc/cpu/simd.h by themselves, compiled here: the merge's algebra, 2^x, log2 x, conversions."""
 
 import ctypes
 import math
@@ -51,9 +51,7 @@ def _processor_has(name: str) -> bool:
     return has
 
 
-
-
-# ---- the merge -------------------------------------------------------------------------------------------------------
+# ---- the merge ------------------------------------------------------------------------------------------------------
 
 
 def state_of(s: torch.Tensor, t: torch.Tensor, T: float) -> torch.Tensor:
@@ -95,7 +93,7 @@ def parts(draw, n: int):
     return sets
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(sets=parts(2), T=temperatures)
 @example(sets=[(torch.zeros(0).double(),) * 2] * 2, T=1.0)
 def test_merge_is_the_state_of_the_union(simd, sets, T):
@@ -104,7 +102,7 @@ def test_merge_is_the_state_of_the_union(simd, sets, T):
     assert_states(merged(simd, a, b, T), state_of(torch.cat([s1, s2]), torch.cat([t1, t2]), T))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(sets=parts(3), T=temperatures)
 def test_merge_is_associative_and_commutative(simd, sets, T):
     a, b, c = (state_of(s, t, T) for s, t in sets)
@@ -116,7 +114,7 @@ def test_merge_is_associative_and_commutative(simd, sets, T):
     assert_states(merge(merge(a, b), c), merge(a, merge(b, c)))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(sets=parts(1), T=temperatures)
 def test_the_empty_state_is_the_identity(simd, sets, T):
     empty = torch.empty(7, dtype=torch.float64)
@@ -143,13 +141,13 @@ def test_a_state_of_nan_is_not_empty(simd):
 
 
 def test_a_part_that_vanishes_adds_nothing(simd):
-    """Maxima of -1e38 and 1e38 (a tile of finfo.min beside ordinary ones): differences that overflow times weights of 0."""
+    """A tile of finfo.min beside ordinary ones: differences of 1e39 times weights of 0."""
     x, low = state_of(torch.randn(4).double(), torch.randn(4).double(), 1.0), torch.full((3,), -3.4e38).double()
     r = merged(simd, state_of(low, low, 1.0), x, 0.1)
     assert torch.equal(r, x)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(sets=parts(1), T=temperatures)
 def test_finish(simd, sets, T):
     """The statistics from the state, against log_softmax; NaN for an empty support."""
@@ -165,12 +163,12 @@ def test_finish(simd, sets, T):
     torch.testing.assert_close(out[4:], expected, rtol=1e-10, atol=1e-10)
 
 
-# ---- the sampler's key and law ---------------------------------------------------------------------------------------
+# ---- the sampler's key and law --------------------------------------------------------------------------------------
 
 ordered = st.floats(width=32, allow_nan=False)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(a=ordered, b=ordered)
 @example(a=-0.0, b=0.0)
 @example(a=math.inf, b=3.4028234663852886e38)
@@ -183,8 +181,8 @@ def test_ordered_key_is_monotone_and_invertible(simd, a, b):
 log_probabilities = st.floats(-100, 0) | st.just(-math.inf)
 
 
-@settings(max_examples=100, deadline=None)
-@given(alpha=st.floats(0, 1), lq=log_probabilities, lp=log_probabilities)
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(alpha=st.floats(1e-6, 1 - 1e-6) | st.sampled_from([0.0, 1.0]), lq=log_probabilities, lp=log_probabilities)
 def test_mixture_logprob(simd, alpha, lq, lp):
     mass = alpha * math.exp(lp) + (1 - alpha) * math.exp(lq)
     expected = math.log(mass) if mass > 0 else -math.inf
@@ -192,7 +190,7 @@ def test_mixture_logprob(simd, alpha, lq, lp):
     assert actual == expected or actual == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
-# ---- simd.h ----------------------------------------------------------------------------------------------------------
+# ---- simd.h ---------------------------------------------------------------------------------------------------------
 
 
 def applied(function, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -204,13 +202,15 @@ def applied(function, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def test_exp2(simd):
-    """2^x from the smallest normal number to 2^127: relative error below 2 units in the last place; below, exactly 0."""
+    """From the smallest normal number to 2^127 within 2 units in the last place; far below, exactly 0."""
     x = torch.cat([torch.linspace(-126, 127, 2_000_001), torch.arange(-126, 128) + 0.5, torch.arange(-126, 128.0)])
     x = x[x <= 127]
     relative = (applied(simd.exp2_of, x, torch.float32).double() / x.double().exp2() - 1).abs()
     assert relative.max() < 2 * 2**-23
     assert relative.mean() < 0.5 * 2**-23
-    assert (applied(simd.exp2_of, torch.arange(-126.0, 127.0), torch.float32) == torch.arange(-126.0, 127.0).exp2()).all()
+    assert (
+        applied(simd.exp2_of, torch.arange(-126.0, 127.0), torch.float32) == torch.arange(-126.0, 127.0).exp2()
+    ).all()
     low = torch.cat([-torch.logspace(math.log10(151), 38, 1000), torch.tensor([-3.4028235e38])])
     assert (applied(simd.exp2_of, low, torch.float32) == 0).all()
     between = torch.linspace(-151, -126.001, 1000)  # denormals, or 0 where they cost time
@@ -223,7 +223,7 @@ def test_exp2_of_nan(simd):
 
 
 def test_log2(simd):
-    """Over all normal numbers: absolute error below 2e-7 near 1, relative error below 2 units in the last place elsewhere."""
+    """Over all normal numbers: an absolute error of 2e-7 and a relative one of 2 units in the last place."""
     exponents = torch.randint(-126, 128, (1_000_000,)).float()
     x = torch.cat([(1 + torch.rand(1_000_000)) * exponents.exp2(), 1 + 0.5 * torch.randn(1_000_000)])
     x = x[(x >= 2.0**-126) & x.isfinite()]
@@ -244,8 +244,8 @@ def test_widening_is_exact_for_all_65536_values(simd, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrowing_rounds_to_nearest_even(simd, dtype):
-    """As torch does: random numbers of every magnitude, every midpoint between two neighbours and the numbers beside it,
-    overflow, denormals, zeros with their sign, infinities."""
+    """As torch does: numbers of every magnitude, every midpoint of two neighbours and the numbers beside it, overflow,
+    denormals, zeros with their sign, infinities."""
     values = torch.arange(0, 32768).to(torch.int16).view(dtype).float()
     values = values[values.isfinite()]
     middle = (values[1:].double() + values[:-1].double()).div(2).float()

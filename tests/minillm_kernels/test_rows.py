@@ -66,7 +66,7 @@ def test_no_copy_is_made_of_strided_logits(core):
 
 
 def _far_apart(rows: int, V: int, gap: int) -> torch.Tensor:
-    """[rows, V] bf16, `gap` elements from row to row. Only the rows are written, so little of the memory is ever committed."""
+    """[rows, V] bf16, `gap` elements from row to row. Only the rows are written, and so committed."""
     try:
         storage = torch.empty((rows - 1) * gap + V, dtype=BF16)
     except RuntimeError as error:

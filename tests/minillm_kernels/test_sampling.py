@@ -1,4 +1,4 @@
-"""mixed_sample: the law of its tokens, by chi-square and by the inverse CDF itself; log-probabilities, filters, edges."""
+"""mixed_sample: the law of its tokens, by chi-square and by the inverse CDF; log-probabilities, filters, edges."""
 
 import math
 
@@ -41,10 +41,10 @@ def _rows(V: int, dtype=FP32, pattern: str = "finite", teacher_V: int | None = N
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_goodness_of_fit(alpha, setting):
-    """With 400 000 draws a token of probability 1e-4 has 40. Each half of the composition is tested against its own model."""
+    """With 400 000 draws a token of probability 1e-4 has 40. Each part of the mixture has its own model's law."""
     draws = 400_000 if setting in ("plain", "T0.7", "T3") else 50_000
     s, t = _rows(257)
-    q, p = (oracle.sampling_law(z, **SETTINGS[setting]) for z in (s, t))
+    q, p = (oracle.log_law(z, **SETTINGS[setting]).exp() for z in (s, t))
     mixture = alpha * p + (1 - alpha) * q
     assert setting != "plain" or (mixture < 2e-4).sum() > 10
     x = mixed_sample(s.expand(draws, -1), t.expand(draws, -1), alpha, **SETTINGS[setting])
@@ -61,7 +61,7 @@ def test_goodness_of_fit(alpha, setting):
 def test_goodness_of_fit_of_other_rows(dtype, pattern):
     """Unequal heads and types, and -inf: a column is removed from one model alone, so the mixture keeps it."""
     s, t = _rows(257, dtype, pattern, teacher_V=300)
-    q, p = oracle.sampling_law(s), oracle.sampling_law(t[:257])
+    q, p = oracle.log_law(s).exp(), oracle.log_law(t[:257]).exp()
     assert pattern == "finite" or ((q == 0) & (p > 0)).any()
     x = mixed_sample(s.expand(200_000, -1), t.expand(200_000, -1), 0.4)
     assert _chi_square(x.token_ids, 0.4 * p + 0.6 * q) > 1e-3
@@ -69,7 +69,7 @@ def test_goodness_of_fit_of_other_rows(dtype, pattern):
 
 def test_chi_square_sees_a_wrong_law():
     """The test of the test: a law that is 2 % off in its rarer half, or that never draws tokens below 1e-4."""
-    law = oracle.sampling_law(_rows(257)[0])
+    law = oracle.log_law(_rows(257)[0]).exp()
     biased = torch.where(law < law.median(), 1.1 * law, law)
     cut = torch.where(law < 1e-4, 0, law)
     for wrong in (biased, cut):
@@ -81,9 +81,9 @@ def test_chi_square_sees_a_wrong_law():
 @pytest.mark.parametrize("pattern", ["finite", "both_inf", "tiles_inf"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=NAMES.get)
 def test_inverse_cdf(implementation, setting, pattern, dtype):
-    """The uniform in the middle of a token's share of [0, 1) draws that token, whatever the tiles; so from both models."""
+    """The uniform in the middle of a token's share of [0, 1) draws it, whatever the tiles, from either model."""
     s, t = _rows(4500, dtype, pattern)
-    q, p = (oracle.sampling_law(z, **SETTINGS[setting]) for z in (s, t))
+    q, p = (oracle.log_law(z, **SETTINGS[setting]).exp() for z in (s, t))
     for law, coin in ((q, 0.5), (p, 0.1)):
         tokens = (law > 1e-5).nonzero().squeeze(-1)[:: 1 + len(law) // 600]
         middle = (law.cumsum(0) - law / 2)[tokens]
@@ -113,7 +113,7 @@ def test_the_coin(implementation):
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=NAMES.get)
 def test_backends_draw_the_same_tokens(implementation, setting, dtype):
-    """Unless the uniform lies within 1e-5 of the boundary between two tokens, where fp32 weights may decide otherwise."""
+    """Unless the uniform lies within 1e-5 of the boundary of two tokens, where fp32 weights may decide otherwise."""
     s, t = Case(2500, (40,), dtype, BF16).logits()
     uniforms = torch.rand(40, 2, dtype=torch.float64)
     with use_backend("reference"):
@@ -121,7 +121,7 @@ def test_backends_draw_the_same_tokens(implementation, setting, dtype):
     x = mixed_sample(s, t, 0.4, uniforms=uniforms, **SETTINGS[setting])
     assert torch.equal(x.from_teacher, right.from_teacher)
     for i in (x.token_ids != right.token_ids).nonzero().squeeze(-1).tolist():
-        cumulative = oracle.sampling_law(t[i] if x.from_teacher[i] else s[i], **SETTINGS[setting]).cumsum(0)
+        cumulative = oracle.log_law(t[i] if x.from_teacher[i] else s[i], **SETTINGS[setting]).exp().cumsum(0)
         assert (cumulative - uniforms[i, 1]).abs().min() < 1e-5
     same = x.token_ids == right.token_ids
     assert same.sum() >= 38
@@ -139,7 +139,7 @@ def test_a_token_is_never_one_of_probability_zero(implementation, pattern, setti
     edges = torch.tensor([0.0, 2**-53, 0.25, 0.5, 1 - 2**-30, 1 - 2**-53], dtype=torch.float64)
     uniforms = torch.cartesian_prod(torch.tensor([0.0, 0.9], dtype=torch.float64), edges)
     x = mixed_sample(s.expand(12, -1), t.expand(12, -1), 0.5, uniforms=uniforms, **SETTINGS[setting])
-    q, p = (oracle.sampling_law(z, **SETTINGS[setting]) for z in (s, t))
+    q, p = (oracle.log_law(z, **SETTINGS[setting]).exp() for z in (s, t))
     for token, teacher, u in zip(x.token_ids, x.from_teacher, uniforms[:, 1], strict=True):
         law = p if teacher else q
         assert law[token] > 0
@@ -182,7 +182,7 @@ def test_temperature_zero_may_take_neither_models_favourite(implementation):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("setting", ["plain", "top-k", "top-p"])
 def test_rows_that_cannot_be_drawn_from(implementation, temperature, setting):
-    """NaN, +inf, or no column left, in one of the models: token 0, NaN, not from the teacher; the next row is not touched."""
+    """NaN, +inf, or no column left, in one of the models: token 0, NaN, not from the teacher; other rows as ever."""
     s, t = torch.randn(8, 4500), torch.randn(8, 4500)
     s[0, 4400], t[1, 3], s[2, 0], t[3, 2050] = torch.nan, torch.nan, torch.inf, torch.inf
     s[4], t[5], s[6] = -torch.inf, -torch.inf, torch.nan
@@ -196,7 +196,14 @@ def test_rows_that_cannot_be_drawn_from(implementation, temperature, setting):
 def test_ties_at_the_top_k_cut_are_kept(implementation):
     z = torch.tensor([1.0, 2.0, 3.0, 2.0, 2.0, -5.0]).expand(600, -1)
     grid = torch.stack([torch.zeros(600).double(), torch.arange(600).double() / 600], -1)
-    for top_k, kept in ((1, [2]), (2, [1, 2, 3, 4]), (4, [1, 2, 3, 4]), (5, [0, 1, 2, 3, 4]), (6, range(6)), (99, range(6))):
+    for top_k, kept in (
+        (1, [2]),
+        (2, [1, 2, 3, 4]),
+        (4, [1, 2, 3, 4]),
+        (5, [0, 1, 2, 3, 4]),
+        (6, range(6)),
+        (99, range(6)),
+    ):
         tokens = mixed_sample(z, None, 0.0, top_k=top_k, uniforms=grid).token_ids
         assert set(tokens.tolist()) == set(kept) - {5 if top_k >= 6 else None}  # 5: below 1/600
     zeros = torch.tensor([-1.0, -0.0, 0.0, -0.0]).expand(600, -1)  # 0.0 and -0.0 are a tie
@@ -206,7 +213,14 @@ def test_ties_at_the_top_k_cut_are_kept(implementation):
 def test_top_p_keeps_while_the_mass_strictly_before_is_below_it(implementation):
     z = torch.tensor([0.2, 0.5, 0.3]).log().expand(300, -1)
     grid = torch.stack([torch.zeros(300).double(), torch.arange(300).double() / 300], -1)
-    for top_p, kept in ((1e-9, [1]), (0.499, [1]), (0.501, [1, 2]), (0.799, [1, 2]), (0.801, [0, 1, 2]), (1.0, [0, 1, 2])):
+    for top_p, kept in (
+        (1e-9, [1]),
+        (0.499, [1]),
+        (0.501, [1, 2]),
+        (0.799, [1, 2]),
+        (0.801, [0, 1, 2]),
+        (1.0, [0, 1, 2]),
+    ):
         x = mixed_sample(z, None, 0.0, top_p=top_p, uniforms=grid)
         assert set(x.token_ids.tolist()) == set(kept)
         total = torch.tensor([0.2, 0.5, 0.3])[kept].sum()
@@ -216,7 +230,7 @@ def test_top_p_keeps_while_the_mass_strictly_before_is_below_it(implementation):
 
 
 def test_filters_act_on_each_model_before_mixing(implementation):
-    """A token that only the teacher's filter keeps: student log-probability -inf, mixture that of the teacher's share."""
+    """A token that only the teacher's filter keeps: -inf under the student, the teacher's share under the mixture."""
     s, t = torch.tensor([[4.0, 1.0, 0.0]]), torch.tensor([[0.0, 1.0, 4.0]])
     x = mixed_sample(s, t, 0.25, top_k=1, uniforms=torch.tensor([[0.1, 0.5]], dtype=torch.float64))
     assert x.token_ids.tolist() == [2] and x.from_teacher.tolist() == [True]

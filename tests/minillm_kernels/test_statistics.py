@@ -1,4 +1,4 @@
-"""token_logprobs and distill_stats against the float64 oracle: every statistic and one gradient of all of them together."""
+"""token_logprobs and distill_stats against the float64 oracle: every statistic, and one gradient of all together."""
 
 from functools import lru_cache
 
@@ -61,7 +61,7 @@ def single_answer(case: Case):
     return [x.detach() for x in truth], plain, oracle.gradient(total, leaf), terms
 
 
-SINGLE = [c for c in cases.ALL if c.teacher_V is None and c.teacher == c.student or c.pattern != "finite"]
+SINGLE = [c for c in cases.ALL if (c.teacher_V is None and c.teacher == c.student) or c.pattern != "finite"]
 
 
 @pytest.mark.parametrize("case", SINGLE, ids=str)

@@ -13,7 +13,12 @@ from processes import in_a_process
 import minillm_kernels as mk
 
 # Rows split over columns (1, 3), one unit a row (70); above 32768 elements, so that threads are used at all.
-SHAPES = [Case(151936, (1,), BF16), Case(50257, (3,)), Case(2065, (70,), FP16, BF16), Case(6161, (5,), pattern="both_inf")]
+SHAPES = [
+    Case(151936, (1,), BF16),
+    Case(50257, (3,)),
+    Case(2065, (70,), FP16, BF16),
+    Case(6161, (5,), pattern="both_inf"),
+]
 
 
 def _everything(case: Case):
@@ -86,7 +91,7 @@ POOL = """
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_one_thread_pool(core):
-    """The kernels' threads are torch's: one OpenMP library is mapped, and no thread is added to those that torch started."""
+    """The kernels' threads are torch's: one OpenMP library is mapped, and no thread is added to those of torch."""
     result = in_a_process(textwrap.dedent(POOL))
     assert result.returncode == 0, result.stderr
     before, after, libraries, names = result.stdout.strip().split(" ", 3)
@@ -95,7 +100,7 @@ def test_one_thread_pool(core):
 
 
 def test_threads_are_used(core):
-    """Two threads work on a call of two threads: the process's CPU time on both exceeds that of the calling thread alone."""
+    """The process's CPU time exceeds that of the calling thread alone."""
     torch.set_num_threads(2)
     s, t = torch.randn(64, 50257), torch.randn(64, 50257)
     mk.fused_rkl_loss(s, t)
