@@ -22,8 +22,8 @@ def error(actual: Tensor, truth: Tensor) -> Tensor:
 def assert_values(actual: Tensor, truth: Tensor, plain: Tensor | None = None, what: str = "") -> None:
     """At most 3e-6 (1 + |value|), and 4 times the worst error of the formula in plain fp32 plus 5 roundings.
 
-    The second bound is for logits without a pattern, plain=None for others: where equal terms are added, roundings do not
-    cancel, and torch's sum is a tree.
+    The second bound is for logits without a pattern. plain=None for others: where equal terms are added, roundings do
+    not cancel, and torch's sum is a tree.
     """
     assert actual.shape == truth.shape, what
     ours = error(actual, truth)
