@@ -98,6 +98,13 @@ def test_inverse_cdf(implementation, setting, pattern, dtype):
         assert (error(x.mixture_logprobs, mixture) < 3e-6).all()
 
 
+def test_a_uniform_on_a_boundary_draws_the_token_after_it(implementation):
+    """The first whose cumulative probability exceeds it: 4096 equal tokens in two tiles, where all sums are exact."""
+    tokens = torch.tensor([0, 1, 2047, 2048, 2049, 4095])
+    uniforms = torch.stack([torch.zeros(6), tokens / 4096], -1).double()
+    assert torch.equal(mixed_sample(torch.zeros(6, 4096), None, 0.0, uniforms=uniforms).token_ids, tokens)
+
+
 def test_the_coin(implementation):
     """Teacher iff the first uniform is below alpha."""
     s, t = torch.randn(4, 60), torch.randn(4, 60)
