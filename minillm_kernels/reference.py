@@ -238,17 +238,19 @@ def row_sample(
     greedy = temperature == 0
     models = [student] if teacher is None else [student, teacher]
     scaled = [m[..., :vocab_size].double() / (1.0 if greedy else temperature) for m in models]
-    log_laws = torch.stack([_filtered(z, top_k, top_p).log_softmax(-1) for z in scaled])  # [models, ..., V]
+    kept = torch.stack([_filtered(z, top_k, top_p) for z in scaled])  # [models, ..., V]
+    log_laws = kept.log_softmax(-1)
     undrawable = log_laws.isnan().any(-1).any(0)  # NaN, +inf, or no column left: then the whole row is NaN
-    laws = log_laws.exp()
     if greedy:
+        laws = log_laws.exp()
         law = laws[0] if teacher is None else alpha * laws[1] + (1 - alpha) * laws[0]
         only = scaled[0] if teacher is None or alpha == 0 else scaled[1] if alpha == 1 else law
         token_ids = only.argmax(-1)
         from_teacher = torch.zeros_like(undrawable)
     else:
         from_teacher = uniforms[..., 0] < alpha
-        law = laws[0] if teacher is None else torch.where(from_teacher.unsqueeze(-1), laws[1], laws[0])
+        weights = (kept - kept.amax(-1, keepdim=True)).exp()  # relative to the maximum: equal logits have exact sums
+        law = weights[0] if teacher is None else torch.where(from_teacher.unsqueeze(-1), weights[1], weights[0])
         cumulative = law.cumsum(-1)
         exceeds = (cumulative > uniforms[..., 1:] * cumulative[..., -1:]) & (law > 0)
         last_possible = law.shape[-1] - 1 - (law > 0).flip(-1).to(torch.uint8).argmax(-1)
