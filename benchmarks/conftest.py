@@ -57,12 +57,12 @@ class Measure:
         benchmark.group = group
 
     def __call__(
-        self, fn: Callable[..., object], *, tensors: float = 0, setup: Callable | None = None, **info
+        self, fn: Callable, *, tensors: float = 0, setup: Callable | None = None, rounds: int = ROUNDS, **info
     ) -> None:
         """tensors: how many times the logits' size the call must at least read and write."""
         call = (lambda: fn(*setup()[0])) if setup else fn
         peak = extra_peak_bytes(call)
-        self.benchmark.pedantic(fn, setup=setup, rounds=ROUNDS, warmup_rounds=WARMUP)
+        self.benchmark.pedantic(fn, setup=setup, rounds=rounds, warmup_rounds=min(WARMUP, rounds // 2))
         rows, columns = self.shape
         size = rows * columns * torch.empty((), dtype=self.dtype).element_size()
         extra = self.benchmark.extra_info

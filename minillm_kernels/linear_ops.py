@@ -277,8 +277,13 @@ def _loss_context(ctx, inputs, output) -> None:
 
 
 def _loss_backward(ctx, grad_loss, *_ignored):
-    """The gradients are there already: scaled by what arrives."""
-    return _head_gradients(ctx, tuple(g * grad_loss.to(g.dtype) for g in ctx.saved_tensors), ctx.n_inputs)
+    """The gradients are there already. Scaled in place, since the weight's is as large as the weight: a second backward
+    pass is refused by their version counter. While a graph is traced, out of place, which the compiler may undo."""
+    scaled = []
+    for g in ctx.saved_tensors:
+        scale = grad_loss.to(g.dtype)
+        scaled.append(g.mul_(scale) if type(g) is Tensor else g * scale)
+    return _head_gradients(ctx, tuple(scaled), ctx.n_inputs)
 
 
 for _name, _backward, _context in (

@@ -55,7 +55,7 @@ static void divergence_grad_span(const DivergenceGradArgs& a, const Span& span) 
             (scale * term.q * (term.slope - mean_slope)).store(out.x + i);
         });
         clear_outside(s, t, n, out);
-        store_tile(a.grad, span.row, begin, n, out);
+        store_tile(a.grad, span.row, begin, n, out, false);
     }
 }
 

@@ -7,13 +7,13 @@
 
 namespace minillm::cpu::MINILLM_ISA {
 
-enum class Needs { student, pair, pair_and_p };
+enum class Needs { student, simple_pair, pair };
 
 template <Needs NEEDS>
 MINILLM_HD F32 gradient(const GradientRow<float>& g, F32 s, F32 t) {
     if constexpr (NEEDS == Needs::student) return g.of_student(s);
-    if constexpr (NEEDS == Needs::pair) return g.of_pair(s, t);
-    return g.of_pair_and_p(s, t);
+    if constexpr (NEEDS == Needs::simple_pair) return g.of_pair_simple(s, t);
+    return g.of_pair(s, t);
 }
 
 // n columns, a multiple of the register. False: something is not finite, and the masked loop must do it.
@@ -28,7 +28,7 @@ static bool plain_gradient(const GradientRow<float>& g, const char* student, con
         const F32 x = gradient<NEEDS>(g, s, t);
         finite_so_far += F32(0.0f) * x;
         // Where the student alone is -inf, q = 0 hides it from x, but p is not 0.
-        if constexpr (NEEDS == Needs::pair_and_p) finite_so_far += F32(0.0f) * s;
+        if constexpr (NEEDS == Needs::pair) finite_so_far += F32(0.0f) * s;
         x.store(out.x + i);
     }
     return sum_lanes(finite_so_far) == 0.0;
@@ -62,22 +62,23 @@ static void grad_span(const GradArgs& a, const Span& span, const GradientRow<flo
             clear_outside(s, t, n, out);
         }
     };
-    const auto finish = [&](int64_t begin, int64_t n) {
+    const auto finish = [&](int64_t begin, int64_t n, bool finite) {
         if (a.token_ids != nullptr) {
             const int64_t y = a.token_ids[span.row] - begin;
             if (0 <= y && y < n) out.x[y] += g.ky;
         }
-        store_tile(a.grad, span.row, begin, n, out);
+        store_tile(a.grad, span.row, begin, n, out, finite);
     };
     for (int64_t tile = span.first_tile; tile < span.last_tile; ++tile) {
         const int64_t begin = tile * TILE, n = a.V - begin < TILE ? a.V - begin : TILE, whole = n / LANES * LANES;
         if (whole > 0) {
-            if (!plain(begin, whole)) masked(begin, whole);
-            finish(begin, whole);
+            const bool finite = plain(begin, whole);
+            if (!finite) masked(begin, whole);
+            finish(begin, whole, finite);
         }
         if (whole < n) {
             masked(begin + whole, n - whole);
-            finish(begin + whole, n - whole);
+            finish(begin + whole, n - whole, false);
         }
     }
 }
@@ -92,10 +93,10 @@ void row_grad(const GradArgs& a) {
         const auto g = GradientRow<float>::make(stat, coef, float(a.inv_T));
         if (!a.teacher)
             grad_span<Needs::student>(a, span, g);
-        else if (g.kp == 0.0f)
-            grad_span<Needs::pair>(a, span, g);
+        else if (g.is_simple())
+            grad_span<Needs::simple_pair>(a, span, g);
         else
-            grad_span<Needs::pair_and_p>(a, span, g);
+            grad_span<Needs::pair>(a, span, g);
         return true;
     });
 }

@@ -26,7 +26,7 @@ static RowState<double> summed(const Origins& o, const PairSums<F32>& x) {
     return RowState<double>::of(o.s, o.t, sums);
 }
 
-// n columns, a multiple of the register. False: the masked loop must do it.
+// n columns, a multiple of two registers. False: the masked loop must do it.
 template <DType S, DType T>
 static bool plain_pair(const char* student, const char* teacher, int64_t n, float scale, Origins& o, RowState<double>& out) {
     const F32 k(scale);
@@ -34,11 +34,20 @@ static bool plain_pair(const char* student, const char* teacher, int64_t n, floa
         const F32 ms(o.s), mt(o.t);
         F32 top_s = ms, top_t = mt;
         PairSums<F32> sums = {};
-        for (int64_t i = 0; i < n; i += LANES) {
-            const F32 a = load<S>(student, i), b = load<T>(teacher, i);
+        const auto add = [&](F32 a, F32 b) {
             top_s = max_of(a, top_s);
             top_t = max_of(b, top_t);
             sums.add((a - ms) * k, (b - mt) * k);
+        };
+        for (int64_t i = 0; i < n; i += 2 * LANES) {
+            if constexpr (S == T) {
+                const Two s = load_two<S>(student, i), t = load_two<T>(teacher, i);
+                add(s.a, t.a);
+                add(s.b, t.b);
+            } else {
+                add(load<S>(student, i), load<T>(teacher, i));
+                add(load<S>(student, i + LANES), load<T>(teacher, i + LANES));
+            }
         }
         const Origins top = {max_lane(top_s), max_lane(top_t)};
         if (!(top.s < INFINITY && top.t < INFINITY)) return false;
@@ -57,10 +66,11 @@ static bool plain_student(const char* student, int64_t n, float scale, Origins& 
         const F32 ms(o.s);
         F32 top = ms;
         PairSums<F32> sums = {};
-        for (int64_t i = 0; i < n; i += LANES) {
-            const F32 a = load<S>(student, i);
-            top = max_of(a, top);
-            sums.add_student((a - ms) * k);
+        for (int64_t i = 0; i < n; i += 2 * LANES) {
+            const Two s = load_two<S>(student, i);
+            top = max_of(s.b, max_of(s.a, top));
+            sums.add_student((s.a - ms) * k);
+            sums.add_student((s.b - ms) * k);
         }
         const float max = max_lane(top);
         if (!(max < INFINITY)) return false;
@@ -114,7 +124,7 @@ static RowState<double> span_state(const StatsArgs& a, const Span& span) {
     RowState<double> state = RowState<double>::empty(), part;
     const int64_t end = span.last_tile * TILE < a.V ? span.last_tile * TILE : a.V;
     for (int64_t begin = first; begin < end; begin += RUN) {
-        const int64_t n = end - begin < RUN ? end - begin : RUN, whole = n / LANES * LANES;
+        const int64_t n = end - begin < RUN ? end - begin : RUN, whole = n / (2 * LANES) * (2 * LANES);
         if (whole > 0) {
             if (!plain(begin, whole, part)) {
                 part = masked(begin, whole);

@@ -88,24 +88,47 @@ MINILLM_HD double sum_lanes(F32 a) {
     return r[0];
 }
 
-// 2^x for finite x <= 127, relative error below 1e-7; 0 below -126 (no denormals but where the instruction makes them);
-// NaN for NaN. x = n + r, |r| <= 1/2; 2^r is a minimax polynomial (relative error 2e-9).
+// 2^x for finite x <= 127, relative error below 1.5e-7; 0 below -126 (no denormals but where the instruction makes them);
+// NaN for NaN. x = n + r with n rounded to the nearest STEP: 2^x = 2^floor(n) 2^(n - floor(n)) 2^r, the middle factor from
+// a table in a register, the last a minimax polynomial. A table of one entry (STEP = 1) where there is no permutation.
+#if defined(__AVX512F__)
+constexpr int STEPS_LOG2 = 4;
+#elif defined(__AVX2__)
+constexpr int STEPS_LOG2 = 3;
+#else
+constexpr int STEPS_LOG2 = 0;
+#endif
+
 MINILLM_HD F32 exp2_fast(F32 x) {
-    const F32 magic(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer and leaves that integer in the low bits
+    // Adding 1.5 * 2^(23 - STEPS_LOG2) rounds to a multiple of the step and leaves n / step in the low bits.
+    const F32 magic(float(3 << (22 - STEPS_LOG2)));
     const F32 shifted = x + magic;
     const F32 n = shifted - magic, r = x - n;
-    F32 p = F32(1.53456960e-4f) * r + F32(1.34000636e-3f);
-    p = p * r + F32(9.61849000e-3f);
-    p = p * r + F32(5.55032827e-2f);
-    p = p * r + F32(2.40226462e-1f);
-    p = p * r + F32(6.93147182e-1f);
-    p = p * r + F32(1.0f);
 #if defined(__AVX512F__)
-    return (FloatVector)_mm512_scalef_ps((__m512)p.v, (__m512)n.v);
+    const __m512 table = _mm512_set_ps(1.91520656f, 1.83400810f, 1.75625217f, 1.68179286f, 1.61049032f, 1.54221082f,
+                                       1.47682619f, 1.41421354f, 1.35425556f, 1.29683959f, 1.24185777f, 1.18920708f,
+                                       1.13878870f, 1.09050775f, 1.04427373f, 1.0f);
+    const F32 root = (FloatVector)_mm512_permutexvar_ps((__m512i)shifted.v, table);
+    const F32 p = (F32(5.55021316e-2f) * r + F32(2.40234300e-1f)) * r + F32(6.93147182e-1f);
+    return (FloatVector)_mm512_scalef_ps((__m512)(root * r * p + root).v, (__m512)n.v);
 #else
-    // p times 2^n, not p with n added to its exponent: that would turn a NaN with low bits set into a number.
-    const WordVector power = ((WordVector)shifted.v << 23) + 0x3f800000;
-    return select(x < F32(-126.0f), F32(0.0f), p * F32((FloatVector)power));
+#if defined(__AVX2__)
+    const __m256 table = _mm256_set_ps(1.83400810f, 1.68179286f, 1.54221082f, 1.41421354f, 1.29683959f, 1.18920708f,
+                                       1.09050775f, 1.0f);
+    const F32 root = (FloatVector)_mm256_permutevar8x32_ps(table, (__m256i)shifted.v);
+    const F32 p = (F32(5.54962046e-2f) * r + F32(2.40257695e-1f)) * r + F32(6.93147242e-1f);
+    const F32 e = root * r * p + root;
+#else
+    F32 e = F32(1.53456960e-4f) * r + F32(1.34000636e-3f);
+    e = e * r + F32(9.61849000e-3f);
+    e = e * r + F32(5.55032827e-2f);
+    e = e * r + F32(2.40226462e-1f);
+    e = e * r + F32(6.93147182e-1f);
+    e = e * r + F32(1.0f);
+#endif
+    // times 2^n, not with n added to the exponent: that would turn a NaN with low bits set into a number.
+    const WordVector power = (((WordVector)shifted.v >> STEPS_LOG2) << 23) + 0x3f800000;
+    return select(x < F32(-126.0f), F32(0.0f), e * F32((FloatVector)power));
 #endif
 }
 
@@ -130,12 +153,13 @@ MINILLM_HD F32 widen_bf16(const uint16_t* p) {
     memcpy(&h, p, sizeof h);
     return (FloatVector)(__builtin_convertvector(h, WordVector) << 16);
 }
-MINILLM_HD void narrow_bf16(F32 x, uint16_t* p) {  // to nearest, ties to even; NaN stays NaN
+// To nearest, ties to even. NaN stays NaN, which only matters where the caller does not know all to be finite.
+MINILLM_HD void narrow_bf16(F32 x, uint16_t* p, bool finite) {
     const WordVector w = (WordVector)x.v;
-    const WordVector rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-    const WordVector quiet = (w >> 16) | 0x40;
-    const HalfVector h = __builtin_convertvector((x == x) ? rounded : quiet, HalfVector);
-    memcpy(p, &h, sizeof h);
+    WordVector h = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
+    if (!finite) h = (x == x) ? h : ((w >> 16) | 0x40);
+    const HalfVector narrow = __builtin_convertvector(h, HalfVector);
+    memcpy(p, &narrow, sizeof narrow);
 }
 
 #if defined(__AVX512F__)

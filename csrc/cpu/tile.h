@@ -49,6 +49,21 @@ MINILLM_HD F32 load(const char* row, int64_t i) {
     if constexpr (D == DType::bf16) return widen_bf16(p);
     return widen_fp16(p);
 }
+// Columns i to i + 2 LANES in two registers; in any order, which is the same for all rows of that type: a word of two bf16
+// numbers is one shift and one mask.
+struct Two {
+    F32 a, b;
+};
+template <DType D>
+MINILLM_HD Two load_two(const char* row, int64_t i) {
+    if constexpr (D == DType::bf16) {
+        WordVector w;
+        memcpy(&w, row + i * 2, sizeof w);
+        return {F32((FloatVector)(w << 16)), F32((FloatVector)(w & 0xffff0000u))};
+    }
+    return {load<D>(row, i), load<D>(row, i + LANES)};
+}
+
 template <DType D>
 using TypeTag = Constant<DType, D>;
 
@@ -87,21 +102,24 @@ static inline const float* widen_tile(const Rows& rows, int64_t row, int64_t beg
 }
 
 // The inverse: writes n columns of a row from `begin` on.
-static inline void store_tile(const Rows& rows, int64_t row, int64_t begin, int64_t n, const Scratch& scratch) {
+static inline void store_tile(const Rows& rows, int64_t row, int64_t begin, int64_t n, const Scratch& scratch,
+                              bool finite) {
     if (rows.dtype == DType::fp32) {
         memcpy(reinterpret_cast<float*>(rows.row(row)) + begin, scratch.x, n * sizeof(float));
         return;
     }
     uint16_t* p = reinterpret_cast<uint16_t*>(rows.row(row)) + begin;
     const int64_t whole = n / LANES * LANES;
-    if (rows.dtype == DType::bf16)
-        for (int64_t i = 0; i < whole; i += LANES) narrow_bf16(F32::load(scratch.x + i), p + i);
+    if (rows.dtype == DType::bf16 && finite)
+        for (int64_t i = 0; i < whole; i += LANES) narrow_bf16(F32::load(scratch.x + i), p + i, true);
+    else if (rows.dtype == DType::bf16)
+        for (int64_t i = 0; i < whole; i += LANES) narrow_bf16(F32::load(scratch.x + i), p + i, false);
     else
         for (int64_t i = 0; i < whole; i += LANES) narrow_fp16(F32::load(scratch.x + i), p + i);
     if (whole < n) {
         uint16_t tail[LANES];
         const F32 x = F32::load(scratch.x + whole);
-        rows.dtype == DType::bf16 ? narrow_bf16(x, tail) : narrow_fp16(x, tail);
+        rows.dtype == DType::bf16 ? narrow_bf16(x, tail, false) : narrow_fp16(x, tail);
         memcpy(p + whole, tail, (n - whole) * sizeof(uint16_t));
     }
 }

@@ -52,14 +52,18 @@ struct GradientRow {
         const F q = exp2_fast(s - F(log2Zs));
         return select(q == F(0.0f), q, q * (F(ks) * s + F(k1)));
     }
+    // Where neither the entropy nor the forward KL has a coefficient: one exponential, two multiplications.
+    MINILLM_HD bool is_simple() const { return ks == R(0) && kp == R(0); }
+    template <class F>
+    MINILLM_HD F of_pair_simple(F s, F t) const {
+        const F q = exp2_fast(s - F(log2Zs));
+        return select(q == F(0.0f), q, q * (F(kd) * (s - t) + F(k1)));
+    }
     template <class F>
     MINILLM_HD F of_pair(F s, F t) const {
         const F q = exp2_fast(s - F(log2Zs));
-        return select(q == F(0.0f), q, q * (F(kd) * (s - t) + F(ks) * s + F(k1)));
-    }
-    template <class F>
-    MINILLM_HD F of_pair_and_p(F s, F t) const {
-        return of_pair(s, t) - F(kp) * exp2_fast(t - F(log2Zt));
+        const F of_q = select(q == F(0.0f), q, q * (F(kd) * (s - t) + F(ks) * s + F(k1)));
+        return of_q - F(kp) * exp2_fast(t - F(log2Zt));
     }
 };
 
