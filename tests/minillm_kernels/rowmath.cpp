@@ -51,7 +51,7 @@ void from_fp16(const uint16_t* x, float* out, int64_t n) {
     registers(n, [&](int64_t i) { widen_fp16(x + i).store(out + i); });
 }
 void to_bf16(const float* x, uint16_t* out, int64_t n) {
-    registers(n, [&](int64_t i) { narrow_bf16(F32::load(x + i), out + i); });
+    registers(n, [&](int64_t i) { narrow_bf16(F32::load(x + i), out + i, false); });
 }
 void to_fp16(const float* x, uint16_t* out, int64_t n) {
     registers(n, [&](int64_t i) { narrow_fp16(F32::load(x + i), out + i); });
