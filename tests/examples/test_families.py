@@ -1,0 +1,112 @@
+"""Model families: MiniLLM's objective on hidden states and heads trains what it trains on the models' own logits.
+
+For each family and both variants of the objective: three optimiser steps on one rollout, by
+`fused_linear_minillm_loss`, by `minillm_loss` on the model's logits, and by the formulas written out in PyTorch.
+"""
+
+import copy
+
+import pytest
+import torch
+from families import FAMILIES, V, hidden, logits, pair, rollout
+from heads import heads
+
+from minillm_kernels import fused_linear_minillm_loss, fused_linear_token_logprobs, minillm_loss
+
+VARIANTS = ("paper", "reference")
+HAS = {"bias": ("phi",), "softcap": ("gemma2", "gemma3"), "logit_scale": ("cohere", "granite")}
+
+
+def fused(student, teacher, sampled):
+    with torch.no_grad():
+        teacher_hidden = hidden(teacher, sampled)
+    states = {"student_hidden": hidden(student, sampled), "teacher_hidden": teacher_hidden}
+    options = {**states, **heads(student, teacher), **sampled.constants}
+    return fused_linear_minillm_loss(token_ids=sampled.tokens, mask=sampled.mask, chunk_rows=7, **options).loss
+
+
+def from_logits(student, teacher, sampled):
+    with torch.no_grad():
+        teacher_logits = logits(teacher, sampled)
+    own = logits(student, sampled)
+    return minillm_loss(own, teacher_logits, sampled.tokens, mask=sampled.mask, **sampled.constants).loss
+
+
+def written_out(student, teacher, sampled):
+    log_q, log_p = logits(student, sampled).log_softmax(-1), logits(teacher, sampled).detach().log_softmax(-1)
+    old, w, advantage, weighted = sampled.constants.values()
+    ratio = (log_q.gather(-1, sampled.tokens[..., None]).squeeze(-1) - old).exp() * w
+    policy = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    single = (log_q.exp() * (log_q - log_p)).sum(-1)
+    return (policy + (w * single if weighted else single))[sampled.mask].mean()
+
+
+def three_steps(loss_of, student, teacher, sampled):
+    """AdamW in fp64, where a gradient of rounding errors is far below its eps; in fp32, SGD does not amplify it."""
+    student = copy.deepcopy(student)
+    adam = student.dtype == torch.float64
+    optimizer = (
+        torch.optim.AdamW(student.parameters(), lr=3e-3) if adam else torch.optim.SGD(student.parameters(), 0.1)
+    )
+    losses = []
+    for _ in range(3):
+        loss = loss_of(student, teacher, sampled)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, student
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_three_steps(family, variant, dtype, tolerance):
+    student, teacher = pair(family, dtype)
+    sampled = rollout(student, teacher, variant)
+    wanted, expected = three_steps(written_out, student, teacher, sampled)
+    moved = max((x - y).abs().max() for x, y in zip(expected.parameters(), student.parameters(), strict=True))
+    assert moved > 1e-3  # so that the tolerance means something
+    for loss_of in (fused, from_logits):
+        losses, trained = three_steps(loss_of, student, teacher, sampled)
+        assert losses == pytest.approx(wanted, rel=tolerance, abs=tolerance)
+        for (name, x), y in zip(trained.named_parameters(), expected.parameters(), strict=True):
+            assert (x - y).abs().max() <= tolerance, f"{loss_of.__name__}: {name} {(x - y).abs().max():.1e}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_give_the_models_own_logits(family):
+    student, teacher = pair(family)
+    sampled, options = rollout(student, teacher, "paper"), heads(student, teacher)
+    for i, (which, model) in enumerate([("student", student), ("teacher", teacher)]):
+        steps = {"bias": options[f"{which}_bias"], "softcap": options["softcap"][i]}
+        steps["logit_scale"] = options["logit_scale"][i]
+        weight = options[f"{which}_weight"]
+        own = logits(model, sampled).log_softmax(-1).gather(-1, sampled.tokens[..., None]).squeeze(-1)
+        found = fused_linear_token_logprobs(hidden(model, sampled), weight, sampled.tokens, **steps)
+        assert (found - own).abs().max() <= 2e-6
+        # each step that the family has is felt: without it the log-probabilities are others
+        for name, absent in {"bias": None, "softcap": None, "logit_scale": 1.0}.items():
+            if family not in HAS[name]:
+                continue
+            without = {**steps, name: absent}
+            found = fused_linear_token_logprobs(hidden(model, sampled), weight, sampled.tokens, **without)
+            assert (found - own).abs().max() > 1e-2, name
+
+
+def test_families_have_what_they_stand_for():
+    options = {family: heads(*pair(family)) for family in FAMILIES}
+    assert options["gemma2"]["softcap"] == options["gemma3"]["softcap"] == (2.5, 2.5)
+    assert options["cohere"]["logit_scale"] == options["granite"]["logit_scale"] == (0.25, 0.25)
+    assert options["phi"]["student_bias"] is not None
+    assert options["opt"]["student_weight"].shape == (V, 16)  # OPT projects to the size of its embedding
+
+
+def test_the_clip_acts():
+    student, teacher = pair("llama")
+    sampled = rollout(student, teacher, "reference")
+    _, trained = three_steps(fused, student, teacher, sampled)
+    with torch.no_grad():
+        own, theirs = logits(trained, sampled), logits(teacher, sampled)
+    result = minillm_loss(own, theirs, sampled.tokens, mask=sampled.mask, **sampled.constants)
+    assert 0 < result.clip_fraction < 1
