@@ -1,5 +1,6 @@
 """What the examples are compared with: reverse KL of two models written out in PyTorch, and a loop over it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 def run_script(name: str) -> None:
     command = [sys.executable, str(EXAMPLES / f"{name}.py")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # also where the packages are not installed
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=path)
     assert result.returncode == 0, result.stderr
 
 
