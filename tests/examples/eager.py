@@ -13,8 +13,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 def run_script(name: str) -> None:
     command = [sys.executable, str(EXAMPLES / f"{name}.py")]
-    path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # also where the packages are not installed
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=path)
+    # sys.path: also where the packages are not installed; one thread: two wait for each other on a busy machine
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr
 
 
