@@ -60,8 +60,8 @@ class Measure:
         self, fn: Callable, *, tensors: float = 0, setup: Callable | None = None, rounds: int = ROUNDS, **info
     ) -> None:
         """tensors: how many times the logits' size the call must at least read and write."""
-        call = (lambda: fn(*setup()[0])) if setup else fn
-        peak = extra_peak_bytes(call)
+        arguments = setup()[0] if setup else ()
+        peak = extra_peak_bytes(lambda: fn(*arguments))
         self.benchmark.pedantic(fn, setup=setup, rounds=rounds, warmup_rounds=min(WARMUP, rounds // 2))
         rows, columns = self.shape
         size = rows * columns * torch.empty((), dtype=self.dtype).element_size()
@@ -70,7 +70,7 @@ class Measure:
         extra.update(logits_MiB=round(size / 2**20, 1), threads=torch.get_num_threads())
         if peak is not None:
             extra["peak_extra_MiB"] = round(peak / 2**20, 1)
-        if tensors:
+        if tensors and self.benchmark.stats is not None:  # None under --benchmark-disable
             gb_s = tensors * size / self.benchmark.stats.stats.median / 1e9
             extra.update(bytes=int(tensors * size), GB_s=round(gb_s, 2))
             extra["fraction_of_add"] = round(gb_s / add_bandwidth(self.shape, self.dtype), 3)
@@ -83,7 +83,7 @@ def add_bandwidth(shape: tuple[int, int], dtype: torch.dtype) -> float:
     """GB/s of torch.add(a, b, out=c): two reads and a write of tensors of this size, measured once in this run."""
     key = (shape, dtype)
     if key not in _add_bandwidth:
-        a, b, c = (torch.zeros(shape, dtype=dtype) for _ in range(3))
+        a, b, c = (torch.ones(shape, dtype=dtype) for _ in range(3))  # zeros would be one shared page of memory
         seconds = median_seconds(lambda: torch.add(a, b, out=c))
         _add_bandwidth[key] = 3 * a.numel() * a.element_size() / seconds / 1e9
     return _add_bandwidth[key]

@@ -277,8 +277,9 @@ def _loss_context(ctx, inputs, output) -> None:
 
 
 def _loss_backward(ctx, grad_loss, *_ignored):
-    """The gradients are there already. Scaled in place, since the weight's is as large as the weight: a second backward
-    pass is refused by their version counter. While a graph is traced, out of place, which the compiler may undo."""
+    """The gradients are there already, and are scaled in place, since the weight's is as large as the weight: their
+    version counter refuses a second backward pass. While a graph is traced, out of place, which the compiler may undo.
+    """
     scaled = []
     for g in ctx.saved_tensors:
         scale = grad_loss.to(g.dtype)

@@ -25,6 +25,6 @@ def test_every_python_block_runs():
 
 
 def test_files_it_names_exist():
-    for path in re.findall(r"`((?:csrc|minillm|minillm_kernels|recipes|benchmarks)/[\w/.-]+\.\w+)`", README):
+    for path in re.findall(r"`((?:csrc|minillm|minillm_kernels|recipes|benchmarks|examples)/[\w/.-]+\.\w+)`", README):
         assert (ROOT / path).exists() or path.startswith("benchmarks/results/"), path
     assert (ROOT / "recipes" / "smollm2-cpu.yaml").exists()
