@@ -99,8 +99,8 @@ class CMakeBuild(build_ext):
             )
 
     def copy_extensions_to_source(self) -> None:
-        """CMake wrote the module where it belongs; there is nothing to copy when the build was skipped."""
-        if all(Path(self.get_ext_fullpath(ext.name)).exists() for ext in self.extensions):
+        """Into the repository, for an editable installation; nothing to copy when the build was skipped."""
+        if all((Path(self.build_lib) / self.get_ext_filename(ext.name)).exists() for ext in self.extensions):
             super().copy_extensions_to_source()
 
     def get_outputs(self) -> list[str]:
