@@ -1,8 +1,8 @@
 // defines: F32 (a SIMD register of LANES floats), load/store of fp32, bf16 and fp16, exp2_fast, log2_fast, sum_lanes
 //
 // Compiled once per instruction set (csrc/CMakeLists.txt) with MINILLM_ISA naming the namespace, so one binary holds all of
-// them. Everything is written with the compiler's portable vectors; intrinsics appear only where fp16 conversion and
-// streaming stores have instructions of their own.
+// them. Everything is written with the compiler's portable vectors; intrinsics appear only where there is an
+// instruction that they do not reach: fp16 conversion, maximum, permutation, scaling by a power of two.
 #pragma once
 
 #include <float.h>
@@ -60,23 +60,15 @@ MINILLM_HD F32 select(IntVector mask, F32 a, F32 b) { return mask ? a.v : b.v; }
 
 #if defined(__AVX512F__)
 MINILLM_HD F32 max_of(F32 a, F32 b) { return (FloatVector)_mm512_max_ps((__m512)a.v, (__m512)b.v); }
-MINILLM_HD F32 min_of(F32 a, F32 b) { return (FloatVector)_mm512_min_ps((__m512)a.v, (__m512)b.v); }
 #elif defined(__AVX2__)
 MINILLM_HD F32 max_of(F32 a, F32 b) { return (FloatVector)_mm256_max_ps((__m256)a.v, (__m256)b.v); }
-MINILLM_HD F32 min_of(F32 a, F32 b) { return (FloatVector)_mm256_min_ps((__m256)a.v, (__m256)b.v); }
 #else
 MINILLM_HD F32 max_of(F32 a, F32 b) { return select(a > b, a, b); }
-MINILLM_HD F32 min_of(F32 a, F32 b) { return select(a < b, a, b); }
 #endif
 
 MINILLM_HD float max_lane(F32 a) {
     float r = a.v[0];
     for (int i = 1; i < LANES; ++i) r = minillm::max_of(a.v[i], r);
-    return r;
-}
-MINILLM_HD float min_lane(F32 a) {
-    float r = a.v[0];
-    for (int i = 1; i < LANES; ++i) r = minillm::min_of(a.v[i], r);
     return r;
 }
 // Pairwise, in double.

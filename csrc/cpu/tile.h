@@ -1,4 +1,5 @@
-// defines: Buffer, parallel_for, Scratch, widen_tile, store_tile, value_at, outside, range_of, maxima_of, for_pairs, for_one
+// defines: Buffer, parallel_for, Scratch, load, load_two, widen_tile, store_tile, value_at, outside, maximum_of, maxima_of,
+// for_pairs, for_one
 //
 // A tile is up to TILE columns of one row in fp32. fp32 rows are read in place; other types are widened into scratch memory
 // once, and everything after that is independent of the element type.

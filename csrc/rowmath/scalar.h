@@ -1,4 +1,4 @@
-// defines: LOG2E, LN2, exp2_fast, log2_fast, select, max_of, min_of for one number
+// defines: LOG2E, LN2, exp2_fast, log2_fast, select, max_of for one number
 //
 // The formulas of this folder are templates over F, a real number or a vector of them. These are the few functions that
 // they need beyond arithmetic and comparison; csrc/cpu/simd.h has the same names for a SIMD register.
@@ -23,6 +23,5 @@ MINILLM_HD double select(bool mask, double a, double b) { return mask ? a : b; }
 // b where a comparison with NaN fails: max_of(NaN, b) is b.
 MINILLM_HD float max_of(float a, float b) { return a > b ? a : b; }
 MINILLM_HD double max_of(double a, double b) { return a > b ? a : b; }
-MINILLM_HD float min_of(float a, float b) { return a < b ? a : b; }
 
 }  // namespace minillm
