@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import minillm_kernels as mk
-from minillm_kernels import linear
+from minillm_kernels import chunked
 from minillm_kernels.losses import DIVERGENCES, REDUCTIONS
 
 # 37 rows in chunks of 5: the last chunk is short. Hidden sizes differ. 1001 and 1010 columns: unequal heads, neither
@@ -259,6 +259,6 @@ def test_bad_input():
 
 def test_default_chunk_bounds_the_buffers():
     for vocab_size, element, models in ((49152, 4, 2), (151936, 2, 2), (50257, 4, 1)):
-        rows = linear.default_chunk_rows(vocab_size, element, models)
+        rows = chunked.default_chunk_rows(vocab_size, element, models)
         assert rows % 16 == 0
-        assert rows * vocab_size * element * models <= 64 << 20 or rows == 16
+        assert rows * vocab_size * element * models <= 96 << 20 or rows == 16
