@@ -24,7 +24,9 @@ NEEDS = {"trl chunked": "trl", "liger chunked": "liger_kernel"}
 
 
 def own_process(row: str, *shape: int) -> dict[str, int]:
-    """The peaks of one row in a process that does nothing else."""
+    """The peaks of one row in a process that does nothing else; empty where the kernel does not tell."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        return {}
     command = [sys.executable, "linear_rows.py", row, *map(str, shape)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, map(os.path.abspath, sys.path)))}
     folder = Path(__file__).parent

@@ -1,5 +1,8 @@
 """fused_linear_*: equal to the same loss on logits in float64, value and every gradient, whatever the chunks."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -262,3 +265,27 @@ def test_default_chunk_bounds_the_buffers():
         rows = chunked.default_chunk_rows(vocab_size, element, models)
         assert rows % 16 == 0
         assert rows * vocab_size * element * models <= 96 << 20 or rows == 16
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of resident memory is Linux's")
+@pytest.mark.parametrize("name", ["rkl", "minillm"])
+def test_the_backward_pass_makes_nothing_of_the_weights_size(name):
+    """The gradients are there since the forward pass; zeros for outputs that nobody asked about would be seen here."""
+
+    def resident(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    heads = [torch.randn(shape) for shape in ((4, 256), (131072, 256), (4, 256), (131072, 256))]  # a weight: 128 MiB
+    hidden, weight = (x.requires_grad_() for x in heads[:2])
+    if name == "rkl":
+        loss = mk.fused_linear_rkl_loss(*heads)
+    else:
+        constants = dict.fromkeys(("advantages", "old_logprobs", "mask"), torch.ones(4))
+        loss = mk.fused_linear_minillm_loss(*heads, torch.arange(4), **constants).loss
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = resident("VmRSS")
+    loss.backward()
+    extra = resident("VmHWM") - before
+    assert weight.grad.count_nonzero() > 0 and hidden.grad.count_nonzero() > 0
+    assert extra < weight.nbytes / 4
