@@ -2,14 +2,15 @@
 
     report(cubin, "row_stats_kernel", 90, read_bytes=4)
 
-for a kernel compiled for sm_90 that reads 4 bytes a column (a bf16 row pair). The main loop is the innermost loop with the most bytes of
-global loads an instruction, that is the unmasked one with 16-byte loads. How many columns an iteration handles
-follows from the bytes that it loads, so unrolling by the compiler does not matter. A kernel whose loads are not a
-row's (a matmul) passes `columns`, the columns an iteration and thread handles.
+for a kernel compiled for sm_90 that reads 4 bytes a column (a bf16 row pair). The main loop is the innermost loop with
+the widest global loads, that is the unmasked one with 16-byte loads. How many columns an iteration handles follows
+from the bytes that it loads, so unrolling by the compiler does not matter. A kernel whose loads are not a row's (a
+matmul) passes `columns`, the columns an iteration and thread handles.
 
 The model: a multiprocessor issues 128 lane-instructions a clock, and each class has a pipe of its own width. Columns a
-clock are limited by the busiest pipe; times the bytes that a column moves, against the bytes a clock that memory
-delivers: the ratio is `headroom`. It knows no latency: 1 or more says that instructions are not what bounds the kernel.
+clock are limited by the busiest pipe; times the bytes that a column moves, over the bytes a clock that memory
+delivers: that ratio is `headroom`. It knows no latency: 1 or more says that instructions are not what bounds the
+kernel.
 
 cuobjdump and nvdisasm are those of the Triton wheel, for cubins of any compiler.
 """

@@ -34,7 +34,7 @@ def core():
     cpu._core.use_instruction_set(chosen)
 
 
-@pytest.fixture(params=[*(f"cpu-{name}" for name in INSTRUCTION_SETS), "reference"])
+@pytest.fixture(params=[*(f"cpu-{name}" for name in INSTRUCTION_SETS), "triton", "reference"])
 def implementation(request):
     """Runs the test on each instruction set of the compiled backend and on the reference."""
     backend, _, instruction_set = request.param.partition("-")
@@ -49,7 +49,7 @@ def implementation(request):
         cpu._core.use_instruction_set(before)
 
 
-@pytest.fixture(params=["cpu", "reference"])
+@pytest.fixture(params=["cpu", "triton", "reference"])
 def backend(request):
     if available_backends()[request.param] != "ok":
         pytest.skip(available_backends()[request.param])
