@@ -1,13 +1,15 @@
 """Losses and statistics of hidden states and head weights: the logits of all rows never exist at once.
 
 Each function is its namesake on logits applied to z = hW^T + b, then z * logit_scale, then softcap * tanh(z /
-softcap), for student and teacher; how it is computed is in chunked.py. Arguments that all share:
+softcap), for student and teacher; how it is computed is in chunked.py and tiled.py. Arguments that all share:
 
     student_hidden [..., H], student_weight [V, H], student_bias [V] or None: differentiable, of one type; under
     autocast
         they are cast as torch.nn.functional.linear casts.
     teacher_hidden [..., H_t], teacher_weight [V_t, H_t], teacher_bias: constants. Hidden and head sizes may differ.
     softcap, logit_scale: a number for both models or a (student, teacher) pair; softcap None: none.
+    impl: "chunked", four matmuls on a buffer of some rows' logits; or "tiled", logits formed tile by tile on the tensor
+        cores and never in memory (Triton; tiled.py says what it costs and computes).
     chunk_rows: rows a chunk; by default both models' logits of a chunk take at most 64 MiB.
 """
 
@@ -23,6 +25,7 @@ from .chunked import default_chunk_rows
 from .policy import MiniLLMLoss
 from .rows import MIXTURE_DIVERGENCES, RowStats
 from .statistics import DistillStats
+from .tiled import COMPUTES, TILED
 
 PerModel = float | tuple[float | None, float | None] | None
 
@@ -36,6 +39,7 @@ class _Heads:
         teacher: tuple[Tensor, Tensor, Tensor | None] | None,
         softcap: PerModel,
         logit_scale: PerModel,
+        impl: str,
         chunk_rows: int | None,
         temperature: float,
         vocab_size: int | None,
@@ -63,14 +67,15 @@ class _Heads:
         self.vocab_size = smaller if vocab_size is None else vocab_size
         if chunk_rows is not None and chunk_rows < 1:
             raise ValueError(f"chunk_rows must be a whole number >= 1, got {chunk_rows}")
+        rows, backend = _driver(impl, chunk_rows)
         element = self.tensors[1].element_size()
         self.settings = (
             _per_model("softcap", softcap, none=0.0),
             _per_model("logit_scale", logit_scale, none=1.0),
             arguments.check_temperature(temperature),
             self.vocab_size,
-            chunk_rows or default_chunk_rows(self.vocab_size, element, len(weights)),
-            backends.requested(),
+            default_chunk_rows(self.vocab_size, element, len(weights)) if rows is None else rows,
+            backend,
         )
 
     @property
@@ -82,6 +87,20 @@ class _Heads:
     @property
     def needs(self) -> list[bool]:
         return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in self.tensors[:3]]
+
+
+def _driver(impl: str, chunk_rows: int | None) -> tuple[int | None, str]:
+    """(chunk_rows, backend): the tiled kernels are Triton's alone, whatever the device's first choice is."""
+    backend = backends.requested()
+    if impl == "chunked":
+        return chunk_rows, backend
+    if impl != "tiled":
+        raise ValueError(f'impl must be "chunked" or "tiled", got {impl!r}')
+    if chunk_rows is not None:
+        raise ValueError('chunk_rows belongs to impl="chunked"; impl="tiled" has no chunks: leave it out')
+    if backend not in ("auto", "triton"):
+        raise RuntimeError(f'impl="tiled" runs on the triton backend, not on {backend!r}: use impl="chunked"')
+    return TILED, "triton"
 
 
 def _check_head(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -138,6 +157,7 @@ def fused_linear_rkl_loss(
     teacher_bias: Tensor | None = None,
     softcap: PerModel = None,
     logit_scale: PerModel = 1.0,
+    impl: str = "chunked",
     chunk_rows: int | None = None,
     weights: Tensor | None = None,
     temperature: float = 1.0,
@@ -163,6 +183,7 @@ def fused_linear_rkl_loss(
         teacher_bias=teacher_bias,
         softcap=softcap,
         logit_scale=logit_scale,
+        impl=impl,
         chunk_rows=chunk_rows,
         weights=weights,
         temperature=temperature,
@@ -187,6 +208,7 @@ def fused_linear_divergence_loss(
     teacher_bias: Tensor | None = None,
     softcap: PerModel = None,
     logit_scale: PerModel = 1.0,
+    impl: str = "chunked",
     chunk_rows: int | None = None,
     weights: Tensor | None = None,
     temperature: float = 1.0,
@@ -199,11 +221,16 @@ def fused_linear_divergence_loss(
     """`fused_divergence_loss` of hidden states and head weights; see `fused_linear_rkl_loss`."""
     arguments.check_group(group)
     name = losses.check_divergence(divergence, beta, reduction)
+    if impl == "tiled" and name in MIXTURE_DIVERGENCES:
+        raise NotImplementedError(
+            f'impl="tiled" computes {COMPUTES}; {name}, whose mixture needs both normalisers first: use impl="chunked"'
+        )
     heads = _Heads(
         (student_hidden, student_weight, student_bias),
         (teacher_hidden, teacher_weight, teacher_bias),
         softcap,
         logit_scale,
+        impl,
         chunk_rows,
         temperature,
         vocab_size,
@@ -234,6 +261,7 @@ def fused_linear_token_logprobs(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    impl: str = "chunked",
     chunk_rows: int | None = None,
     temperature: float = 1.0,
     return_entropy: bool = False,
@@ -243,7 +271,7 @@ def fused_linear_token_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`token_logprobs` of hidden states and a head. The backward pass forms the logits again."""
     arguments.check_group(group)
-    heads = _Heads((hidden, weight, bias), None, softcap, logit_scale, chunk_rows, temperature, vocab_size)
+    heads = _Heads((hidden, weight, bias), None, softcap, logit_scale, impl, chunk_rows, temperature, vocab_size)
     arguments.check_token_ids("token_ids", token_ids, heads.like_logits)
     mask = token_ids != ignore_index
     ids = torch.where(mask, token_ids, 0)
@@ -263,6 +291,7 @@ def fused_linear_distill_stats(
     teacher_bias: Tensor | None = None,
     softcap: PerModel = None,
     logit_scale: PerModel = 1.0,
+    impl: str = "chunked",
     chunk_rows: int | None = None,
     temperature: float = 1.0,
     mask: Tensor | None = None,
@@ -276,6 +305,7 @@ def fused_linear_distill_stats(
         (teacher_hidden, teacher_weight, teacher_bias),
         softcap,
         logit_scale,
+        impl,
         chunk_rows,
         temperature,
         vocab_size,
@@ -308,6 +338,7 @@ def fused_linear_minillm_loss(
     teacher_bias: Tensor | None = None,
     softcap: PerModel = None,
     logit_scale: PerModel = 1.0,
+    impl: str = "chunked",
     chunk_rows: int | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
@@ -318,6 +349,7 @@ def fused_linear_minillm_loss(
         (teacher_hidden, teacher_weight, teacher_bias),
         softcap,
         logit_scale,
+        impl,
         chunk_rows,
         temperature,
         vocab_size,
@@ -351,6 +383,7 @@ class FusedLinearRKLLoss(nn.Module):
         *,
         softcap: PerModel = None,
         logit_scale: PerModel = 1.0,
+        impl: str = "chunked",
         chunk_rows: int | None = None,
         temperature: float = 1.0,
         reduction: str = "batchmean",
@@ -363,6 +396,7 @@ class FusedLinearRKLLoss(nn.Module):
         self.options: dict[str, Any] = {
             "softcap": softcap,
             "logit_scale": logit_scale,
+            "impl": impl,
             "chunk_rows": chunk_rows,
             "temperature": temperature,
             "reduction": reduction,

@@ -54,10 +54,10 @@ def refusal(x: Tensor) -> str | None:
 def _operation(module: str, name: str):
     def run(*args):
         function = getattr(importlib.import_module(f".{module}", __name__), name)
-        tensor = next(x for x in args if isinstance(x, Tensor))
         if interpreted():
             return _quietly(function, *args)
-        with torch.cuda.device(tensor.device):  # Triton launches on the current device
+        first = args[0] if isinstance(args[0], Tensor) else args[0].hidden  # logits, or a Head
+        with torch.cuda.device(first.device):  # Triton launches on the current device
             return function(*args)
 
     return run
@@ -76,3 +76,5 @@ row_grad = _operation("grad", "row_grad")
 row_divergence = _operation("divergence", "row_divergence")
 row_divergence_grad = _operation("divergence", "row_divergence_grad")
 row_sample = _operation("sample", "row_sample")
+linear_stats = _operation("linear", "linear_stats")
+linear_grad_tile = _operation("linear", "linear_grad_tile")

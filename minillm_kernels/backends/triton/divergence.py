@@ -23,32 +23,55 @@ TVD: tl.constexpr = tl.constexpr(MIXTURE_DIVERGENCES.index("tvd"))
 
 @triton.jit
 def divergence_term(a, b, origins, scale, beta, KIND: tl.constexpr):
-    """(q, value, slope) of a tile: f(q, p) and dD/dq. Columns outside the support have q = p = 0 and add nothing."""
+    """(q, value, q * slope) of a tile: f(q, p) and q dD/dq, logarithms in base 2.
+
+    value is in units of ln 2 but for TVD, q * slope for JSD alone (`slope_unit`). Columns outside the support have
+    q = p = 0 and add nothing; every logarithm is finite, so that 0 times it is 0.
+    """
     ms, mt, log2Zs, log2Zt = origins
-    lq = rm.relative(a, ms, scale) - log2Zs
-    lp = rm.relative(b, mt, scale) - log2Zt
+    out = rm.outside(a, b)
+    lq = rm.log2_probability(tl.where(out, rm.MINUS_INF, a), ms, log2Zs, scale)
+    lp = rm.log2_probability(tl.where(out, rm.MINUS_INF, b), mt, log2Zt, scale)
     q = tl.exp2(lq)
     p = tl.exp2(lp)
     if KIND == TVD:
         d = q - p
-        slope = tl.where(d > 0.0, 0.5, tl.where(d < 0.0, -0.5, d))  # d: 0 at ties, NaN stays NaN
-        return q, d * slope, slope
+        half = tl.where(d > 0.0, 0.5, tl.where(d < 0.0, -0.5, d))  # d: 0 at ties, NaN stays NaN
+        value = d * half
+        q_slope = q * half
     else:
-        alpha = beta  # weight of p in the mixture
         if KIND == SKEW_REVERSE_KL:
-            alpha = 1.0 - beta
-        m = alpha * p + (1.0 - alpha) * q
-        underflow = m < rm.SMALLEST_NORMAL  # then both probabilities are below 1e-38 and add nothing
-        m = tl.where(underflow, 1.0, m)
-        lm = tl.log2(m)
-        log_p_m = tl.where(underflow, 0.0, (lp - lm) * rm.LN2)
-        log_q_m = tl.where(underflow, 0.0, (lq - lm) * rm.LN2)
-        if KIND == JSD:
-            return q, beta * p * log_p_m + (1.0 - beta) * q * log_q_m, (1.0 - beta) * log_q_m
-        elif KIND == SKEW_FORWARD_KL:
-            return q, p * log_p_m, (beta - 1.0) * p / m
+            of_q = beta * q
+            m = (1.0 - beta) * p + of_q
         else:
-            return q, q * log_q_m, log_q_m + 1.0 - beta * q / m
+            of_q = (1.0 - beta) * q
+            m = beta * p + of_q
+        underflow = m < rm.SMALLEST_NORMAL  # then both probabilities are below 1e-38 and add nothing
+        lm = rm.log2_fast(tl.where(underflow, 1.0, m))
+        log_p_m = tl.where(underflow, 0.0, lp - lm)
+        log_q_m = tl.where(underflow, 0.0, lq - lm)
+        if KIND == JSD:
+            q_slope = of_q * log_q_m
+            value = beta * p * log_p_m + q_slope
+        elif KIND == SKEW_FORWARD_KL:
+            q_slope = -of_q * tl.exp2(log_p_m)  # p/m
+            value = p * log_p_m
+        else:
+            value = q * log_q_m
+            q_slope = value * rm.LN2 + (q - of_q * tl.exp2(log_q_m))
+    return q, value, q_slope
+
+
+@triton.jit
+def value_unit(KIND: tl.constexpr):
+    unit: tl.constexpr = 1.0 if KIND == TVD else rm.LN2
+    return unit
+
+
+@triton.jit
+def slope_unit(KIND: tl.constexpr):
+    unit: tl.constexpr = rm.LN2 if KIND == JSD else 1.0
+    return unit
 
 
 @triton.jit
@@ -63,11 +86,8 @@ def normalisers(stats, N, row):
 
 @triton.jit
 def add_terms(total, centre, a, b, origins, scale, beta, KIND: tl.constexpr):
-    out = rm.outside(a, b)
-    q, value, slope = divergence_term(a, b, origins, scale, beta, KIND)
-    total += rm.in_lane(tl.where(out, 0.0, value))
-    centre += rm.in_lane(tl.where(out | (q == 0.0), 0.0, q * slope))
-    return total, centre
+    _, value, q_slope = divergence_term(a, b, origins, scale, beta, KIND)
+    return total + rm.in_lane(value), centre + rm.in_lane(q_slope)
 
 
 @triton.jit(do_not_specialize=["N", "V"])
@@ -105,15 +125,14 @@ def row_divergence_kernel(
         a, b = rm.load_pair(pointers, tile * SIZE + columns, lead, V, True, True)
         total, centre = add_terms(total, centre, a, b, origins, scale, beta, KIND)
     at = partial + row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(at, tl.sum(total, 0))
-    tl.store(at + N.to(tl.int64) * tl.num_programs(1), tl.sum(centre, 0))
+    tl.store(at, tl.sum(total, 0) * value_unit(KIND))
+    tl.store(at + N.to(tl.int64) * tl.num_programs(1), tl.sum(centre, 0) * slope_unit(KIND))
 
 
 @triton.jit
 def divergence_gradient(a, b, origins, centre, factor, scale, beta, KIND: tl.constexpr):
-    q, _, slope = divergence_term(a, b, origins, scale, beta, KIND)
-    g = tl.where(q == 0.0, 0.0, q * (slope - centre) * factor)
-    return tl.where(rm.outside(a, b), 0.0, g)
+    q, _, q_slope = divergence_term(a, b, origins, scale, beta, KIND)
+    return tl.where(rm.outside(a, b), 0.0, (q_slope - q * centre) * factor)
 
 
 @triton.jit(do_not_specialize=["N", "V", "width"])
@@ -141,8 +160,8 @@ def row_divergence_grad_kernel(
     out = rm.aligned_start(grad, row, lead, ALIGNED, SHAPE)
     columns = rm.tile_columns(SHAPE)
     origins = normalisers(stats, N, row)
-    centre = tl.load(values + N + row)
-    factor = tl.load(upstream + row) * inv_T
+    centre = tl.load(values + N + row) / slope_unit(KIND)
+    factor = tl.load(upstream + row) * inv_T * slope_unit(KIND)
     if factor != 0.0:
         first, inner, outer, last = rm.tile_span(V, width, lead, SHAPE)
         for tile in range(inner, outer):

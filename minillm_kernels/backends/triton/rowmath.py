@@ -12,6 +12,7 @@ origins, then addition. Origins start at -FLT_MAX rather than -inf, so that no d
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -134,8 +135,10 @@ def row_pair(student, teacher, row, lead, ALIGNED: tl.constexpr, SHAPE: tl.const
     """The pointers to the first tile of both models' row; the student's twice where there is no teacher."""
     s = aligned_start(student, row, lead, True, SHAPE)
     if teacher is None:
-        return s, s
-    return s, aligned_start(teacher, row, lead, ALIGNED, SHAPE)
+        t = s
+    else:
+        t = aligned_start(teacher, row, lead, ALIGNED, SHAPE)
+    return s, t
 
 
 @triton.jit
@@ -145,13 +148,15 @@ def load_pair(pointers, columns, lead, V, PAIR: tl.constexpr, MASKED: tl.constex
     if MASKED:
         there = (columns >= lead) & (columns < V + lead)
         a = tl.load(s + columns, there, other=MINUS_INF).to(tl.float32)
+        b = a
         if PAIR:
-            return a, tl.load(t + columns, there, other=MINUS_INF).to(tl.float32)
-        return a, a
-    a = tl.load(s + columns).to(tl.float32)
-    if PAIR:
-        return a, tl.load(t + columns).to(tl.float32)
-    return a, a
+            b = tl.load(t + columns, there, other=MINUS_INF).to(tl.float32)
+    else:
+        a = tl.load(s + columns).to(tl.float32)
+        b = a
+        if PAIR:
+            b = tl.load(t + columns).to(tl.float32)
+    return a, b
 
 
 @triton.jit
@@ -164,6 +169,21 @@ def outside(a, b):
 def relative(z, origin, scale):
     """(z - origin) log2(e)/T, finite where it would overflow: 2^x is 0 for it, and 0 * x is 0. NaN stays."""
     return tl.maximum((z - origin) * scale, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def log2_fast(x):
+    """log2 of normal numbers in one instruction, to 2^-22 (absolute near 1): the accurate one takes twenty."""
+    if INTERPRETED:
+        return tl.log2(x)
+    else:
+        return libdevice.fast_log2f(x)
+
+
+@triton.jit
+def log2_probability(z, origin, log2Z, scale):
+    """log2 of the probability of a logit, from the saved statistics; finite as `relative`."""
+    return tl.maximum((z - origin) * scale - log2Z, LOWEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 # ---- the state
@@ -205,15 +225,33 @@ def empty_state(LANES: tl.constexpr):
     return origin, origin, zero, zero, zero, zero, zero
 
 
+# A tile may also be [LANES, columns], as matmuls make them: then a lane is a row.
+
+
 @triton.jit
 def in_lane(x):
     """The sum of a tile over the columns of each lane."""
-    return tl.sum(tl.sum(x, 2), 0)
+    if len(x.shape) == 2:
+        return tl.sum(x, 1)
+    else:
+        return tl.sum(tl.sum(x, 2), 0)
 
 
 @triton.jit
 def lane_max(x):
-    return tl.max(tl.max(x, 2), 0)
+    if len(x.shape) == 2:
+        return tl.max(x, 1)
+    else:
+        return tl.max(tl.max(x, 2), 0)
+
+
+@triton.jit
+def over_columns(lane, x):
+    """A value for each lane, in the shape that broadcasts against a tile."""
+    if len(x.shape) == 2:
+        return lane[:, None]
+    else:
+        return lane[None, :, None]
 
 
 @triton.jit
@@ -224,9 +262,9 @@ def add_tile(state, a, b, scale, PAIR: tl.constexpr):
         a = tl.where(out, MINUS_INF, a)
         b = tl.where(out, MINUS_INF, b)
         mt = tl.maximum(state[1], lane_max(b))
-        t = relative(b, mt[None, :, None], scale)
+        t = relative(b, over_columns(mt, b), scale)
     ms = tl.maximum(state[0], lane_max(a))
-    s = relative(a, ms[None, :, None], scale)
+    s = relative(a, over_columns(ms, a), scale)
     es = tl.exp2(s)
     if PAIR:
         et = tl.exp2(t)
@@ -234,11 +272,9 @@ def add_tile(state, a, b, scale, PAIR: tl.constexpr):
         sums = ms, mt, in_lane(es), in_lane(et), in_lane(es * d), in_lane(es * s), in_lane(-et * d)
     else:
         mt = state[1]
-        sums = ms, mt, in_lane(es), state[3], state[4], in_lane(es * s), state[6]
+        sums = ms, mt, in_lane(es), 0.0, 0.0, in_lane(es * s), 0.0
     state = rescale(state, ms, mt, scale, PAIR)
-    if PAIR:
-        return plus(state, sums)
-    return ms, mt, state[2] + sums[2], state[3], state[4], state[5] + sums[5], state[6]
+    return plus(state, sums)
 
 
 @triton.jit

@@ -41,14 +41,16 @@ def row_state(student, teacher, row, V, scale, ALIGNED: tl.constexpr, SHAPE: tl.
 @triton.jit
 def token_logits(student, teacher, token_ids, row, V):
     """The logits of a row's token; those of column 0 for a token outside the vocabulary."""
-    if token_ids is None:
-        return 0.0, 0.0
-    y = tl.load(token_ids + row)
-    y = tl.where((y >= 0) & (y < V), y, 0)
-    a = tl.load(student.pointer + rm.row_offset(student, row) + y).to(tl.float32)
-    if teacher is None:
-        return a, a
-    return a, tl.load(teacher.pointer + rm.row_offset(teacher, row) + y).to(tl.float32)
+    a = 0.0
+    b = 0.0
+    if token_ids is not None:
+        y = tl.load(token_ids + row)
+        y = tl.where((y >= 0) & (y < V), y, 0)
+        a = tl.load(student.pointer + rm.row_offset(student, row) + y).to(tl.float32)
+        b = a
+        if teacher is not None:
+            b = tl.load(teacher.pointer + rm.row_offset(teacher, row) + y).to(tl.float32)
+    return a, b
 
 
 @triton.jit
@@ -91,16 +93,14 @@ def zero_row(out, N, row):
 
 
 @triton.jit
-def store_state(partial, N, row, state, a, b):
-    """Into [STATE_FIELDS, N, parts], as this program's part."""
-    part = tl.program_id(1)
-    parts = tl.num_programs(1)
-    at = partial + row.to(tl.int64) * parts + part
-    field = N.to(tl.int64) * parts
+def store_state(partial, N, row, there, state, a, b):
+    """Into [STATE_FIELDS, N, parts], as this program's part. The parts of a token's logits a, b add up to them."""
+    at = partial + row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    field = N.to(tl.int64) * tl.num_programs(1)
     for i in tl.static_range(7):
-        tl.store(at + i * field, state[i])
-    tl.store(at + 7 * field, tl.where(part == 0, a, 0.0))
-    tl.store(at + 8 * field, tl.where(part == 0, b, 0.0))
+        tl.store(at + i * field, state[i], there)
+    tl.store(at + 7 * field, a, there)
+    tl.store(at + 8 * field, b, there)
 
 
 @triton.jit(do_not_specialize=["N", "V"])
@@ -130,7 +130,8 @@ def row_stats_kernel(
         if tl.num_programs(1) == 1:
             finish(stats, N, row, state, a, b, token_ids, V, inv_T, PAIR)
         else:
-            store_state(partial, N, row, state, a, b)
+            only_once = tl.program_id(1) == 0
+            store_state(partial, N, row, True, state, tl.where(only_once, a, 0.0), tl.where(only_once, b, 0.0))
     elif tl.num_programs(1) == 1:
         zero_row(stats, N, row)
 
