@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import arguments, backends
 from .chunked import default_chunk_rows
+from .tiled import TILED
 
 PerModel = float | tuple[float | None, float | None] | None
 
@@ -20,6 +21,7 @@ class Heads:
         teacher: tuple[Tensor, Tensor, Tensor | None] | None,
         softcap: PerModel,
         logit_scale: PerModel,
+        impl: str,
         chunk_rows: int | None,
         temperature: float,
         vocab_size: int | None,
@@ -47,14 +49,15 @@ class Heads:
         self.vocab_size = smaller if vocab_size is None else vocab_size
         if chunk_rows is not None and chunk_rows < 1:
             raise ValueError(f"chunk_rows must be a whole number >= 1, got {chunk_rows}")
+        rows, backend = _driver(impl, chunk_rows)
         element = self.tensors[1].element_size()
         self.settings = (
             _per_model("softcap", softcap, none=0.0),
             _per_model("logit_scale", logit_scale, none=1.0),
             arguments.check_temperature(temperature),
             self.vocab_size,
-            chunk_rows or default_chunk_rows(self.vocab_size, element, len(weights)),
-            backends.requested(),
+            default_chunk_rows(self.vocab_size, element, len(weights)) if rows is None else rows,
+            backend,
         )
 
     @property
@@ -66,6 +69,20 @@ class Heads:
     @property
     def needs(self) -> list[bool]:
         return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in self.tensors[:3]]
+
+
+def _driver(impl: str, chunk_rows: int | None) -> tuple[int | None, str]:
+    """(chunk_rows, backend): the tiled kernels are Triton's alone, whatever the device's first choice is."""
+    backend = backends.requested()
+    if impl == "chunked":
+        return chunk_rows, backend
+    if impl != "tiled":
+        raise ValueError(f'impl must be "chunked" or "tiled", got {impl!r}')
+    if chunk_rows is not None:
+        raise ValueError('chunk_rows belongs to impl="chunked"; impl="tiled" has no chunks: leave it out')
+    if backend not in ("auto", "triton"):
+        raise RuntimeError(f'impl="tiled" runs on the triton backend, not on {backend!r}: use impl="chunked"')
+    return TILED, "triton"
 
 
 def _check_head(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

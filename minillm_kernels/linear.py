@@ -1,13 +1,15 @@
 """Losses and statistics of hidden states and head weights: the logits of all rows never exist at once.
 
 Each function is its namesake on logits applied to z = hW^T + b, then z * logit_scale, then softcap * tanh(z /
-softcap), for student and teacher; how it is computed is in chunked.py. Arguments that all share:
+softcap), for student and teacher; how it is computed is in chunked.py and tiled.py. Arguments that all share:
 
     student_hidden [..., H], student_weight [V, H], student_bias [V] or None: differentiable, of one type; under
     autocast
         they are cast as torch.nn.functional.linear casts.
     teacher_hidden [..., H_t], teacher_weight [V_t, H_t], teacher_bias: constants. Hidden and head sizes may differ.
     softcap, logit_scale: a number for both models or a (student, teacher) pair; softcap None: none.
+    impl: "chunked", four matmuls on a buffer of some rows' logits; or "tiled", logits formed tile by tile on the
+        tensor cores and never in memory (Triton; tiled.py says what it costs and computes).
     chunk_rows: rows a chunk; by default both models' logits of a chunk take at most 96 MiB.
 """
 
@@ -23,6 +25,7 @@ from .heads import Heads, PerModel
 from .policy import MiniLLMLoss
 from .rows import MIXTURE_DIVERGENCES, RowStats
 from .statistics import DistillStats
+from .tiled import COMPUTES
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
@@ -40,6 +43,7 @@ def fused_linear_rkl_loss(
     teacher_bias: Tensor | None = None,
     softcap: PerModel = None,
     logit_scale: PerModel = 1.0,
+    impl: str = "chunked",
     chunk_rows: int | None = None,
     weights: Tensor | None = None,
     temperature: float = 1.0,
@@ -65,6 +69,7 @@ def fused_linear_rkl_loss(
         teacher_bias=teacher_bias,
         softcap=softcap,
         logit_scale=logit_scale,
+        impl=impl,
         chunk_rows=chunk_rows,
         weights=weights,
         temperature=temperature,
@@ -89,6 +94,7 @@ def fused_linear_divergence_loss(
     teacher_bias: Tensor | None = None,
     softcap: PerModel = None,
     logit_scale: PerModel = 1.0,
+    impl: str = "chunked",
     chunk_rows: int | None = None,
     weights: Tensor | None = None,
     temperature: float = 1.0,
@@ -101,11 +107,16 @@ def fused_linear_divergence_loss(
     """`fused_divergence_loss` of hidden states and head weights; see `fused_linear_rkl_loss`."""
     arguments.check_group(group)
     name = losses.check_divergence(divergence, beta, reduction)
+    if impl == "tiled" and name in MIXTURE_DIVERGENCES:
+        raise NotImplementedError(
+            f'impl="tiled" computes {COMPUTES}; {name}, whose mixture needs both normalisers first: use impl="chunked"'
+        )
     heads = Heads(
         (student_hidden, student_weight, student_bias),
         (teacher_hidden, teacher_weight, teacher_bias),
         softcap,
         logit_scale,
+        impl,
         chunk_rows,
         temperature,
         vocab_size,
@@ -137,6 +148,7 @@ def fused_linear_token_logprobs(
     bias: Tensor | None = ...,
     softcap: float | None = ...,
     logit_scale: float = ...,
+    impl: str = ...,
     chunk_rows: int | None = ...,
     temperature: float = ...,
     return_entropy: Literal[False] = ...,
@@ -153,6 +165,7 @@ def fused_linear_token_logprobs(
     bias: Tensor | None = ...,
     softcap: float | None = ...,
     logit_scale: float = ...,
+    impl: str = ...,
     chunk_rows: int | None = ...,
     temperature: float = ...,
     return_entropy: Literal[True],
@@ -168,6 +181,7 @@ def fused_linear_token_logprobs(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    impl: str = "chunked",
     chunk_rows: int | None = None,
     temperature: float = 1.0,
     return_entropy: bool = False,
@@ -177,7 +191,7 @@ def fused_linear_token_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`token_logprobs` of hidden states and a head. The backward pass forms the logits again."""
     arguments.check_group(group)
-    heads = Heads((hidden, weight, bias), None, softcap, logit_scale, chunk_rows, temperature, vocab_size)
+    heads = Heads((hidden, weight, bias), None, softcap, logit_scale, impl, chunk_rows, temperature, vocab_size)
     arguments.check_token_ids("token_ids", token_ids, heads.like_logits)
     mask = token_ids != ignore_index
     ids = torch.where(mask, token_ids, 0)
@@ -197,6 +211,7 @@ def fused_linear_distill_stats(
     teacher_bias: Tensor | None = None,
     softcap: PerModel = None,
     logit_scale: PerModel = 1.0,
+    impl: str = "chunked",
     chunk_rows: int | None = None,
     temperature: float = 1.0,
     mask: Tensor | None = None,
@@ -210,6 +225,7 @@ def fused_linear_distill_stats(
         (teacher_hidden, teacher_weight, teacher_bias),
         softcap,
         logit_scale,
+        impl,
         chunk_rows,
         temperature,
         vocab_size,
@@ -242,6 +258,7 @@ def fused_linear_minillm_loss(
     teacher_bias: Tensor | None = None,
     softcap: PerModel = None,
     logit_scale: PerModel = 1.0,
+    impl: str = "chunked",
     chunk_rows: int | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
@@ -252,6 +269,7 @@ def fused_linear_minillm_loss(
         (teacher_hidden, teacher_weight, teacher_bias),
         softcap,
         logit_scale,
+        impl,
         chunk_rows,
         temperature,
         vocab_size,
@@ -285,6 +303,7 @@ class FusedLinearRKLLoss(nn.Module):
         *,
         softcap: PerModel = None,
         logit_scale: PerModel = 1.0,
+        impl: str = "chunked",
         chunk_rows: int | None = None,
         temperature: float = 1.0,
         reduction: str = "batchmean",
@@ -297,6 +316,7 @@ class FusedLinearRKLLoss(nn.Module):
         self.options: dict[str, Any] = {
             "softcap": softcap,
             "logit_scale": logit_scale,
+            "impl": impl,
             "chunk_rows": chunk_rows,
             "temperature": temperature,
             "reduction": reduction,

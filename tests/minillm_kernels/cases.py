@@ -171,3 +171,22 @@ NOT_FINITE += [Case(6161, (64,), pattern=name) for name in ("both_inf", "tiles_i
 OFFSETS = [Case(50257, (2,), offset=x) for x in (1000.0, -1e4)] + [Case(2065, (2,), BF16, offset=-1000.0)]
 
 ALL = list(dict.fromkeys([*SHAPES, *TYPES, *TEMPERATURES, *HEADS, *NOT_FINITE, *OFFSETS]))
+
+# For Triton's interpreter, which takes milliseconds for each operation of a program: one case of each kind, few rows.
+INTERPRETED = {
+    *(Case(V, (3,)) for V in (1, 17, 4111)),
+    *(Case(V, (2,), BF16, BF16) for V in (9, 151936)),
+    *(Case(4111, leading) for leading in ((), (0,))),
+    *(c for c in TYPES if FP32 in (c.student, c.teacher) or c.student != c.teacher),
+    Case(temperature=0.3),
+    *HEADS[:4],
+    *(c for c in NOT_FINITE if c.V == 2063),
+    *(c for c in NOT_FINITE if c.leading == (2, 2) and c.pattern in ("tiles_inf", "peaks_outside")),
+    *(c for c in OFFSETS if c.V == 2065),
+}
+# Each divergence is a kernel of its own there; and of its inputs, where columns are missing or models part.
+INTERPRETED_LAWS = {("jsd", 0.1), ("skew_forward_kl", 0.1), ("skew_reverse_kl", 0.1), ("tvd", 0.5)}
+INTERPRETED_MIXTURES = {
+    *(Case(2065, (4,), BF16, FP16), Case(4111, teacher_V=4200, vocab_size=2000)),
+    *(c for c in NOT_FINITE if c.V == 2063 and c.pattern in ("both_inf", "one_hot", "lowest")),
+}
