@@ -8,8 +8,8 @@ softcap), for student and teacher; how it is computed is in chunked.py and tiled
         they are cast as torch.nn.functional.linear casts.
     teacher_hidden [..., H_t], teacher_weight [V_t, H_t], teacher_bias: constants. Hidden and head sizes may differ.
     softcap, logit_scale: a number for both models or a (student, teacher) pair; softcap None: none.
-    impl: "chunked", four matmuls on a buffer of some rows' logits; or "tiled", logits formed tile by tile on the tensor
-        cores and never in memory (Triton; tiled.py says what it costs and computes).
+    impl: "chunked", four matmuls on a buffer of some rows' logits; or "tiled", logits formed tile by tile on the
+        tensor cores and never in memory (Triton; tiled.py says what it costs and computes).
     chunk_rows: rows a chunk; by default both models' logits of a chunk take at most 64 MiB.
 """
 

@@ -1,7 +1,13 @@
-"""What every test starts from: a fixed seed; torch's thread count is given back afterwards."""
+"""What every test starts from: a fixed seed; torch's thread count is given back afterwards; Triton's kernels run in its
+interpreter where there is no GPU, which must be said before anything imports triton."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

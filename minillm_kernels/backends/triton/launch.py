@@ -8,9 +8,15 @@ import torch
 import triton
 from torch import Tensor
 
+from ...reference import _check_token_ids
+
 
 class Rows(NamedTuple):
-    """Row i starts (i // inner) * outer_stride + (i % inner) * inner_stride elements after the pointer."""
+    """Row i starts (i // inner) * outer_stride + (i % inner) * inner_stride elements after the pointer.
+
+    The three numbers x come as 2x + 3: Triton compiles anew where an integer inside a tuple is 1 or a multiple of 16,
+    do_not_specialize notwithstanding, and this is neither.
+    """
 
     pointer: Tensor
     inner: int
@@ -36,7 +42,7 @@ class Rows(NamedTuple):
             raise ValueError(f"the last dimension must have stride 1, not {x.stride(-1)}: call .contiguous() first")
         inner, inner_stride = merged[-1] if merged else (1, 0)
         outer_stride = merged[0][1] if len(merged) == 2 else 0
-        return Rows(x, max(inner, 1), outer_stride, inner_stride)
+        return Rows(x, *(2 * number + 3 for number in (max(inner, 1), outer_stride, inner_stride)))
 
 
 class Tiles(NamedTuple):
@@ -89,3 +95,12 @@ def _phase(x: Tensor, vec: int) -> tuple[int, ...]:
 def per_row(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A small per-row tensor as the kernels expect it: O(N) at most is copied."""
     return None if x is None else x.to(dtype).contiguous()
+
+
+def checked_token_ids(token_ids: Tensor | None, mask: Tensor | None, vocab_size: int) -> Tensor | None:
+    """As int64. On a CPU (the interpreter) a token outside the vocabulary is an error; on a GPU, where looking would
+    synchronise, its log-probability is NaN."""
+    token_ids = per_row(token_ids, torch.int64)
+    if token_ids is not None and token_ids.device.type == "cpu" and token_ids.numel():
+        _check_token_ids(token_ids if mask is None else token_ids.masked_fill(~mask, 0), vocab_size)
+    return token_ids

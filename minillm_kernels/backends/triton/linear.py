@@ -26,7 +26,7 @@ from triton.language.extra import libdevice
 from ...rows import RowStats
 from . import rowmath as rm
 from .grad import gradient, gradient_row
-from .launch import MAX_PARTS, PROGRAMS, per_row
+from .launch import MAX_PARTS, PROGRAMS, checked_token_ids, per_row
 from .stats import STATE_FIELDS, merge_parts, store_state
 
 
@@ -49,9 +49,10 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# 16-bit: two accumulators of 128 x 128 are 2 x 64 registers a thread; three stages of both operands 96 KiB, within an
-# A100's 164. fp32 has no tensor cores here: smaller blocks, so that operands and accumulators fit.
-BLOCKS = {2: Blocks((128, 128, 64), 8, 3), 4: Blocks((64, 64, 32), 4, 2)}
+# By bytes of an operand. 16-bit: 64 x 128 over 8 warps leaves the two models' tiles and the state in 255 registers
+# (128 x 128 spills on every architecture); three stages of both operands are 72 KiB, two programs on an H100. fp32 has
+# no tensor cores here, and half as many columns.
+BLOCKS = {2: Blocks((64, 128, 64), 8, 3), 4: Blocks((64, 64, 32), 8, 2)}
 
 
 @triton.jit
@@ -163,6 +164,9 @@ def linear_grad_kernel(
     columns = start + inner
     known = tl.minimum(rows, N - 1)
     k, wanted = gradient_row(stats, coefficients, N, known, inv_T)
+    ms, mt, log2Zs, log2Zt, kd, ks, k1, kp, ky = k
+    origins = ms[:, None], mt[:, None], log2Zs[:, None], log2Zt[:, None]
+    k = origins + (kd[:, None], ks[:, None], k1[:, None], kp[:, None], ky[:, None])  # noqa: RUF005
     there = (rows < N) & wanted
     g = tl.zeros([BM, BN], tl.float32)
     if tl.max(there.to(tl.int32), 0) != 0:
@@ -173,9 +177,6 @@ def linear_grad_kernel(
         b = a
         if PAIR:
             b = logits_tile(teacher, rows, there, columns, V, BLOCK)
-        ms, mt, log2Zs, log2Zt, kd, ks, k1, kp, ky = k
-        k = ms[:, None], mt[:, None], log2Zs[:, None], log2Zt[:, None], kd[:, None], ks[:, None], k1[:, None]
-        k = k + (kp[:, None], ky[:, None])
         g = gradient(k, a, b, columns[None, :] == token[:, None], inv_T * rm.LOG2E, PAIR)
         if student.softcap is not None:
             x = a / student.softcap
@@ -214,7 +215,8 @@ def linear_stats(student, teacher, token_ids, mask, temperature: float, vocab_si
     BM, BN, _ = blocks.shape
     parts = max(1, min(MAX_PARTS, triton.cdiv(vocab_size, BN), PROGRAMS // triton.cdiv(N, BM)))
     partial = torch.empty((STATE_FIELDS, N, parts), dtype=torch.float32, device=stats.device)
-    mask, token_ids = per_row(mask, torch.bool), per_row(token_ids, torch.int64)
+    mask = per_row(mask, torch.bool)
+    token_ids = checked_token_ids(token_ids, mask, vocab_size)
     linear_stats_kernel[(triton.cdiv(N, BM), parts)](
         operand(student),
         None if teacher is None else operand(teacher),
@@ -232,7 +234,9 @@ def linear_stats(student, teacher, token_ids, mask, temperature: float, vocab_si
     return stats
 
 
-def linear_grad_tile(student, teacher, token_ids, stats, coefficients, temperature: float, vocab_size: int, out, start):
+def linear_grad_tile(
+    student, teacher, token_ids, stats, coefficients, temperature: float, vocab_size: int, out, start
+):
     """Writes dL/d(hW^T + b) of the columns from `start` on into out [N, width], in the student's type."""
     N, width = out.shape
     blocks = blocks_of(student, teacher)

@@ -1,13 +1,13 @@
 """The row mathematics as Triton functions: csrc/rowmath/state.h for tiles, whose essay has the formulas.
 
-A tile is [K, LANES, VEC] columns of one row: VEC neighbours are one 16-byte load, LANES is the number of threads, K the
-loads that a thread has in flight. Axes 0 and 2 lie inside a thread, so each thread keeps a state of its own (the
+A tile is [K, LANES, VEC] columns of one row: VEC neighbours are one 16-byte load, LANES is the number of threads, K
+the loads that a thread has in flight. Axes 0 and 2 lie inside a thread, so each thread keeps a state of its own (the
 fields of a state are [LANES]) and the main loops have neither a barrier nor a shuffle; the lanes are merged once, at
 the end. Rows start anywhere, but tiles start on multiples of VEC elements: the first tile of a row may begin up to
 VEC - 1 columns before it (`lead`), under a mask, so that one compiled kernel serves every row width.
 
-A state is (ms, mt, Zs, Zt, A, B, C), in the order of state.h. Merging any number of states is `rescale` to their common
-origins, then addition. Origins start at -FLT_MAX rather than -inf, so that no difference of them is NaN.
+A state is (ms, mt, Zs, Zt, A, B, C), in the order of state.h. Merging any number of states is `rescale` to their
+common origins, then addition. Origins start at -FLT_MAX rather than -inf, so that no difference of them is NaN.
 """
 
 import triton
@@ -21,8 +21,8 @@ NAN: tl.constexpr = tl.constexpr(float("nan"))
 MINUS_INF: tl.constexpr = tl.constexpr(float("-inf"))
 SMALLEST_NORMAL: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 
-# Rows of the [STATISTICS, N] tensor of row_stats and of the [COEFFICIENTS, N] tensor of row_grad: minillm_kernels/rows.py
-# and csrc/rowmath have the same order.
+# Rows of the [STATISTICS, N] tensor of row_stats and of the [COEFFICIENTS, N] tensor of row_grad:
+# minillm_kernels/rows.py and csrc/rowmath have the same order.
 STUDENT_ORIGIN: tl.constexpr = tl.constexpr(0)
 STUDENT_LOGZ: tl.constexpr = tl.constexpr(1)
 TEACHER_ORIGIN: tl.constexpr = tl.constexpr(2)
@@ -49,9 +49,11 @@ INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def row_offset(rows, row):
-    """Elements from the pointer to the first column of a row."""
-    inner = rows.inner
-    return (row // inner).to(tl.int64) * rows.outer_stride + (row % inner).to(tl.int64) * rows.inner_stride
+    """Elements from the pointer to the first column of a row; launch.Rows says why its numbers are 2x + 3."""
+    inner = (rows.inner - 3) >> 1
+    outer_stride = (rows.outer_stride - 3) >> 1
+    inner_stride = (rows.inner_stride - 3) >> 1
+    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
 
 
 @triton.jit
@@ -76,8 +78,8 @@ def aligned_start(rows, row, lead, ALIGNED: tl.constexpr, SHAPE: tl.constexpr):
 
 @triton.jit
 def tile_span(V, width, lead, SHAPE: tl.constexpr):
-    """This program's part of the tiles of a row of that width: [first, last), of which [inner, outer) lie wholly inside
-    the V columns. The parts are the programs of axis 1."""
+    """This program's part of the tiles of a row of that width: [first, last), of which [inner, outer) lie wholly
+    inside the V columns. The parts are the programs of axis 1."""
     SIZE: tl.constexpr = SHAPE[0] * SHAPE[1] * SHAPE[2]
     n_tiles = tl.cdiv(width + lead, SIZE)
     each = tl.cdiv(n_tiles, tl.num_programs(1))
@@ -97,11 +99,11 @@ def edge_tile(i, first, inner, outer):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """fp32 to the type of an output. The interpreter truncates to bf16, where the hardware rounds to nearest."""
+    """fp32 to the type of an output. The interpreter truncates to bf16 where the hardware rounds to nearest."""
     if INTERPRETED:
         if dtype == tl.bfloat16:
             bits = x.to(tl.uint32, bitcast=True)
-            bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits)
+            bits = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000, bits)
             x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)
 
