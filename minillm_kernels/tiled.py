@@ -3,8 +3,8 @@
 A kernel of the Triton backend forms the logits tile by tile and folds them into the statistics of each row: the extra
 memory is O(N). The gradient goes one vocabulary tile at a time: a kernel forms the logits of all rows on that tile
 again and writes their gradient [N, tile] into a buffer of at most GRADIENT_BYTES; two matmuls send it to the hidden
-states (accumulated in fp32) and to the tile's rows of the weight, which are then complete: no fp32 copy of the weight's
-gradient. Six matmuls where chunked.py takes four: the memory optimum beside the speed optimum.
+states (accumulated in fp32) and to the tile's rows of the weight, which are then complete: no fp32 copy of the
+weight's gradient. Six matmuls where chunked.py takes four: the memory optimum beside the speed optimum.
 
 Legend: N rows, H hidden, V vocab_size.
 """

@@ -34,6 +34,7 @@ class Kernel(NamedTuple):
     read: int
     written: int
     launch: Callable[[], object]
+    extra: int = 0  # columns that it reads a second time: the tile from which a token is drawn
 
 
 def _rows(dtype: torch.dtype, n: int = N) -> Tensor:
@@ -75,7 +76,7 @@ def row_kernels() -> list[Kernel]:
             )
         uniforms = torch.full((N, 2), 0.5, dtype=torch.float64)
         draw = lambda s=s, u=uniforms: sample.row_sample(s, None, u, 0.0, 1.0, 0, 1.0, V)
-        add("mixed_sample, one model", "tile_mass_kernel", size, 0, draw)
+        found.append(Kernel(f"mixed_sample, one model {label}", "tile_mass_kernel", size, 0, draw, sample.SIZE.value))
     return found
 
 
@@ -110,7 +111,11 @@ def measure(kernel: Kernel, architecture: int) -> dict:
     with recording(architecture) as launches:
         kernel.launch()
     launch = next(x for x in launches if x.name == kernel.function)
-    options = {"read_bytes": kernel.read, "written_bytes": kernel.written} if kernel.read else {"columns": 1}
+    options = (
+        {"read_bytes": kernel.read, "written_bytes": kernel.written}
+        if kernel.read
+        else {"read_bytes": 0, "columns": 1}
+    )
     cubin, shared = launch.kernel.asm["cubin"], launch.kernel.metadata.shared
     found = sass.report(cubin, launch.name, architecture, dynamic_shared=shared, **options)
     if not kernel.read:  # a matmul: of its loop only the tensor instructions say something

@@ -1,4 +1,4 @@
-"""What is Triton's own: when it is imported, what it refuses, guard bands around every buffer, rows split over programs.
+"""What is Triton's own: when it is imported, what it refuses, guard bands around every buffer, rows that are split.
 
 The shared tests run on it too, in its interpreter (cases.INTERPRETED says which).
 """
@@ -47,10 +47,10 @@ def test_importing_the_package_imports_no_triton():
 
 
 def test_without_the_interpreter_a_cpu_tensor_is_refused():
-    code = "import minillm_kernels as mk\ntry:\n  mk.use_backend('triton').__enter__()\nexcept RuntimeError as e:\n  print(e)"
+    code = "import minillm_kernels as mk\nmk.use_backend('triton').__enter__()"
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device: the backend is available")
-    message = in_a_process(code, TRITON_INTERPRET="0").stdout
+    message = in_a_process(code, TRITON_INTERPRET="0").stderr
     assert "no CUDA device; set TRITON_INTERPRET=1 before Python starts" in message
 
 

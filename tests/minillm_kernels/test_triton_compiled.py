@@ -1,4 +1,4 @@
-"""The Triton kernels as a GPU would get them: compiled ahead of time, their resources, their main loops, their number."""
+"""The Triton kernels as a GPU would get them, compiled ahead of time: resources, main loops, how many there are."""
 
 import json
 
@@ -33,8 +33,8 @@ def test_nothing_spills(kernels):
 
 
 def test_budgets(kernels):
-    """Row kernels: 256 threads of at most 128 registers, two programs a multiprocessor, 4 KiB of shared memory. Matmuls:
-    one or two programs, within the 164 KiB of an A100."""
+    """Row kernels: 256 threads of at most 128 registers, two programs a multiprocessor, 4 KiB of shared memory.
+    Matmuls: one or two programs, within the 164 KiB of an A100."""
     for x in kernels:
         row = "linear" not in x["kernel"]
         assert x["registers"] <= (128 if row else 255), x
@@ -98,6 +98,6 @@ print(json.dumps({name: len(found) for name, found in kernels.items()}))
 
 
 def test_one_compilation_for_all_sizes():
-    """Of rows, columns, temperature and beta: numbers of rows that are 1, odd and a multiple of 16, aligned and odd widths."""
+    """Of rows, columns, temperature and beta: one row, odd numbers of them, a multiple of 16; odd and even widths."""
     found = compiled(SIZES)
     assert len(found) == 9 and set(found.values()) == {1}, found

@@ -20,8 +20,8 @@ def test_the_compiled_kernels(architecture):
         pytest.skip("Triton is not installed")
     if not (PTXJIT / "ptxjit.py").exists():
         pytest.skip(f"no ptxjit at {PTXJIT}: set MINILLM_PTXJIT to its folder")
-    command = [sys.executable, str(Path(__file__).with_name("triton_ptx.py")), str(PTXJIT), str(architecture)]
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, str(Path(__file__).with_name("triton_ptx.py")), str(architecture)]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": f"{ROOT}{os.pathsep}{PTXJIT}"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "11 kernels executed" in result.stdout

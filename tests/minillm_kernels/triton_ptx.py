@@ -1,14 +1,12 @@
-"""Runs the compiled PTX of the Triton kernels on the CPU: python tests/minillm_kernels/triton_ptx.py PTXJIT 80|90
+"""Runs the compiled PTX of the Triton kernels on the CPU: python tests/minillm_kernels/triton_ptx.py 80|90
 
 Whole operations, through their launchers: benchmarks.gpu_static.recording compiles what they launch, ptxjit executes
 it, with bounds checks on every buffer and four schedules of the threads, which must give the same bits without a
-message. The results are compared with the reference in float64. test_triton_ptx.py calls this.
+message. The results are compared with the reference in float64. test_triton_ptx.py calls this, with the repository
+and ptxjit on the path.
 """
 
 import sys
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parents[2]), sys.argv[1]]
 
 import torch
 from ptxjit import Module  # type: ignore[import-not-found]
@@ -19,31 +17,31 @@ from minillm_kernels.backends.triton import divergence, grad, linear, sample, st
 from minillm_kernels.chunked import Head
 
 modules: dict[int, Module] = {}
-schedule = 0
 launched: set[str] = set()
 
 
-def execute(launch: Launch) -> None:
-    module = modules.setdefault(id(launch.kernel), Module(launch.kernel.asm["ptx"]))
-    shared = launch.kernel.metadata.shared
-    result = module.launch(launch.name, launch.grid, launch.threads, launch.arguments, smem=shared, order=schedule)
-    assert not result.msg, (launch.name, result.msg)
-    launched.add(launch.name)
+def executor(schedule: int):
+    def execute(launch: Launch) -> None:
+        module = modules.setdefault(id(launch.kernel), Module(launch.kernel.asm["ptx"]))
+        shared = launch.kernel.metadata.shared
+        result = module.launch(launch.name, launch.grid, launch.threads, launch.arguments, smem=shared, order=schedule)
+        assert not result.msg, (launch.name, result.msg)
+        launched.add(launch.name)
+
+    return execute
 
 
 def check(name: str, tolerance: float, run, truth) -> None:
     """run() -> tensors, in each schedule; truth: what they must be, in float64."""
-    global schedule
     results = []
     for schedule in range(4):
-        with recording(int(sys.argv[2]), execute):
+        with recording(int(sys.argv[1]), executor(schedule)):
             results.append(run())
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
-            assert torch.equal(a.nan_to_num(7.0) if a.is_floating_point() else a, b.nan_to_num(7.0)
-                               if b.is_floating_point() else b), f"{name}: a schedule changed the bits"  # fmt: skip
+            assert torch.equal(a.nan_to_num(7), b.nan_to_num(7)), f"{name}: a schedule changed the bits"
     for a, b in zip(results[0], truth, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m: f"{name}: {m}")  # noqa: B023, E501  # fmt: skip
+        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance, equal_nan=True, msg=name)
     print("ok", name, flush=True)
 
 

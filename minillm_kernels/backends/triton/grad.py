@@ -136,6 +136,6 @@ def row_grad(
         1.0 / temperature,
         ALIGNED=tiles.aligned,
         SHAPE=tiles.shape,
-        num_warps=tiles.warps,
+        **tiles.options,
     )
     return grad

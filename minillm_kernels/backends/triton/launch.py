@@ -53,15 +53,22 @@ class Tiles(NamedTuple):
     parts: int  # programs a row
     aligned: bool  # the rows of all tensors start on the same columns modulo VEC
 
+    @property
+    def options(self) -> dict[str, int]:
+        """Two programs of 256 threads fit a multiprocessor's registers. Left alone, ptxas aims at three and spills."""
+        limit = {} if triton.knobs.runtime.interpret else {"maxnreg": 128}
+        return {"num_warps": self.warps, **limit}
+
 
 # (architecture, V at most) -> (loads of 16 bytes in flight a thread and tensor, warps). Architectures without a line
 # take the nearest older one; the interpreter the first. Short rows: more threads would have no columns. Long rows:
 # what is in flight must cover bandwidth times latency, 3.35 TB/s * 600 ns / 132 = 15 KB on an H100's multiprocessor
-# and 11 KB on an A100's: 256 threads * 2 tensors * 2 loads of 16 bytes are 16 KB, and two such programs fit.
+# and 11 KB on an A100's: 256 threads * 2 tensors * 2 loads of 16 bytes are 16 KB, and two such programs fit. A B200
+# wants 32 KB, which two programs are; four loads a thread would take 200 registers there, and leave one program.
 TILES: dict[int, list[tuple[int, int, int]]] = {
     80: [(4096, 1, 4), (1 << 31, 2, 8)],
     90: [(4096, 1, 4), (1 << 31, 2, 8)],
-    100: [(4096, 1, 4), (1 << 31, 4, 8)],  # 8 TB/s over 148 multiprocessors: 32 KB
+    100: [(4096, 1, 4), (1 << 31, 2, 8)],
 }
 # Programs to launch at least: eight for each of 132 multiprocessors, so that the last wave is short. One number for
 # all devices, since the order of additions, hence the bits, must not depend on the device.

@@ -202,7 +202,7 @@ def row_stats(
         1.0 / temperature,
         ALIGNED=tiles.aligned,
         SHAPE=tiles.shape,
-        num_warps=tiles.warps,
+        **tiles.options,
     )
     if tiles.parts > 1:
         merge_parts(partial, mask, token_ids, stats, vocab_size, 1.0 / temperature, teacher is not None)
