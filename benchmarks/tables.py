@@ -110,8 +110,8 @@ def triton_table() -> str:
     for gpu in ("A100", "H100"):
         header += [f"{gpu}: registers", "instructions a column", "bandwidth they allow"]
     note = (
-        f"Counted, not timed: compiled by Triton {results['triton_version']} without a GPU, rows of 151936 bf16 columns; made "
-        "by `python -m benchmarks.gpu_static.triton_kernels`."
+        f"Counted, not timed: compiled by Triton {results['triton_version']} without a GPU, rows of 151936 bf16 columns; "
+        "made by `python -m benchmarks.gpu_static.triton_kernels`."
     )
     return markdown(header, rows) + "\n\n" + note
 
