@@ -110,7 +110,35 @@ def demo_table() -> str:
     return markdown(["held-out prompts", *stages, f"change in stage {stages[-1]}"], rows) + "\n\n" + note
 
 
-TABLES = {"demo": demo_table, "cpu": cpu_table, "linear": linear_table}
+def triton_table() -> str:
+    """What the compiled Triton kernels cost on bf16 rows, and the bandwidth that their instructions allow."""
+    results = json.loads((RESULTS / "gpu-static.json").read_text())
+    traffic = {x["kernel"]: x["of_minimum"] for x in results["triton_traffic"]}
+    found = {(x["kernel"], x["architecture"]): x for x in results["triton"]}
+    rows = []
+    for kernel in traffic:
+        if not kernel.endswith("bf16"):
+            continue
+        a100, h100 = found[kernel, 80], found[kernel, 90]
+        row = [kernel.removesuffix(" bf16"), f"{traffic[kernel]:.3f}"]
+        for x in (a100, h100):
+            row += [
+                str(x["registers"]),
+                f"{x['instructions_per_column']:.1f}",
+                f"{x['headroom']:.2f}× ({x['bound_by']})",
+            ]
+        rows.append(row)
+    header = ["kernel", "bytes, of the least"]
+    for gpu in ("A100", "H100"):
+        header += [f"{gpu}: registers", "instructions a column", "bandwidth they allow"]
+    note = (
+        f"Counted, not timed: compiled by Triton {results['triton_version']} without a GPU, rows of 151936 bf16 "
+        "columns; made by `python -m benchmarks.gpu_static.triton_kernels`."
+    )
+    return markdown(header, rows) + "\n\n" + note
+
+
+TABLES = {"demo": demo_table, "cpu": cpu_table, "linear": linear_table, "triton": triton_table}
 
 
 def render(readme: str) -> str:

@@ -1,5 +1,5 @@
-"""torch.ops.minillm.linear_*: losses of hidden states and head weights as torch operators, on the chunk driver, or
-with chunk_rows = TILED on the tiled one.
+"""torch.ops.minillm.linear_*: losses of hidden states and head weights as torch operators, on the chunk driver,
+or with chunk_rows = TILED on the tiled one.
 
 Two kinds. `linear_stats` and `linear_divergence` return a value a row; their backward pass forms the logits again,
 since what arrives is not known before. `linear_divergence_loss` and `linear_minillm_loss` return a scalar whose row
@@ -214,8 +214,8 @@ def _per_row(fields: int):
 
 def _fake_gradients(args: tuple, needs: list[bool]) -> Gradients:
     *_, chunk_rows, _backend = args
-    empty = tiled.empty_gradients if chunk_rows == TILED else empty_gradients
     hidden, weight, bias = args[:3]
+    empty = tiled.empty_gradients if chunk_rows == TILED else empty_gradients
     return empty(Head(hidden, weight, bias, 0.0, 1.0), needs)
 
 

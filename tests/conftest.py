@@ -1,5 +1,5 @@
-"""What every test starts from: a fixed seed; torch's thread count is given back afterwards; Triton's kernels run in
-its interpreter where there is no GPU, which must be said before anything imports triton."""
+"""What every test starts from: a fixed seed; torch's thread count is given back afterwards. Where there is no GPU,
+Triton's kernels run in its interpreter, which must be said before anything imports triton."""
 
 import os
 

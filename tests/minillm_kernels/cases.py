@@ -172,7 +172,7 @@ OFFSETS = [Case(50257, (2,), offset=x) for x in (1000.0, -1e4)] + [Case(2065, (2
 
 ALL = list(dict.fromkeys([*SHAPES, *TYPES, *TEMPERATURES, *HEADS, *NOT_FINITE, *OFFSETS]))
 
-# For Triton's interpreter, which takes milliseconds for each operation of a program: one case of each kind, few rows.
+# For Triton's interpreter, which takes milliseconds for each program and tile: one case of each kind, few rows.
 INTERPRETED = {
     *(Case(V, (3,)) for V in (1, 17, 4111)),
     *(Case(V, (2,), BF16, BF16) for V in (9, 151936)),
@@ -190,3 +190,13 @@ INTERPRETED_MIXTURES = {
     *(Case(2065, (4,), BF16, FP16), Case(4111, teacher_V=4200, vocab_size=2000)),
     *(c for c in NOT_FINITE if c.V == 2063 and c.pattern in ("both_inf", "one_hot", "lowest")),
 }
+# What it leaves out: hundreds of rows, or hundreds of calls that differ outside the kernels. And bits that depend on
+# where a row starts modulo 16 bytes, since its tiles start there: test_triton.py compares such rows by value.
+NOT_INTERPRETED = {
+    *("test_reductions", "test_batchmean_of_all_rows", "test_reductions_are_those_of_the_reverse_kl"),
+    *("test_ties_at_the_top_k_cut_are_kept", "test_top_p_keeps_while_the_mass_strictly_before_is_below_it"),
+    *("test_generator", "test_precision_of_long_rows", "test_temperature_zero_is_the_argmax_of_the_mixture"),
+    *("test_bits_do_not_depend_on_the_other_rows", "test_a_view_is_its_copy"),
+    *("test_in_place_through_a_view_touches_nothing_else", "test_inverse_cdf"),
+}
+INTERPRETED_PARAMETERS = {"setting": ("plain", "all"), "pattern": ("both_inf", "one_left"), "value": (torch.nan,)}

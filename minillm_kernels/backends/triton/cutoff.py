@@ -17,7 +17,9 @@ from . import rowmath as rm
 from .launch import Rows
 
 PIVOTS: tl.constexpr = tl.constexpr(16)
-TILE: tl.constexpr = tl.constexpr(1024)
+TILE: tl.constexpr = tl.constexpr(
+    4096 if triton.knobs.runtime.interpret else 1024
+)  # the interpreter takes its time by the operation
 
 
 @triton.jit

@@ -207,7 +207,7 @@ def row_divergence(
             KIND=MIXTURE_DIVERGENCES.index(divergence),
             ALIGNED=tiles.aligned,
             SHAPE=tiles.shape,
-            num_warps=tiles.warps,
+            **tiles.options,
         )
     return (partial[..., 0] if tiles.parts == 1 else partial.sum(-1)).reshape(2, *leading)
 
@@ -245,6 +245,6 @@ def row_divergence_grad(
         KIND=MIXTURE_DIVERGENCES.index(divergence),
         ALIGNED=tiles.aligned,
         SHAPE=tiles.shape,
-        num_warps=tiles.warps,
+        **tiles.options,
     )
     return grad

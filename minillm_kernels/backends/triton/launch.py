@@ -8,9 +8,15 @@ import torch
 import triton
 from torch import Tensor
 
+from ...reference import _check_token_ids
+
 
 class Rows(NamedTuple):
-    """Row i starts (i // inner) * outer_stride + (i % inner) * inner_stride elements after the pointer."""
+    """Row i starts (i // inner) * outer_stride + (i % inner) * inner_stride elements after the pointer.
+
+    The three numbers x come as 2x + 3: Triton compiles anew where an integer inside a tuple is 1 or a multiple of 16,
+    do_not_specialize notwithstanding, and this is neither.
+    """
 
     pointer: Tensor
     inner: int
@@ -36,7 +42,7 @@ class Rows(NamedTuple):
             raise ValueError(f"the last dimension must have stride 1, not {x.stride(-1)}: call .contiguous() first")
         inner, inner_stride = merged[-1] if merged else (1, 0)
         outer_stride = merged[0][1] if len(merged) == 2 else 0
-        return Rows(x, max(inner, 1), outer_stride, inner_stride)
+        return Rows(x, *(2 * number + 3 for number in (max(inner, 1), outer_stride, inner_stride)))
 
 
 class Tiles(NamedTuple):
@@ -47,15 +53,22 @@ class Tiles(NamedTuple):
     parts: int  # programs a row
     aligned: bool  # the rows of all tensors start on the same columns modulo VEC
 
+    @property
+    def options(self) -> dict[str, int]:
+        """Two programs of 256 threads fit a multiprocessor's registers. Left alone, ptxas aims at three and spills."""
+        limit = {} if triton.knobs.runtime.interpret else {"maxnreg": 128}
+        return {"num_warps": self.warps, **limit}
+
 
 # (architecture, V at most) -> (loads of 16 bytes in flight a thread and tensor, warps). Architectures without a line
 # take the nearest older one; the interpreter the first. Short rows: more threads would have no columns. Long rows:
 # what is in flight must cover bandwidth times latency, 3.35 TB/s * 600 ns / 132 = 15 KB on an H100's multiprocessor
-# and 11 KB on an A100's: 256 threads * 2 tensors * 2 loads of 16 bytes are 16 KB, and two such programs fit.
+# and 11 KB on an A100's: 256 threads * 2 tensors * 2 loads of 16 bytes are 16 KB, and two such programs fit. A B200
+# wants 32 KB, which two programs are; four loads a thread would take 200 registers there, and leave one program.
 TILES: dict[int, list[tuple[int, int, int]]] = {
     80: [(4096, 1, 4), (1 << 31, 2, 8)],
     90: [(4096, 1, 4), (1 << 31, 2, 8)],
-    100: [(4096, 1, 4), (1 << 31, 4, 8)],  # 8 TB/s over 148 multiprocessors: 32 KB
+    100: [(4096, 1, 4), (1 << 31, 2, 8)],
 }
 # Programs to launch at least: eight for each of 132 multiprocessors, so that the last wave is short. One number for
 # all devices, since the order of additions, hence the bits, must not depend on the device.
@@ -89,3 +102,12 @@ def _phase(x: Tensor, vec: int) -> tuple[int, ...]:
 def per_row(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A small per-row tensor as the kernels expect it: O(N) at most is copied."""
     return None if x is None else x.to(dtype).contiguous()
+
+
+def checked_token_ids(token_ids: Tensor | None, mask: Tensor | None, vocab_size: int) -> Tensor | None:
+    """As int64. On a CPU (the interpreter) a token outside the vocabulary is an error; on a GPU, where looking would
+    synchronise, its log-probability is NaN."""
+    token_ids = per_row(token_ids, torch.int64)
+    if token_ids is not None and token_ids.device.type == "cpu" and token_ids.numel():
+        _check_token_ids(token_ids if mask is None else token_ids.masked_fill(~mask, 0), vocab_size)
+    return token_ids

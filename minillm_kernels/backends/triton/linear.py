@@ -26,7 +26,7 @@ from triton.language.extra import libdevice
 from ...rows import RowStats
 from . import rowmath as rm
 from .grad import gradient, gradient_row
-from .launch import MAX_PARTS, PROGRAMS, per_row
+from .launch import MAX_PARTS, PROGRAMS, checked_token_ids, per_row
 from .stats import STATE_FIELDS, merge_parts, store_state
 
 
@@ -165,8 +165,8 @@ def linear_grad_kernel(
     known = tl.minimum(rows, N - 1)
     k, wanted = gradient_row(stats, coefficients, N, known, inv_T)
     ms, mt, log2Zs, log2Zt, kd, ks, k1, kp, ky = k
-    k = ms[:, None], mt[:, None], log2Zs[:, None], log2Zt[:, None]
-    k = k + (kd[:, None], ks[:, None], k1[:, None], kp[:, None], ky[:, None])
+    origins = ms[:, None], mt[:, None], log2Zs[:, None], log2Zt[:, None]
+    k = origins + (kd[:, None], ks[:, None], k1[:, None], kp[:, None], ky[:, None])  # noqa: RUF005
     there = (rows < N) & wanted
     g = tl.zeros([BM, BN], tl.float32)
     if tl.max(there.to(tl.int32), 0) != 0:
@@ -215,7 +215,8 @@ def linear_stats(student, teacher, token_ids, mask, temperature: float, vocab_si
     BM, BN, _ = blocks.shape
     parts = max(1, min(MAX_PARTS, triton.cdiv(vocab_size, BN), PROGRAMS // triton.cdiv(N, BM)))
     partial = torch.empty((STATE_FIELDS, N, parts), dtype=torch.float32, device=stats.device)
-    mask, token_ids = per_row(mask, torch.bool), per_row(token_ids, torch.int64)
+    mask = per_row(mask, torch.bool)
+    token_ids = checked_token_ids(token_ids, mask, vocab_size)
     linear_stats_kernel[(triton.cdiv(N, BM), parts)](
         operand(student),
         None if teacher is None else operand(teacher),

@@ -21,8 +21,8 @@ NAN: tl.constexpr = tl.constexpr(float("nan"))
 MINUS_INF: tl.constexpr = tl.constexpr(float("-inf"))
 SMALLEST_NORMAL: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 
-# Rows of the [STATISTICS, N] tensor of row_stats and of the [COEFFICIENTS, N] tensor of row_grad, in the order of
-# minillm_kernels/rows.py and csrc/rowmath.
+# Rows of the [STATISTICS, N] tensor of row_stats and of the [COEFFICIENTS, N] tensor of row_grad:
+# minillm_kernels/rows.py and csrc/rowmath have the same order.
 STUDENT_ORIGIN: tl.constexpr = tl.constexpr(0)
 STUDENT_LOGZ: tl.constexpr = tl.constexpr(1)
 TEACHER_ORIGIN: tl.constexpr = tl.constexpr(2)
@@ -49,9 +49,11 @@ INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def row_offset(rows, row):
-    """Elements from the pointer to the first column of a row."""
-    inner = rows.inner
-    return (row // inner).to(tl.int64) * rows.outer_stride + (row % inner).to(tl.int64) * rows.inner_stride
+    """Elements from the pointer to the first column of a row; launch.Rows says why its numbers are 2x + 3."""
+    inner = (rows.inner - 3) >> 1
+    outer_stride = (rows.outer_stride - 3) >> 1
+    inner_stride = (rows.inner_stride - 3) >> 1
+    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
 
 
 @triton.jit
@@ -97,11 +99,11 @@ def edge_tile(i, first, inner, outer):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """fp32 to the type of an output. The interpreter truncates to bf16, where the hardware rounds to nearest."""
+    """fp32 to the type of an output. The interpreter truncates to bf16 where the hardware rounds to nearest."""
     if INTERPRETED:
         if dtype == tl.bfloat16:
             bits = x.to(tl.uint32, bitcast=True)
-            bits = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16, bits)
+            bits = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000, bits)
             x = bits.to(tl.float32, bitcast=True)
     return x.to(dtype)
 

@@ -94,7 +94,14 @@ def load_masses(model, N, tiles, row, n_tiles, start):
 @triton.jit
 def mass_in_row(largest, mass, row_max, inv_T):
     """Relative to the row's maximum. An empty tile has no maximum to be relative to."""
-    return tl.where(mass == 0.0, 0.0, mass * tl.exp((largest - row_max) * inv_T))
+    return tl.where(mass == 0.0, 0.0, mass * exp_difference(largest, row_max, inv_T))
+
+
+@triton.jit
+def exp_difference(a, b, inv_T):
+    """e^((a - b)/T) of fp32 logits, for fp64 sums of masses that are rounded to fp32 themselves. (Twice the registers,
+    and branches, is what fp64's own exponential takes.)"""
+    return tl.exp2((a - b).to(tl.float32) * (inv_T * rm.LOG2E)).to(tl.float64)
 
 
 @triton.jit
@@ -145,7 +152,7 @@ def draw(model, N, V, tiles, row, u, row_max, Z, inv_T):
     there = (columns >= 0) & (columns < V)
     z = tl.load(model.rows.pointer + rm.row_offset(model.rows, row) + columns, there, other=rm.MINUS_INF)
     w = weight(z.to(tl.float32), tile_max.to(tl.float32), inv_T * rm.LOG2E, cutoff_of(model, row))
-    rest = (target - tile_before) * tl.exp((row_max - tile_max) * inv_T)
+    rest = (target - tile_before) * exp_difference(row_max, tile_max, inv_T)
     first, last = first_above(w, tl.cumsum(w.to(tl.float64), 0), rest, columns)
     return tl.minimum(first, last)
 
@@ -154,13 +161,13 @@ def draw(model, N, V, tiles, row, u, row_max, Z, inv_T):
 def logprob(model, row, token, row_max, Z, inv_T):
     z = tl.load(model.rows.pointer + rm.row_offset(model.rows, row) + token).to(tl.float32)
     out = (z < cutoff_of(model, row)) | (z == rm.MINUS_INF)
-    return tl.where(out, rm.MINUS_INF, (z.to(tl.float64) - row_max) * inv_T - tl.log(Z))
+    return tl.where(out, rm.MINUS_INF, (z - row_max.to(tl.float32)) * inv_T - tl.log2(Z.to(tl.float32)) * rm.LN2)
 
 
 @triton.jit(do_not_specialize=["N", "V", "tiles"])
 def argmax_kernel(student, teacher, values, tokens, N, V, tiles, alpha, inv_T):
-    """The largest alpha p + (1 - alpha) q of this program's part of a row and its lowest token: [N, parts]. Without a
-    teacher the student's logits alone decide."""
+    """The largest alpha p + (1 - alpha) q of this program's part of a row, and the lowest token that has it: both
+    [N, parts]. Without a teacher the student's logits alone decide."""
     row = tl.program_id(0)
     scale = inv_T * rm.LOG2E
     lead, s = first_tile(student, row)
@@ -196,7 +203,7 @@ def mixture_logprob(log_alpha, log_rest, lq, lp):
     a = log_alpha + lp
     b = log_rest + lq
     high = tl.maximum(a, b)
-    total = high + tl.log(tl.exp(a - high) + tl.exp(b - high))
+    total = high + tl.log2(tl.exp2((a - high) * rm.LOG2E) + tl.exp2((b - high) * rm.LOG2E)) * rm.LN2
     return tl.where(high == rm.MINUS_INF, high, total)
 
 
@@ -237,16 +244,16 @@ def pick_kernel(
                 else:
                     token = draw(student, N, V, tiles, row, u, s_max, s_Z, inv_T)
     lq = tl.where(drawable, logprob(student, row, token, s_max, s_Z, inv_T), rm.NAN)
-    lp = tl.zeros([], tl.float64)
+    lp = tl.zeros([], tl.float32)
     mixture = lq
     if teacher is not None:
         lp = tl.where(drawable, logprob(teacher, row, token, t_max, t_Z, inv_T), rm.NAN)
         mixture = mixture_logprob(log_weights[0], log_weights[1], lq, lp)
     tl.store(token_ids + row, token.to(tl.int64))
     tl.store(from_teacher + row, coin)
-    tl.store(logprobs + row, lq.to(tl.float32))
-    tl.store(logprobs + N + row, lp.to(tl.float32))
-    tl.store(logprobs + 2 * N + row, mixture.to(tl.float32))
+    tl.store(logprobs + row, lq)
+    tl.store(logprobs + N + row, lp)
+    tl.store(logprobs + 2 * N + row, mixture)
 
 
 def greedy(student: Model, teacher: Model | None, N: int, V: int, parts: int, alpha: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...rows import RowStats
 from . import rowmath as rm
-from .launch import MAX_PARTS, Rows, per_row, tiles_of
+from .launch import MAX_PARTS, Rows, checked_token_ids, per_row, tiles_of
 
 STATE_FIELDS = 9  # of `partial`: the state's, and the logits of the row's token
 
@@ -182,13 +182,14 @@ def row_stats(
     vocab_size: int,
 ) -> Tensor:
     """See `minillm_kernels.ops.row_stats`: [len(RowStats), ...] in fp32."""
-    stats = student.new_empty((len(RowStats._fields), *student.shape[:-1]), dtype=torch.float32)
+    stats = torch.empty((len(RowStats._fields), *student.shape[:-1]), dtype=torch.float32, device=student.device)
     n_rows = student.shape[:-1].numel()
     if n_rows == 0:
         return stats
     tiles = tiles_of(n_rows, vocab_size, student, teacher)
-    mask, token_ids = per_row(mask, torch.bool), per_row(token_ids, torch.int64)
-    partial = student.new_empty((STATE_FIELDS, n_rows, tiles.parts), dtype=torch.float32)
+    mask = per_row(mask, torch.bool)
+    token_ids = checked_token_ids(token_ids, mask, vocab_size)
+    partial = torch.empty((STATE_FIELDS, n_rows, tiles.parts), dtype=torch.float32, device=student.device)
     row_stats_kernel[(n_rows, tiles.parts)](
         Rows.of(student),
         None if teacher is None else Rows.of(teacher),
@@ -201,7 +202,7 @@ def row_stats(
         1.0 / temperature,
         ALIGNED=tiles.aligned,
         SHAPE=tiles.shape,
-        num_warps=tiles.warps,
+        **tiles.options,
     )
     if tiles.parts > 1:
         merge_parts(partial, mask, token_ids, stats, vocab_size, 1.0 / temperature, teacher is not None)
