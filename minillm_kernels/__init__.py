@@ -4,10 +4,14 @@ tensor."""
 from .backends import available_backends, last_backend, use_backend
 from .linear import (
     FusedLinearRKLLoss,
-    fused_linear_distill_stats,
     fused_linear_divergence_loss,
     fused_linear_minillm_loss,
     fused_linear_rkl_loss,
+)
+from .linear_statistics import (
+    DistillLoss,
+    fused_linear_distill_loss,
+    fused_linear_distill_stats,
     fused_linear_token_logprobs,
 )
 from .losses import FusedRKLLoss, fused_divergence_loss, fused_rkl_loss
@@ -18,6 +22,7 @@ from .statistics import DistillStats, distill_stats, token_logprobs
 __version__ = "0.1.0"
 
 __all__ = [
+    "DistillLoss",
     "DistillStats",
     "FusedLinearRKLLoss",
     "FusedRKLLoss",
@@ -26,6 +31,7 @@ __all__ = [
     "available_backends",
     "distill_stats",
     "fused_divergence_loss",
+    "fused_linear_distill_loss",
     "fused_linear_distill_stats",
     "fused_linear_divergence_loss",
     "fused_linear_minillm_loss",

@@ -71,6 +71,11 @@ class Heads:
         return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in self.tensors[:3]]
 
 
+def flat(x: Tensor | None) -> Tensor | None:
+    """[N] of [...]."""
+    return None if x is None else x.reshape(-1)
+
+
 def _driver(impl: str, chunk_rows: int | None) -> tuple[int | None, str]:
     """(chunk_rows, backend): the tiled kernels are Triton's alone, whatever the device's first choice is."""
     backend = backends.requested()

@@ -1,4 +1,4 @@
-"""Losses and statistics of hidden states and head weights: the logits of all rows never exist at once.
+"""Losses of hidden states and head weights: the logits of all rows never exist at once.
 
 Each function is its namesake on logits applied to z = hW^T + b, then z * logit_scale, then softcap * tanh(z /
 softcap), for student and teacher; how it is computed is in chunked.py and tiled.py. Arguments that all share:
@@ -15,21 +15,16 @@ softcap), for student and teacher; how it is computed is in chunked.py and tiled
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import arguments, linear_ops, losses, policy  # noqa: F401  (linear_ops registers torch.ops.minillm)
-from .heads import Heads, PerModel
+from .heads import Heads, PerModel, flat
 from .policy import MiniLLMLoss
-from .rows import MIXTURE_DIVERGENCES, RowStats
-from .statistics import DistillStats
+from .rows import DIFFERENTIABLE, MIXTURE_DIVERGENCES, RowStats
 from .tiled import COMPUTES
-
-
-def _flat(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.reshape(-1)
 
 
 def fused_linear_rkl_loss(
@@ -123,7 +118,7 @@ def fused_linear_divergence_loss(
     )
     w = losses.row_weights(heads.like_logits, labels, weights, ignore_index)
     if reduction == "none":
-        mask = None if w is None else _flat(w != 0)
+        mask = None if w is None else flat(w != 0)
         if name in MIXTURE_DIVERGENCES:
             per_row = torch.ops.minillm.linear_divergence(*heads.tensors, mask, name, beta, *heads.settings)
         else:
@@ -133,109 +128,16 @@ def fused_linear_divergence_loss(
         return per_row if w is None else per_row * w
     if w is None:
         w = torch.ones(heads.leading, dtype=losses.accumulator(student_hidden), device=student_hidden.device)
-    row_weights = _flat(losses.normalized(w, reduction, normalizer))
-    return torch.ops.minillm.linear_divergence_loss(
-        *heads.tensors, row_weights, name, beta, heads.needs, *heads.settings
+    row_weights = losses.normalized(w, reduction, normalizer).reshape(-1)
+    if name in MIXTURE_DIVERGENCES:
+        return torch.ops.minillm.linear_divergence_loss(
+            *heads.tensors, row_weights, name, beta, heads.needs, *heads.settings
+        )[0]
+    coefficients = row_weights.new_zeros(len(DIFFERENTIABLE), len(row_weights))
+    coefficients[DIFFERENTIABLE.index(name)] = row_weights
+    return torch.ops.minillm.linear_stats_loss(
+        *heads.tensors, None, row_weights != 0, coefficients, heads.needs, *heads.settings
     )[0]
-
-
-@overload
-def fused_linear_token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    token_ids: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    impl: str = ...,
-    chunk_rows: int | None = ...,
-    temperature: float = ...,
-    return_entropy: Literal[False] = ...,
-    ignore_index: int = ...,
-    vocab_size: int | None = ...,
-    group: object = ...,
-) -> Tensor: ...
-@overload
-def fused_linear_token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    token_ids: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    impl: str = ...,
-    chunk_rows: int | None = ...,
-    temperature: float = ...,
-    return_entropy: Literal[True],
-    ignore_index: int = ...,
-    vocab_size: int | None = ...,
-    group: object = ...,
-) -> tuple[Tensor, Tensor]: ...
-def fused_linear_token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    token_ids: Tensor,
-    *,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    impl: str = "chunked",
-    chunk_rows: int | None = None,
-    temperature: float = 1.0,
-    return_entropy: bool = False,
-    ignore_index: int = -100,
-    vocab_size: int | None = None,
-    group: object = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`token_logprobs` of hidden states and a head. The backward pass forms the logits again."""
-    arguments.check_group(group)
-    heads = Heads((hidden, weight, bias), None, softcap, logit_scale, impl, chunk_rows, temperature, vocab_size)
-    arguments.check_token_ids("token_ids", token_ids, heads.like_logits)
-    mask = token_ids != ignore_index
-    ids = torch.where(mask, token_ids, 0)
-    stats = torch.ops.minillm.linear_stats(*heads.tensors, _flat(ids), _flat(mask), *heads.settings)
-    stats = RowStats(*(x.reshape(heads.leading) for x in stats.unbind(0)))
-    return (stats.student_logprob, stats.student_entropy) if return_entropy else stats.student_logprob
-
-
-def fused_linear_distill_stats(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    token_ids: Tensor,
-    *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    softcap: PerModel = None,
-    logit_scale: PerModel = 1.0,
-    impl: str = "chunked",
-    chunk_rows: int | None = None,
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    group: object = None,
-) -> DistillStats:
-    """`distill_stats` of hidden states and head weights. The backward pass forms the logits again."""
-    arguments.check_group(group)
-    heads = Heads(
-        (student_hidden, student_weight, student_bias),
-        (teacher_hidden, teacher_weight, teacher_bias),
-        softcap,
-        logit_scale,
-        impl,
-        chunk_rows,
-        temperature,
-        vocab_size,
-    )
-    arguments.check_token_ids("token_ids", token_ids, heads.like_logits)
-    if mask is not None:
-        mask = arguments.check_per_row("mask", mask, heads.like_logits) != 0
-        token_ids = torch.where(mask, token_ids, 0)
-    stats = torch.ops.minillm.linear_stats(*heads.tensors, _flat(token_ids), _flat(mask), *heads.settings)
-    return DistillStats.of(RowStats(*(x.reshape(heads.leading) for x in stats.unbind(0))))
 
 
 def fused_linear_minillm_loss(
@@ -282,8 +184,8 @@ def fused_linear_minillm_loss(
     ids = torch.where(counts, token_ids, 0)
     loss, stats, *_gradients = torch.ops.minillm.linear_minillm_loss(
         *heads.tensors,
-        _flat(ids),
-        _flat(counts),
+        flat(ids),
+        flat(counts),
         torch.stack([x.reshape(-1) for x in rows]),
         1.0 / policy.denominator(counts, normalizer, rows.advantages.dtype),
         clip_range,

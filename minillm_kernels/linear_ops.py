@@ -2,14 +2,16 @@
 or with chunk_rows = TILED on the tiled one.
 
 Two kinds. `linear_stats` and `linear_divergence` return a value a row; their backward pass forms the logits again,
-since what arrives is not known before. `linear_divergence_loss` and `linear_minillm_loss` return a scalar whose row
-weights are known beforehand, so the gradients are formed in the same sweep as the loss, and the backward pass only
-scales them.
+since what arrives is not known before. `linear_stats_loss`, `linear_divergence_loss` and `linear_minillm_loss` return
+a scalar whose coefficients are known beforehand, so the gradients are formed in the same sweep as the loss, and the
+backward pass only scales them.
 
 Legend: N rows, H hidden; a head comes as (hidden [N, H], weight [V', H], bias [V'] or None).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch import Tensor
 from . import backends, ops, tiled
 from .chunked import Gradients, Head, empty_gradients, over_chunks
 from .policy import PolicyRows, policy_coefficients, policy_terms
-from .rows import DIFFERENTIABLE, DIFFERENTIABLE_INDEX, MIXTURE_DIVERGENCES, RowStats
+from .rows import DIFFERENTIABLE_INDEX, RowStats
 from .tiled import TILED
 
 _library = ops._library
@@ -31,6 +33,10 @@ _library.define(f"linear_stats({_HEADS}, Tensor? token_ids, Tensor? mask, {_SETT
 _library.define(
     f"linear_stats_grad({_HEADS}, Tensor? token_ids, Tensor? mask, Tensor stats, Tensor coefficients, bool[] needs, "
     f"{_SETTINGS}) -> ({_GRADIENTS})"
+)
+_library.define(
+    f"linear_stats_loss({_HEADS}, Tensor? token_ids, Tensor? mask, Tensor coefficients, bool[] needs, {_SETTINGS}) "
+    f"-> (Tensor, Tensor, {_GRADIENTS})"
 )
 _library.define(f"linear_divergence({_HEADS}, Tensor? mask, str divergence, float beta, {_SETTINGS}) -> Tensor")
 _library.define(
@@ -102,20 +108,56 @@ def _row_gradient(z_s, z_t, ids, stats, coefficients, temperature, backend, soft
     return backends.run(backend, "row_grad", z_s, *args, *out)
 
 
+def _sweep(
+    heads: tuple[Head, Head | None],
+    token_ids: Tensor | None,
+    mask: Tensor | None,
+    coefficients_of: Callable[[Tensor, Tensor | slice], Tensor],
+    needs: list[bool],
+    temperature: float,
+    vocab_size: int,
+    chunk_rows: int,
+    backend: str,
+) -> tuple[Tensor, Gradients]:
+    """Statistics [fields, N] and, from the same logits, the gradients of sum(coefficients * differentiable
+    statistics), where coefficients_of(stats, rows) gives those of some rows."""
+    if chunk_rows == TILED:
+        stats = tiled.statistics(*heads, token_ids, mask, temperature, vocab_size, backend)
+        coefficients = coefficients_of(stats, slice(None))
+        if mask is not None:
+            coefficients = torch.where(mask, coefficients, 0)
+        args = (*heads, token_ids, stats, coefficients, needs, temperature, vocab_size, backend)
+        return stats, tiled.gradients(*args)
+
+    def row_loss(rows, z_s, z_t):
+        ids = None if token_ids is None else token_ids[rows]
+        stats = backends.run(backend, "row_stats", z_s, z_t, ids, None, temperature, vocab_size)
+        if not any(needs):
+            return stats, None
+        coefficients = coefficients_of(stats, rows)
+        return stats, _row_gradient(z_s, z_t, ids, stats, coefficients, temperature, backend, heads[0].softcap)
+
+    return over_chunks(*heads, mask, vocab_size, chunk_rows, len(RowStats._fields), needs, row_loss)
+
+
+def _linear_stats_loss(*args):
+    tensors, (token_ids, mask, coefficients, needs, softcap, scale, *settings) = args[:N_HEADS], args[N_HEADS:]
+    *settings, backend = settings
+    heads, backend = _heads(tensors, softcap, scale), _resolve(backend, tensors)
+    stats, gradients = _sweep(
+        heads, token_ids, mask, lambda stats, rows: coefficients[:, rows], needs, *settings, backend
+    )
+    # A statistic that nobody asked about may be infinite: 0 times it is 0.
+    terms = torch.where(coefficients != 0, coefficients * stats[DIFFERENTIABLE_INDEX], 0)
+    return terms.sum(), stats, *gradients
+
+
 def _divergence_of(z_s, z_t, name, beta, temperature, backend):
     """(stats, values): values[0] is the divergence of each row."""
     vocab_size = z_s.shape[1]
     stats = backends.run(backend, "row_stats", z_s, z_t, None, None, temperature, vocab_size)
-    if name not in MIXTURE_DIVERGENCES:
-        return stats, stats[RowStats._fields.index(name)][None]
     args = (z_s, z_t, None, stats, name, beta, temperature, vocab_size)
     return stats, backends.run(backend, "row_divergence", *args)
-
-
-def _coefficients(name: str, row_weights: Tensor, stats: Tensor) -> Tensor:
-    coefficients = stats.new_zeros(len(DIFFERENTIABLE), len(row_weights))
-    coefficients[DIFFERENTIABLE.index(name)] = row_weights
-    return coefficients
 
 
 def _linear_divergence(*args):
@@ -135,21 +177,12 @@ def _linear_divergence_loss(*args):
     temperature, vocab_size, chunk_rows, backend = settings
     backend = _resolve(backend, tensors)
     heads = _heads(tensors, softcap, scale)
-    if chunk_rows == TILED:
-        stats = tiled.statistics(*heads, None, row_weights != 0, temperature, vocab_size, backend)
-        coefficients = _coefficients(name, row_weights, stats)
-        gradients = tiled.gradients(*heads, None, stats, coefficients, needs, temperature, vocab_size, backend)
-        return (stats[RowStats._fields.index(name)] * row_weights).sum(), *gradients
 
     def row_loss(rows, z_s, z_t):
         stats, values = _divergence_of(z_s, z_t, name, beta, temperature, backend)
-        weights = row_weights[rows]
         if not any(needs):
             return values[:1], None
-        if name not in MIXTURE_DIVERGENCES:
-            coefficients = _coefficients(name, weights, stats)
-            return values, _row_gradient(z_s, z_t, None, stats, coefficients, temperature, backend, softcap[0])
-        args = (z_s, z_t, stats, values, weights, name, beta, temperature, vocab_size)
+        args = (z_s, z_t, stats, values, row_weights[rows], name, beta, temperature, vocab_size)
         out = () if backend == "reference" else (torch.empty_like(z_s) if softcap[0] else z_s,)
         return values[:1], backends.run(backend, "row_divergence_grad", *args, *out)
 
@@ -162,28 +195,14 @@ def _linear_minillm_loss(*args):
     token_ids, mask, rows_tensor, loss_scale, clip_range, entropy_coef, needs, softcap, scale, *settings = args[
         N_HEADS:
     ]
-    temperature, vocab_size, chunk_rows, backend = settings
-    backend = _resolve(backend, tensors)
-    heads = _heads(tensors, softcap, scale)
+    *settings, backend = settings
+    heads, backend = _heads(tensors, softcap, scale), _resolve(backend, tensors)
 
-    def coefficients_of(stats: Tensor, rows: Tensor) -> Tensor:
-        policy = PolicyRows(*rows.unbind(0))
+    def coefficients_of(stats: Tensor, rows: Tensor | slice) -> Tensor:
+        policy = PolicyRows(*rows_tensor[:, rows].unbind(0))
         return policy_coefficients(RowStats(*stats.unbind(0)), policy, clip_range, entropy_coef) * loss_scale
 
-    def row_loss(rows, z_s, z_t):
-        ids = token_ids[rows]
-        stats = backends.run(backend, "row_stats", z_s, z_t, ids, None, temperature, vocab_size)
-        if not any(needs):
-            return stats, None
-        coefficients = coefficients_of(stats, rows_tensor[:, rows])
-        return stats, _row_gradient(z_s, z_t, ids, stats, coefficients, temperature, backend, softcap[0])
-
-    if chunk_rows == TILED:
-        stats = tiled.statistics(*heads, token_ids, mask, temperature, vocab_size, backend)
-        coefficients = torch.where(mask, coefficients_of(stats, rows_tensor), 0)
-        gradients = tiled.gradients(*heads, token_ids, stats, coefficients, needs, temperature, vocab_size, backend)
-    else:
-        stats, gradients = over_chunks(*heads, mask, vocab_size, chunk_rows, len(RowStats._fields), needs, row_loss)
+    stats, gradients = _sweep(heads, token_ids, mask, coefficients_of, needs, *settings, backend)
     terms = policy_terms(RowStats(*stats.unbind(0)), PolicyRows(*rows_tensor.unbind(0)), clip_range, entropy_coef)
     per_row = torch.where(mask, terms.policy + terms.single_step + terms.entropy_bonus, 0)
     return per_row.sum() * loss_scale, stats, *gradients
@@ -192,6 +211,7 @@ def _linear_minillm_loss(*args):
 _IMPLEMENTATIONS = {
     "linear_stats": _linear_stats,
     "linear_stats_grad": _linear_stats_grad,
+    "linear_stats_loss": _linear_stats_loss,
     "linear_divergence": _linear_divergence,
     "linear_divergence_loss": _linear_divergence_loss,
     "linear_minillm_loss": _linear_minillm_loss,
@@ -231,15 +251,16 @@ torch.library.register_fake(
     lambda *args: (_per_row(1)(*args).sum(), *_fake_gradients(args, args[N_HEADS + 3])),
     lib=_library,
 )
-torch.library.register_fake(
-    "minillm::linear_minillm_loss",
-    lambda *args: (
-        _per_row(1)(*args).sum(),
-        _per_row(len(RowStats._fields))(*args),
-        *_fake_gradients(args, args[N_HEADS + 6]),
-    ),
-    lib=_library,
-)
+for _name, _needs_index in (("linear_stats_loss", 3), ("linear_minillm_loss", 6)):
+    torch.library.register_fake(
+        f"minillm::{_name}",
+        lambda *args, i=_needs_index: (
+            _per_row(1)(*args).sum(),
+            _per_row(len(RowStats._fields))(*args),
+            *_fake_gradients(args, args[N_HEADS + i]),
+        ),
+        lib=_library,
+    )
 
 
 # ---- autograd: in the student's hidden states, weight and bias
@@ -319,6 +340,7 @@ def _loss_backward(ctx, grad_loss, *_ignored):
 for _name, _backward, _context in (
     ("linear_stats", _stats_backward, _stats_context),
     ("linear_divergence", _divergence_backward, _divergence_context),
+    ("linear_stats_loss", _loss_backward, _loss_context),
     ("linear_divergence_loss", _loss_backward, _loss_context),
     ("linear_minillm_loss", _loss_backward, _loss_context),
 ):

@@ -126,6 +126,63 @@ def test_distill_stats_and_token_logprobs(dtype):
     assert_close([logprobs, entropy], list(alone), dtype)
 
 
+COEFFICIENTS = {
+    "cross entropy": {"student_logprobs": -0.1},
+    "distillation with labels": {"forward_kl": 0.05, "student_logprobs": -0.05},
+    "everything": {
+        **{"reverse_kl": 0.3, "forward_kl": 0.2, "student_logprobs": -1.0},
+        **{"student_entropy": 0.1, "student_logsumexp": 0.5},
+    },
+}
+
+
+@pytest.mark.parametrize("impl", ["chunked", "tiled"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", COEFFICIENTS)
+def test_losses_linear_in_the_statistics(name, dtype, impl):
+    """Numbers and tensors as coefficients; rows whose mask is 0 hold NaN and a label outside the vocabulary."""
+    if impl == "tiled" and (dtype == torch.float64 or mk.available_backends()["triton"] != "ok"):
+        pytest.skip("the tiled kernels are Triton's, in fp32 and 16-bit types")
+    case, given = Case(dtype), COEFFICIENTS[name]
+    mask, alone = case.labels != -100, name == "cross entropy"
+    truth, ours = case.leaves(), case.leaves()
+    z_s, z_t = plain_logits(truth, case.teacher, None)
+    if alone:
+        wanted = -0.1 * mk.token_logprobs(z_s, case.labels, temperature=T)[mask].sum()
+    else:
+        stats = mk.distill_stats(z_s, z_t, case.labels, mask=mask, temperature=T)
+        per_row = [c * getattr(stats, field) for field, c in given.items()]
+        wanted = (torch.stack(per_row).sum(0) * case.weights).sum()
+        given = {field: c * case.weights for field, c in given.items()}
+    wanted.mul(1.7).backward()
+    with torch.no_grad():
+        ours[0][~mask] = torch.nan
+    teacher = [None, None, None] if alone else case.teacher
+    biases = {"student_bias": ours[2], "teacher_bias": teacher[2]}
+    options = {"logit_scale": SCALE, "temperature": T, "impl": impl, "chunk_rows": 8 if impl == "chunked" else None}
+    loss, found = mk.fused_linear_distill_loss(
+        *ours[:2], *teacher[:2], case.labels, mask=mask, **given, **biases, **options
+    )
+    loss.mul(1.7).backward()
+    assert_close([loss.detach(), *(x.grad for x in ours)], [wanted.detach(), *(x.grad for x in truth)], dtype)
+    assert (ours[0].grad[~mask] == 0).all() and (found.student_logprobs[~mask] == 0).all()
+
+
+def test_losses_linear_in_the_statistics_need_what_they_are_made_of():
+    case = Case(torch.float32)
+    student, teacher = case.student[:2], case.teacher[:2]
+    with pytest.raises(ValueError, match="reverse_kl needs a teacher"):
+        mk.fused_linear_distill_loss(*student, reverse_kl=1.0)
+    with pytest.raises(ValueError, match="student_logprobs needs token_ids"):
+        mk.fused_linear_distill_loss(*student, student_logprobs=1.0)
+    with pytest.raises(ValueError, match="come together"):
+        mk.fused_linear_distill_loss(*student, teacher[0], reverse_kl=1.0)
+    with pytest.raises(ValueError, match="student_logprob must broadcast"):
+        mk.fused_linear_distill_loss(*student, token_ids=case.labels, student_logprobs=torch.ones(3))
+    loss, stats = mk.fused_linear_distill_loss(*student, *teacher)  # nothing asked for: the statistics alone
+    assert loss == 0 and (stats.reverse_kl > 0).all()
+
+
 def test_frozen_head_tied_weight_and_accumulation_into_grad():
     case = Case(torch.float64)
     hidden, weight, _ = case.leaves()
@@ -216,7 +273,7 @@ def test_compiles_into_one_graph():
 
 
 @pytest.mark.parametrize(
-    "name", ["linear_stats", "linear_divergence", "linear_divergence_loss", "linear_minillm_loss"]
+    "name", ["linear_stats", "linear_stats_loss", "linear_divergence", "linear_divergence_loss", "linear_minillm_loss"]
 )
 def test_opcheck(name):
     case = Case(torch.float32)
@@ -227,6 +284,7 @@ def test_opcheck(name):
     needs = [True, True, True]
     args = {
         "linear_stats": (ids, mask),
+        "linear_stats_loss": (ids, mask, torch.rand(5, N) * mask, needs),
         "linear_divergence": (mask, "jsd", BETA),
         "linear_divergence_loss": (case.weights, "jsd", BETA, needs),
         "linear_minillm_loss": (ids, mask, torch.ones(4, N), torch.tensor(0.1), 0.2, 0.0, needs),
