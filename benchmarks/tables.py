@@ -71,14 +71,16 @@ def linear_table() -> str:
     """The losses of hidden states and head weights, each beside eager."""
     results = json.loads((RESULTS / "cpu.json").read_text())
     rows = []
-    for group in sorted({b["group"] for b in results["benchmarks"] if b["group"].startswith("linear ")}):
+    for group in dict.fromkeys(b["group"] for b in results["benchmarks"] if b["group"].startswith("linear ")):
         found = rows_of(results, group)
+        loss = group.split()[1].replace("_", " ")
         for name, row in found.items():
             ratio = row["ms"] / found["eager"]["ms"]
             memory = [f"{row[key]:.0f} MiB" if key in row else "" for key in ("working_MiB", "extra_MiB")]
             size = group.partition("-")[2].replace("x", " × ")
-            rows.append([size, name, f"{row['ms'] / 1e3:.2f} s", f"{ratio:.2f}×", *memory])
+            rows.append([loss, size, name, f"{row['ms'] / 1e3:.2f} s", f"{ratio:.2f}×", *memory])
     header = [
+        "loss",
         "rows × hidden × vocabulary",
         "implementation",
         "time",
