@@ -4,7 +4,13 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minillm.recipe import Recipe
+
+
+RESUME = "go on from a checkpoint; auto: the newest of this recipe's last run, or from the start where there is none"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,32 +25,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def distill(options: argparse.Namespace, flags: list[str]) -> int:
-    from minillm.config import load_recipe
+def _run(recipe: "Recipe", options: argparse.Namespace, with_evaluation: bool = True) -> int:
+    """A recipe under SIGTERM: the training loop saves first, elsewhere there is nothing to save."""
+    import os
 
-    recipe = load_recipe(options.recipe, flags, smoke=options.smoke)
-    _quiet()
+    from accelerate import PartialState
+
     from minillm.distill import run_recipe
+    from minillm.interrupt import Interrupted, exit_on_sigterm
 
-    run_recipe(recipe, options.command_line)
+    _quiet()
+    exit_on_sigterm()
+    if not PartialState().is_main_process:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 the first process tells for all
+    try:
+        run_recipe(recipe, options.command_line, with_evaluation, options.resume)
+    except Interrupted as stop:
+        print(f"stopped by SIGTERM. {stop}", flush=True)
     return 0
+
+
+def distill(options: argparse.Namespace, flags: list[str]) -> int:
+    from minillm.recipe import load_recipe
+
+    return _run(load_recipe(options.recipe, flags, smoke=options.smoke), options)
 
 
 def train(options: argparse.Namespace, flags: list[str]) -> int:
-    from minillm.config import load_recipe
+    from minillm.recipe import load_recipe
 
-    recipe = load_recipe(options.config, flags)
-    _quiet()
-    from minillm.distill import run_recipe
-
-    run_recipe(recipe, options.command_line, with_evaluation=False)
-    return 0
+    return _run(load_recipe(options.config, flags), options, with_evaluation=False)
 
 
 def evaluate(options: argparse.Namespace, flags: list[str]) -> int:
     import json
 
-    from minillm.config import config_from, parse_flags
+    from minillm.recipe import config_from, parse_flags
 
     tree = parse_flags(flags)
     tree.setdefault("data", {})["eval"] = options.data
@@ -79,7 +95,8 @@ def generate(options: argparse.Namespace, flags: list[str]) -> int:
     data = Data(prompt_template=options.template, max_prompt_length=options.max_prompt_length)
     prompts = [options.prompt] if options.prompt else (line.rstrip("\n") for line in sys.stdin)
     for i, prompt in enumerate(prompts):
-        (example,) = encode([Record([{"role": "user", "content": prompt}], None)], tokenizer, data, "the prompt")
+        record = Record([{"role": "user", "content": prompt}], None)
+        (example,) = encode([record], tokenizer, data, "the prompt").examples
         rollout = sample(
             model,
             None,
@@ -124,11 +141,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("distill", distill, "run a recipe: stages in order, evaluated before and after each", override)
     sub.add_argument("recipe", help="YAML file, such as recipes/smollm2-cpu.yaml")
     sub.add_argument("--smoke", action="store_true", help="apply the recipe's `smoke:` section, which makes it short")
+    sub.add_argument("--resume", default="", metavar="auto|PATH", help=RESUME)
     sub = command("train", train, "train without evaluation", override)
     sub.add_argument("config", help="YAML file")
+    sub.add_argument("--resume", default="", metavar="auto|PATH", help=RESUME)
     sub = command("evaluate", evaluate, "measure a model on prompts with reference answers", override)
     sub.add_argument("model", help="hub id, directory or package:NAME")
-    sub.add_argument("--data", required=True, help="JSONL file or package:NAME")
+    sub.add_argument("--data", required=True, help="prompts with answers: file, directory, hub id or package:NAME")
     sub.add_argument("--teacher", help="also measure the reverse KL to this model")
     sub = command("generate", generate, "answer one prompt, or each line of standard input")
     sub.add_argument("model", help="hub id, directory or package:NAME")
@@ -144,11 +163,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
+    from minillm.checkpoint import CheckpointError
     from minillm.config import ConfigError
-    from minillm.data import DataError
     from minillm.packages import PackageError
+    from minillm.sources import DataError
 
-    return ConfigError, DataError, PackageError, FileNotFoundError, FloatingPointError
+    return ConfigError, DataError, PackageError, CheckpointError, FileNotFoundError, FloatingPointError
 
 
 def _open(source: str) -> Any:

@@ -105,6 +105,7 @@ def recipe_tree(path) -> dict:
             "max_prompt_length": 64,
             "max_response_length": 16,
         },
+        "validation": {"every": 0},
         "eval": {"prompts": 6, "samples": 2, "max_new_tokens": 6, "rouge_new_tokens": 6, "batch_size": 4},
         "stages": {
             "warm-up": {"method": "kd", "optim": {"steps": 3, "batch_size": 4, "lr": 1e-3}},

@@ -1,7 +1,7 @@
 import pytest
 
 from minillm.config import Data
-from minillm.data import DataError, Record, chunk_text, collate, encode, read_records, read_text, shuffled
+from minillm.data import DataError, Record, Shuffled, chunk_text, collate, encode, read_records, read_text
 
 USER = {"role": "user", "content": "Hi"}
 
@@ -35,7 +35,7 @@ def test_forms_that_are_recognised(tmp_path, line, prompt, answer):
         ('{"question": "?", "answer": "!"}', r"record 1: found the columns \['answer', 'question'\]; expected"),
         ('{"prompt": "a"}\n{"prompt": ', "line 2 is not JSON"),
         ("[1]", "line 1 holds a list"),
-        ("", "is empty: expected one JSON object a line"),
+        ("", "is empty: expected records of the form"),
         ('{"messages": []}', "must be a list of objects"),
         ('{"prompt": [{"role": "user", "content": "Hi"}]}', "must be text; conversations go into `messages`"),
         ('{"prompt": "a", "completion": 3}', "must be text"),
@@ -63,24 +63,25 @@ def test_text_files(tmp_path):
 
 def test_prompts_follow_the_template_and_answers_end(tokenizer):
     records = [Record([USER], "Ho")]
-    (chat,) = encode(records, tokenizer, Data(), "x")
+    (chat,) = encode(records, tokenizer, Data(), "x").examples
     assert tokenizer.decode(chat.prompt) == "[user]Hi>"
     assert tokenizer.decode(chat.response) == "Ho<eos>"
-    (plain,) = encode(records, tokenizer, Data(prompt_template="Q: {prompt} A:"), "x")
+    (plain,) = encode(records, tokenizer, Data(prompt_template="Q: {prompt} A:"), "x").examples
     assert tokenizer.decode(plain.prompt) == "Q: Hi A:"
 
 
 def test_a_cut_answer_does_not_teach_to_stop(tokenizer):
-    (example,) = encode([Record([USER], "Hello")], tokenizer, Data(max_response_length=3), "x")
+    (example,) = encode([Record([USER], "Hello")], tokenizer, Data(max_response_length=3), "x").examples
     assert tokenizer.decode(example.response) == "Hel"
 
 
 def test_overlong_prompts(tokenizer):
-    records = [Record([USER], "a"), Record([{"role": "user", "content": "long " * 20}], "b")]
-    with pytest.raises(DataError, match=r"x: 1 of 2 prompts are longer.*= 20 tokens; the first is record 2 with 107"):
+    records = [Record([USER], "a"), Record([{"role": "user", "content": "long " * 20}], "b", "x, record 2")]
+    with pytest.raises(DataError, match=r"x: 1 of 2 prompts.*= 20 tokens; the first is x, record 2 with 107"):
         encode(records, tokenizer, Data(max_prompt_length=20), "x")
     kept = encode(records, tokenizer, Data(max_prompt_length=20, overlong_prompts="drop"), "x")
-    assert [example.record.answer for example in kept] == ["a"]
+    assert [example.record.answer for example in kept.examples] == ["a"]
+    assert str(kept) == "1 of 2 records (1 overlong prompts left out)"
     with pytest.raises(DataError, match="every prompt is longer"):
         encode(records[1:], tokenizer, Data(max_prompt_length=20, overlong_prompts="drop"), "x")
 
@@ -111,7 +112,10 @@ def test_text_is_chunked_with_document_ends(tokenizer):
 
 
 def test_each_epoch_is_a_new_permutation():
-    stream = shuffled(5, seed=0)
-    epochs = [[next(stream) for _ in range(5)] for _ in range(4)]
+    stream = Shuffled(5, seed=0)
+    epochs = [stream.take(5 * epoch, 5) for epoch in range(4)]
+    flat = [i for epoch in epochs for i in epoch]
     assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert Shuffled(5, seed=0).take(3, 9) == flat[3:12]  # a function of the position
+    assert stream.take(2, 6) == flat[2:8]  # backwards too

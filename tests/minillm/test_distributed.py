@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from minillm.config import load_recipe
 from minillm.models import load_model, load_tokenizer
+from minillm.recipe import load_recipe
 from minillm.run import Run
 from minillm.train import prepare, train
 from minillm.vocabulary import CausalLM
