@@ -31,7 +31,7 @@ def _run(recipe: "Recipe", options: argparse.Namespace, with_evaluation: bool = 
 
     from accelerate import PartialState
 
-    from minillm.distill import run_recipe
+    from minillm.distill import WorkerLost, run_recipe
     from minillm.interrupt import Interrupted, exit_on_sigterm
 
     _quiet()
@@ -42,6 +42,9 @@ def _run(recipe: "Recipe", options: argparse.Namespace, with_evaluation: bool = 
         run_recipe(recipe, options.command_line, with_evaluation, options.resume)
     except Interrupted as stop:
         print(f"stopped by SIGTERM. {stop}", flush=True)
+    except WorkerLost as lost:
+        print(f"minillm: {lost}", file=sys.stderr, flush=True)
+        os._exit(2)  # the usual way out waits for the process that is gone
     return 0
 
 

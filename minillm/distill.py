@@ -80,7 +80,12 @@ def run_recipe(recipe: Recipe, command: str, with_evaluation: bool = True, resum
             resumed = run.resumed if run.resumed and run.resumed.progress.stage == name else None
             spent = resumed.progress.totals.get("step_time", 0.0) if resumed else 0.0
             began = time.perf_counter()
-            totals = train(training, run, name, step, resumed)
+            try:
+                totals = train(training, run, name, step, resumed)
+            except RuntimeError as error:
+                if not WorkerLost.caused(error):
+                    raise
+                raise WorkerLost.of(error, run) from error
             taken = time.perf_counter() - began + spent
             run.stages[name] = {"method": stage.method, "steps": stage.optim.steps, "seconds": taken, **totals}
             run.export(student.model, tokenizer)  # before the evaluation: what was trained is kept, whatever follows
@@ -111,6 +116,21 @@ def run_recipe(recipe: Recipe, command: str, with_evaluation: bool = True, resum
     print(report(summary))
     print(f"\nmodel, metrics and summary.json are in {run.path}", flush=True)
     return summary
+
+
+class WorkerLost(RuntimeError):
+    """Another process of a distributed run has ended, and this one cannot go on without it."""
+
+    @staticmethod
+    def caused(error: RuntimeError) -> bool:
+        """Gloo and NCCL have no exception of their own for it."""
+        words = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe")
+        return any(word in str(error) for word in words)
+
+    @classmethod
+    def of(cls, error: RuntimeError, run: Run) -> "WorkerLost":
+        first = str(error).strip().splitlines()[0][:200]
+        return cls(f"another process of this run has ended ({first}); its own output says why. {run.how_to_resume()}")
 
 
 def about(lm: CausalLM) -> dict[str, Any]:
