@@ -29,6 +29,7 @@ def _run(recipe: "Recipe", options: argparse.Namespace, with_evaluation: bool = 
     """A recipe under SIGTERM: the training loop saves first, elsewhere there is nothing to save."""
     import os
 
+    import torch
     from accelerate import PartialState
 
     from minillm.distill import WorkerLost, run_recipe
@@ -36,7 +37,8 @@ def _run(recipe: "Recipe", options: argparse.Namespace, with_evaluation: bool = 
 
     _quiet()
     exit_on_sigterm()
-    if not PartialState().is_main_process:
+    # without cpu=True, several processes on a machine without accelerator would be as many runs of their own
+    if not PartialState(cpu=not torch.accelerator.is_available()).is_main_process:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 the first process tells for all
     try:
         run_recipe(recipe, options.command_line, with_evaluation, options.resume)

@@ -3,7 +3,7 @@
 import time
 from typing import TYPE_CHECKING, Any
 
-from minillm.config import ConfigError
+from minillm.config import Config, ConfigError
 from minillm.data import show
 from minillm.evaluate import ROUGE, Evaluation, evaluate, held_out
 from minillm.evaluate.rouge import greedy_answers, rouge_l
@@ -15,7 +15,7 @@ from minillm.train import prepare, train
 from minillm.vocabulary import CausalLM
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase
 
 START = "start"
 
@@ -29,17 +29,12 @@ def run_recipe(recipe: Recipe, command: str, with_evaluation: bool = True, resum
     config = recipe.first
     if with_evaluation and not config.data.eval:
         raise ConfigError("data.eval is empty: distill evaluates before and after; `minillm train` does without")
-    base = load_model(config.model.teacher, config.model.dtype, config.model.attn) if config.model.teacher else None
-    student = CausalLM(load_student(config, base), config.model.head)
-    teacher = None if base is None else CausalLM(base, config.model.head)
-    tokenizer = load_tokenizer(config.model.student or config.model.teacher)
-    if config.model.student and config.model.teacher:
-        check_same_tokenizer(tokenizer, load_tokenizer(config.model.teacher))
+    student, teacher, tokenizer = load_pair(config)
     trainings = {name: prepare(stage, student, teacher, tokenizer) for name, stage in recipe.stages.items()}
     examples = held_out(config, tokenizer) if with_evaluation else []
     run = Run(recipe, resume, command)
     seconds = {"load": time.perf_counter() - started}
-    print(headline(base, student.model, run), flush=True)
+    print(headline(teacher, student, run), flush=True)
     for name, training in trainings.items():
         print(f"{name}: {training.about}")
     example = trainings[next(iter(trainings))].examples[0]
@@ -138,12 +133,23 @@ def about(lm: CausalLM) -> dict[str, Any]:
     return {"parameters": lm.model.num_parameters(), "attention": lm.model.config._attn_implementation}
 
 
-def headline(teacher: "PreTrainedModel | None", student: "PreTrainedModel", run: Run) -> str:
+def load_pair(config: Config) -> "tuple[CausalLM, CausalLM | None, PreTrainedTokenizerBase]":
+    """Student, teacher and the tokenizer that they must share."""
+    settings = config.model
+    base = load_model(settings.teacher, settings.dtype, settings.attn) if settings.teacher else None
+    student = CausalLM(load_student(config, base), settings.head)
+    tokenizer = load_tokenizer(settings.student or settings.teacher)
+    if settings.student and settings.teacher:
+        check_same_tokenizer(tokenizer, load_tokenizer(settings.teacher))
+    return student, None if base is None else CausalLM(base, settings.head), tokenizer
+
+
+def headline(teacher: CausalLM | None, student: CausalLM, run: Run) -> str:
     """One line on what is about to run."""
 
-    def size(model: "PreTrainedModel") -> str:
-        layers = getattr(model.config, "num_hidden_layers", "?")
-        return f"{model.num_parameters() / 1e6:.1f}M parameters, {layers} layers"
+    def size(lm: CausalLM) -> str:
+        layers = getattr(lm.model.config, "num_hidden_layers", "?")
+        return f"{lm.model.num_parameters() / 1e6:.1f}M parameters, {layers} layers"
 
     teacher_size = f"teacher {size(teacher)}; " if teacher is not None else ""
     backends = ", ".join(name for name, state in run.environment["kernel_backends"].items() if state == "ok")
