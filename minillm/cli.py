@@ -118,6 +118,22 @@ def generate(options: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
+def export(options: argparse.Namespace, flags: list[str]) -> int:
+    from pathlib import Path
+
+    from minillm.config import ConfigError
+
+    if flags:
+        raise ConfigError(f"export does not know {flags[0]!r}; see minillm export --help")
+    _quiet()
+    from minillm.export import export as write
+
+    source, run = Path(options.checkpoint) if options.checkpoint else None, Path(options.run_directory)
+    output = Path(options.output) if options.output else run / "export"
+    print(f"{output} holds the student of {write(run, source, output)}")
+    return 0
+
+
 def env(options: argparse.Namespace, flags: list[str]) -> int:
     from minillm.run import environment
 
@@ -163,6 +179,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     sub.add_argument("--top-p", type=float, default=1.0, help="nucleus mass (default 1: all)")
     sub.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
+    sub = command("export", export, "write a run's student as a plain model directory, adapters merged")
+    sub.add_argument("run_directory", metavar="RUN", help="run directory")
+    sub.add_argument("--checkpoint", help="RUN/checkpoints/step-N; by default the run's end, or how far it came")
+    sub.add_argument("--output", help="directory to write (default RUN/export)")
     command("env", env, "print versions, hardware and kernel backends, for bug reports")
     return parser
 
