@@ -76,10 +76,10 @@ def evaluate(options: argparse.Namespace, flags: list[str]) -> int:
 
     tokenizer = load_tokenizer(options.model)
     examples = held_out(config, tokenizer)
-    student, teacher = _open(options.model), None
+    student, teacher = _open(options.model, config.model.head), None
     if options.teacher:
         check_same_tokenizer(tokenizer, load_tokenizer(options.teacher))
-        teacher = _open(options.teacher)
+        teacher = _open(options.teacher, config.model.head)
     result = evaluate(student, teacher, tokenizer, examples, config)
     print(json.dumps({name: estimate.to_dict() for name, estimate in result.estimates.items()}, indent=1))
     return 0
@@ -96,7 +96,7 @@ def generate(options: argparse.Namespace, flags: list[str]) -> int:
     from minillm.models import load_tokenizer
     from minillm.rollout import draw_uniforms, sample
 
-    tokenizer, model = load_tokenizer(options.model), _open(options.model)
+    tokenizer, model = load_tokenizer(options.model), _open(options.model, "logits")  # any model, whatever its head
     data = Data(prompt_template=options.template, max_prompt_length=options.max_prompt_length)
     prompts = [options.prompt] if options.prompt else (line.rstrip("\n") for line in sys.stdin)
     for i, prompt in enumerate(prompts):
@@ -196,14 +196,14 @@ def _user_errors() -> tuple[type[Exception], ...]:
     return ConfigError, DataError, PackageError, CheckpointError, FileNotFoundError, FloatingPointError
 
 
-def _open(source: str) -> Any:
+def _open(source: str, head: str) -> Any:
     """A model on the accelerator, where there is one."""
     from accelerate import PartialState
 
     from minillm.models import load_model
     from minillm.vocabulary import CausalLM
 
-    return CausalLM(load_model(source).to(PartialState().device))
+    return CausalLM(load_model(source).to(PartialState().device), head)
 
 
 def _quiet() -> None:
