@@ -123,7 +123,7 @@ def drop_layers(teacher: "PreTrainedModel", first: int, last: int) -> "PreTraine
     inputs they were trained on.
     """
     base = teacher.base_model
-    name, layers = next(((n, m) for n, m in base.named_children() if isinstance(m, nn.ModuleList)), ("", None))
+    name, layers = next(((n, m) for n, m in base.named_modules() if isinstance(m, nn.ModuleList)), ("", None))
     if layers is None:
         raise ConfigError(f"{type(teacher).__name__} has no list of layers to cut a student from; set model.student")
     if not 0 <= first < last <= len(layers) or last - first == len(layers):
