@@ -118,6 +118,17 @@ def generate(options: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
+def estimate(options: argparse.Namespace, flags: list[str]) -> int:
+    from minillm.recipe import load_recipe
+
+    recipe = load_recipe(options.config, flags, smoke=options.smoke)
+    _quiet()
+    from minillm.estimate import describe
+
+    print(describe(recipe))
+    return 0
+
+
 def export(options: argparse.Namespace, flags: list[str]) -> int:
     from pathlib import Path
 
@@ -179,6 +190,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     sub.add_argument("--top-p", type=float, default=1.0, help="nucleus mass (default 1: all)")
     sub.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
+    sub = command(
+        "estimate", estimate, "count the memory and the work of a recipe without loading its weights", override
+    )
+    sub.add_argument("config", help="YAML file")
+    sub.add_argument("--smoke", action="store_true", help="of the short form of the recipe")
     sub = command("export", export, "write a run's student as a plain model directory, adapters merged")
     sub.add_argument("run_directory", metavar="RUN", help="run directory")
     sub.add_argument("--checkpoint", help="RUN/checkpoints/step-N; by default the run's end, or how far it came")
