@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from minillm import checkpoint
 from minillm.config import ConfigError
 from minillm.data import DataError
 from minillm.methods import METHODS
@@ -169,6 +170,28 @@ def test_the_sample_at_fault_is_named(make, files):
     with pytest.raises(FloatingPointError, match=message):
         train(training, run, "x")
     assert not (run.path / "checkpoints").exists()
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(make, files):
+    """Two good steps, then weights that give nothing finite."""
+    training = make("sft", "--optim.steps=9", "--log.checkpoint_every=1")
+    run, steps = Run(load_recipe(files / "recipe.yaml")), []
+    method_step = METHODS["sft"].step
+
+    def poisoned(self, number):
+        if number == 3:
+            with torch.no_grad():
+                self.training.student.model.lm_head.weight.fill_(float("inf"))
+        steps.append(number)
+        return method_step(self, number)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FloatingPointError) as error:
+        patch.setattr(METHODS["sft"], "step", poisoned)
+        train(training, run, "x")
+    assert steps == [1, 2, 3]
+    kept = run.path / "checkpoints" / "step-2"
+    assert "x, step 3: loss nan" in str(error.value) and f"--resume {kept}" in str(error.value)
+    assert all(torch.isfinite(w).all() for w in checkpoint.load(kept, run.recipe).groups["model"].values())
 
 
 def test_a_step_that_overflows_only_in_sum_blames_nobody(make):
