@@ -4,7 +4,13 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minillm.recipe import Recipe
+
+
+RESUME = "go on from a checkpoint; auto: the newest of this recipe's last run, or from the start where there is none"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,32 +25,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def distill(options: argparse.Namespace, flags: list[str]) -> int:
-    from minillm.config import load_recipe
+def _run(recipe: "Recipe", options: argparse.Namespace, with_evaluation: bool = True) -> int:
+    """A recipe under SIGTERM: the training loop saves first, elsewhere there is nothing to save."""
+    import os
 
-    recipe = load_recipe(options.recipe, flags, smoke=options.smoke)
+    import torch
+    from accelerate import PartialState
+
+    from minillm.distill import WorkerLost, run_recipe
+    from minillm.interrupt import Interrupted, exit_on_sigterm
+
     _quiet()
-    from minillm.distill import run_recipe
-
-    run_recipe(recipe, options.command_line)
+    exit_on_sigterm()
+    # without cpu=True, several processes on a machine without accelerator would be as many runs of their own
+    if not PartialState(cpu=not torch.accelerator.is_available()).is_main_process:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 the first process tells for all
+    try:
+        run_recipe(recipe, options.command_line, with_evaluation, options.resume)
+    except Interrupted as stop:
+        print(f"stopped by SIGTERM. {stop}", flush=True)
+    except WorkerLost as lost:
+        print(f"minillm: {lost}", file=sys.stderr, flush=True)
+        os._exit(2)  # the usual way out waits for the process that is gone
     return 0
+
+
+def distill(options: argparse.Namespace, flags: list[str]) -> int:
+    from minillm.recipe import load_recipe
+
+    return _run(load_recipe(options.recipe, flags, smoke=options.smoke), options)
 
 
 def train(options: argparse.Namespace, flags: list[str]) -> int:
-    from minillm.config import load_recipe
+    from minillm.recipe import load_recipe
 
-    recipe = load_recipe(options.config, flags)
-    _quiet()
-    from minillm.distill import run_recipe
-
-    run_recipe(recipe, options.command_line, with_evaluation=False)
-    return 0
+    return _run(load_recipe(options.config, flags), options, with_evaluation=False)
 
 
 def evaluate(options: argparse.Namespace, flags: list[str]) -> int:
     import json
 
-    from minillm.config import config_from, parse_flags
+    from minillm.recipe import config_from, parse_flags
 
     tree = parse_flags(flags)
     tree.setdefault("data", {})["eval"] = options.data
@@ -79,7 +100,8 @@ def generate(options: argparse.Namespace, flags: list[str]) -> int:
     data = Data(prompt_template=options.template, max_prompt_length=options.max_prompt_length)
     prompts = [options.prompt] if options.prompt else (line.rstrip("\n") for line in sys.stdin)
     for i, prompt in enumerate(prompts):
-        (example,) = encode([Record([{"role": "user", "content": prompt}], None)], tokenizer, data, "the prompt")
+        record = Record([{"role": "user", "content": prompt}], None)
+        (example,) = encode([record], tokenizer, data, "the prompt").examples
         rollout = sample(
             model,
             None,
@@ -93,6 +115,33 @@ def generate(options: argparse.Namespace, flags: list[str]) -> int:
         )
         (answer,) = tokenizer.batch_decode(rollout.responses(), skip_special_tokens=True)
         print(answer.strip(), flush=True)
+    return 0
+
+
+def estimate(options: argparse.Namespace, flags: list[str]) -> int:
+    from minillm.recipe import load_recipe
+
+    recipe = load_recipe(options.config, flags, smoke=options.smoke)
+    _quiet()
+    from minillm.estimate import describe
+
+    print(describe(recipe))
+    return 0
+
+
+def export(options: argparse.Namespace, flags: list[str]) -> int:
+    from pathlib import Path
+
+    from minillm.config import ConfigError
+
+    if flags:
+        raise ConfigError(f"export does not know {flags[0]!r}; see minillm export --help")
+    _quiet()
+    from minillm.export import export as write
+
+    source, run = Path(options.checkpoint) if options.checkpoint else None, Path(options.run_directory)
+    output = Path(options.output) if options.output else run / "export"
+    print(f"{output} holds the student of {write(run, source, output)}")
     return 0
 
 
@@ -124,11 +173,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("distill", distill, "run a recipe: stages in order, evaluated before and after each", override)
     sub.add_argument("recipe", help="YAML file, such as recipes/smollm2-cpu.yaml")
     sub.add_argument("--smoke", action="store_true", help="apply the recipe's `smoke:` section, which makes it short")
+    sub.add_argument("--resume", default="", metavar="auto|PATH", help=RESUME)
     sub = command("train", train, "train without evaluation", override)
     sub.add_argument("config", help="YAML file")
+    sub.add_argument("--resume", default="", metavar="auto|PATH", help=RESUME)
     sub = command("evaluate", evaluate, "measure a model on prompts with reference answers", override)
     sub.add_argument("model", help="hub id, directory or package:NAME")
-    sub.add_argument("--data", required=True, help="JSONL file or package:NAME")
+    sub.add_argument("--data", required=True, help="prompts with answers: file, directory, hub id or package:NAME")
     sub.add_argument("--teacher", help="also measure the reverse KL to this model")
     sub = command("generate", generate, "answer one prompt, or each line of standard input")
     sub.add_argument("model", help="hub id, directory or package:NAME")
@@ -139,16 +190,26 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     sub.add_argument("--top-p", type=float, default=1.0, help="nucleus mass (default 1: all)")
     sub.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
+    sub = command(
+        "estimate", estimate, "count the memory and the work of a recipe without loading its weights", override
+    )
+    sub.add_argument("config", help="YAML file")
+    sub.add_argument("--smoke", action="store_true", help="of the short form of the recipe")
+    sub = command("export", export, "write a run's student as a plain model directory, adapters merged")
+    sub.add_argument("run_directory", metavar="RUN", help="run directory")
+    sub.add_argument("--checkpoint", help="RUN/checkpoints/step-N; by default the run's end, or how far it came")
+    sub.add_argument("--output", help="directory to write (default RUN/export)")
     command("env", env, "print versions, hardware and kernel backends, for bug reports")
     return parser
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
+    from minillm.checkpoint import CheckpointError
     from minillm.config import ConfigError
-    from minillm.data import DataError
     from minillm.packages import PackageError
+    from minillm.sources import DataError
 
-    return ConfigError, DataError, PackageError, FileNotFoundError, FloatingPointError
+    return ConfigError, DataError, PackageError, CheckpointError, FileNotFoundError, FloatingPointError
 
 
 def _open(source: str, head: str) -> Any:

@@ -1,25 +1,14 @@
-"""Configuration: one flat frozen dataclass per concern, read from YAML, overridden by flags, checked before any work.
+"""Configuration: one flat frozen dataclass per concern, and what must hold between their values.
 
-A *config* describes one training run; a *recipe* is a config with `stages:`, each a set of overrides run in order on
-the same student, and optionally `smoke:`, overrides that make the whole recipe short. Precedence, lowest first:
-defaults, recipe, its stage, its smoke overrides, flags (`--optim.lr=1e-5`, or for one stage
-`--stages.minillm.optim.lr=1e-5`).
+A *config* describes one training run; minillm/recipe.py reads it from YAML and flags.
 """
 
-import dataclasses
 import difflib
-import hashlib
-import json
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-import yaml
-
-METHODS = ("sft", "kd", "minillm")
+METHODS = ("sft", "kd", "seqkd", "gkd", "minillm")
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 
 
@@ -40,24 +29,47 @@ class Model:
     head: str = "fused"
     """`fused`: losses read final states and head weights, no logits; `logits`: the models' own logits, for a model
     whose head cannot be read."""
+    attn: str = "auto"
+    """Attention of both models: `auto` (flash-attention 2 where it is installed, on CUDA, in half precision; otherwise
+    what transformers chooses, usually sdpa), or a name that transformers knows. What ran stands in summary.json."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on the student (needs `peft`); only they are trained, and export merges them."""
+
+    rank: int = 0
+    """Rank of the adapters; 0: none, all weights are trained."""
+    alpha: int = 32
+    """Their scale is alpha / rank."""
+    targets: str = "all-linear"
+    """`all-linear` (all but the vocabulary head), or module names separated by commas, such as q_proj,v_proj."""
 
 
 @dataclass(frozen=True)
 class Data:
+    """A source is a JSONL or Parquet file, a directory written by `datasets`, a hub id (ORG/NAME or ORG/NAME:SPLIT) or
+    `package:NAME`."""
+
     train: str = ""
-    """Prompts, with answers for sft and kd: a JSONL file or `package:NAME`."""
+    """Prompts, with answers for sft, kd and gkd."""
     text: str = ""
-    """Plain text of the language-modelling loss L_PT: a .txt or JSONL file (key `text`) or `package:NAME`."""
+    """Plain text of the language-modelling loss L_PT: a .txt file, or a source with the column `text`."""
     eval: str = ""
-    """Held-out prompts with reference answers: a JSONL file or `package:NAME`; empty: no evaluation."""
+    """Held-out prompts with reference answers; empty: no evaluation."""
     prompt_template: str = "chat"
-    """`chat`: the tokenizer's chat template; otherwise a text that contains {prompt}."""
+    """`chat`: the tokenizer's chat template; `alpaca`: the paper's, with and without input; otherwise a text that
+    contains {prompt}."""
     max_prompt_length: int = 256
     """Tokens of the longest prompt accepted."""
     max_response_length: int = 256
     """Tokens after which a reference answer is cut."""
     overlong_prompts: str = "error"
     """`error`, or `drop` to leave prompts longer than the limit out."""
+    empty_answers: str = "error"
+    """`error`, or `drop` to leave records out whose answer is empty, where answers are learnt from."""
+    packing: bool = False
+    """Several sequences of a micro-batch share a row, each attending to itself alone; never changes the gradient."""
 
 
 @dataclass(frozen=True)
@@ -67,47 +79,83 @@ class Rollout:
     max_new_tokens: int = 256
     """Longest response sampled, in tokens."""
     alpha: float = 0.2
-    """Weight of the teacher in the sampling mixture; 0 samples from the student alone."""
+    """minillm: weight of the teacher in the sampling mixture; 0 samples from the student alone."""
+    on_policy: float = 0.5
+    """gkd: share of the steps that learn from the student's own samples; the others learn from the answers given."""
+    on_policy_step: float = 0.0
+    """gkd: added to that share, up to 1, at each validation whose loss is 0.1 above the one before; 0: it stays.
+    DistiLLM: 0.1, with on_policy 0 and loss.divergence skew_forward_kl, loss.beta 0.1."""
     temperature: float = 1.0
-    """Sampling temperature; MiniLLM requires 1."""
+    """Sampling temperature (minillm, gkd, seqkd); MiniLLM requires 1."""
     top_k: int = 0
     """Keep the k most likely tokens, 0 for all; MiniLLM requires 0."""
     top_p: float = 1.0
     """Nucleus mass, 1 for all; MiniLLM requires 1."""
     epochs: int = 4
-    """Passes over each batch of rollouts before the next is sampled."""
+    """minillm: passes over each batch of rollouts before the next is sampled."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """MiniLLM's objective; each strategy of the paper can be switched off alone."""
+    """MiniLLM's objective (minillm/objective.py has the formulas); each strategy can be switched off alone."""
 
     variant: str = "paper"
-    """`paper`: the formulas as printed."""
+    """`paper`: the formulas as printed, which the defaults below are. `reference`: other defaults (VARIANTS), those of
+    the authors' code; keys that are given still win."""
     single_step: bool = True
-    """Single-step term, exact over the vocabulary; off: the return includes the current reward instead."""
+    """Single-step term, exact over the vocabulary; off: the return includes the token's own reward instead."""
     importance_weights: bool = True
-    """Weigh tokens by student / mixture probability, as sampling from the mixture demands."""
+    """Weigh tokens by w = student / mixture probability, as sampling from the mixture demands."""
+    weight_single_step: bool = True
+    """Whether w multiplies the single-step term too."""
     length_norm: bool = True
-    """Mean rather than sum of the future rewards."""
+    """Mean rather than sum of the rewards of a return."""
+    include_current: bool = False
+    """Whether a token's return includes its own reward."""
+    discount: float = 1.0
+    """Weight of each later reward relative to the one before."""
+    reward_scaling: float = 1.0
+    """Rewards are divided by this."""
+    reward_clip: float = 0.0
+    """Then clipped to ± this; 0: not."""
+    whiten: bool = False
+    """Shift and scale the returns of each optimiser step to mean 0 and variance 1 over its tokens."""
     clip_range: float = 0.2
     """PPO clipping of the policy ratio; 0: no clipping."""
     pt_weight: float = 1.0
-    """Weight of the language-modelling loss on `data.text`; 0: none."""
+    """Weight of the loss on plain text, L_PT; 0: none."""
+    pt_teacher: float = 0.0
+    """Share of L_PT that is cross entropy with the teacher's distribution rather than with the text."""
     pt_batch_size: int = 8
     """Text chunks per optimiser step."""
     pt_length: int = 256
     """Tokens per text chunk."""
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "reference": {
+        "weight_single_step": False,
+        "include_current": True,
+        "discount": 0.95,
+        "reward_scaling": 0.5,
+        "reward_clip": 100.0,
+        "whiten": True,
+        "pt_teacher": 0.5,
+    },
+}
+"""Defaults of `objective` that a variant changes."""
+
+
 @dataclass(frozen=True)
 class Loss:
-    """The word-level loss of kd: distill_weight · divergence + label_weight · cross entropy."""
+    """The word-level loss of kd and gkd: distill_weight · divergence + label_weight · cross entropy. On the student's
+    own samples there are no labels, and the second term is absent."""
 
     divergence: str = "forward_kl"
     """reverse_kl | forward_kl | jsd | skew_forward_kl | skew_reverse_kl | tvd."""
     beta: float = 0.5
-    """Parameter of jsd and of the skew divergences."""
+    """Parameter of jsd and of the skew divergences (DistiLLM: 0.1)."""
     temperature: float = 1.0
     """Temperature of both models inside the divergence."""
     distill_weight: float = 0.5
@@ -139,6 +187,21 @@ class Optim:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """During training; the stage ends with the weights of its best validation: lowest loss, or for minillm highest
+    ROUGE-L of greedy answers."""
+
+    every: int = 100
+    """Optimiser steps between validations; a stage of no more steps than that, or 0, does without."""
+    data: str = ""
+    """Prompts with answers; empty: held out from data.train, at most a tenth of it."""
+    prompts: int = 64
+    """Prompts validated on."""
+    max_new_tokens: int = 64
+    """Tokens of the greedy answers."""
+
+
+@dataclass(frozen=True)
 class Eval:
     prompts: int = 64
     """Prompts evaluated."""
@@ -165,100 +228,40 @@ class Log:
     samples: int = 4
     """Prompts whose answers are written to samples.jsonl at each evaluation."""
     checkpoint_every: int = 0
-    """Optimiser steps per checkpoint; 0: none."""
+    """Optimiser steps per checkpoint, and one at the end of a stage; 0: only when SIGTERM asks to stop."""
+    checkpoints_kept: int = 2
+    """Older ones are deleted."""
 
 
 @dataclass(frozen=True)
 class Config:
     method: str = "minillm"
-    """sft | kd | minillm."""
+    """sft | kd | seqkd | gkd | minillm."""
     output: str = ""
     """Run directory; empty: runs/NAME of the recipe."""
     seed: int = 0
     """Seed of data order, sampling and initialisation."""
     model: Model = field(default_factory=Model)
+    lora: Lora = field(default_factory=Lora)
     data: Data = field(default_factory=Data)
     rollout: Rollout = field(default_factory=Rollout)
     objective: Objective = field(default_factory=Objective)
     loss: Loss = field(default_factory=Loss)
     optim: Optim = field(default_factory=Optim)
+    validation: Validation = field(default_factory=Validation)
     eval: Eval = field(default_factory=Eval)
     log: Log = field(default_factory=Log)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Named stages of one run, in order; a plain config is a recipe of one stage."""
-
-    name: str
-    stages: dict[str, Config]
-
-    @property
-    def first(self) -> Config:
-        return next(iter(self.stages.values()))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything resolved, in the form that `load_recipe` reads."""
-        return json.loads(json.dumps({"stages": {k: dataclasses.asdict(stage) for k, stage in self.stages.items()}}))
-
-    def digest(self) -> str:
-        """Hash of everything resolved but the output directory: two runs with one digest ran the same thing."""
-        tree = self.to_dict()
-        for stage in tree["stages"].values():
-            del stage["output"]
-        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def load_recipe(path: str | Path, flags: Sequence[str] = (), smoke: bool = False) -> Recipe:
-    """Read a YAML recipe or config, apply `--section.key=value` flags, check every stage.
-
-    Raises ConfigError for anything unknown, mistyped or contradictory, FileNotFoundError for a missing file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no recipe at {path}: give the path of a YAML file, such as recipes/smollm2-cpu.yaml")
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds a {type(tree).__name__}; expected sections such as `model:` and `optim:`")
-    layers = [tree]
-    if smoke:
-        if not isinstance(tree.get("smoke"), dict):
-            raise ConfigError(f"{path} has no `smoke:` section, which --smoke would apply")
-        layers.append(tree["smoke"])
-    layers.append(parse_flags(flags))
-    stage_names = list(tree.get("stages") or {tree.get("method", Config.method): {}})
-    for layer in layers[1:]:
-        for name in layer.get("stages") or {}:
-            if name not in stage_names:
-                raise ConfigError(_unknown("stage", name, stage_names))
-    stages = {}
-    for name in stage_names:
-        merged: dict[str, Any] = {}
-        for layer in layers:
-            _merge(merged, {k: v for k, v in layer.items() if k not in ("stages", "smoke")})
-            _merge(merged, (layer.get("stages") or {}).get(name) or {})
-        stages[name] = config_from(merged)
-        check(stages[name])
-    return Recipe(path.stem, stages)
-
-
-def config_from(tree: Mapping[str, Any]) -> Config:
-    """A Config from nested mappings; an unknown section or key, or a wrong type, is a ConfigError."""
-    return _build(Config, tree, "")
-
-
 def check(config: Config) -> None:
     """Refuse settings that contradict each other or the method's mathematics."""
-    _one_of("method", config.method, METHODS)
-    _one_of("loss.divergence", config.loss.divergence, DIVERGENCES)
-    _one_of("optim.schedule", config.optim.schedule, ("constant", "linear", "cosine"))
-    _one_of("data.overlong_prompts", config.data.overlong_prompts, ("error", "drop"))
-    _one_of("objective.variant", config.objective.variant, ("paper",))
-    _one_of("model.head", config.model.head, ("fused", "logits"))
-    _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
+    one_of("method", config.method, METHODS)
+    one_of("loss.divergence", config.loss.divergence, DIVERGENCES)
+    one_of("optim.schedule", config.optim.schedule, ("constant", "linear", "cosine"))
+    one_of("data.overlong_prompts", config.data.overlong_prompts, ("error", "drop"))
+    one_of("data.empty_answers", config.data.empty_answers, ("error", "drop"))
+    one_of("model.head", config.model.head, ("fused", "logits"))
+    one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
     for section, key in (
         ("rollout", "batch_size"),
         ("rollout", "max_new_tokens"),
@@ -275,6 +278,9 @@ def check(config: Config) -> None:
         ("eval", "rouge_new_tokens"),
         ("eval", "batch_size"),
         ("log", "every"),
+        ("log", "checkpoints_kept"),
+        ("validation", "prompts"),
+        ("validation", "max_new_tokens"),
     ):
         value = getattr(getattr(config, section), key)
         if value < 1:
@@ -288,10 +294,26 @@ def check(config: Config) -> None:
         raise ConfigError("no student: set model.student, or model.drop_layers to cut it from the teacher")
     if config.model.student and config.model.drop_layers is not None:
         raise ConfigError("model.student and model.drop_layers are both set; keep one of them")
-    if not 0 <= config.rollout.alpha <= 1:
-        raise ConfigError(f"rollout.alpha is {config.rollout.alpha}; a mixture weight lies in [0, 1]")
-    if config.data.prompt_template != "chat" and "{prompt}" not in config.data.prompt_template:
-        raise ConfigError("data.prompt_template must be `chat` or contain {prompt}")
+    for section, key in (
+        ("rollout", "alpha"),
+        ("rollout", "on_policy"),
+        ("rollout", "on_policy_step"),
+        ("loss", "beta"),
+        ("objective", "pt_teacher"),
+        ("objective", "discount"),
+    ):
+        value = getattr(getattr(config, section), key)
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{section}.{key} is {value}; it lies in [0, 1]")
+    if config.objective.reward_scaling <= 0:
+        raise ConfigError(f"objective.reward_scaling is {config.objective.reward_scaling}; rewards are divided by it")
+    template = config.data.prompt_template
+    if template not in ("chat", "alpaca") and "{prompt}" not in template:
+        raise ConfigError("data.prompt_template must be `chat`, `alpaca` or a text that contains {prompt}")
+    if config.rollout.on_policy_step and not 0 < config.validation.every < config.optim.steps:
+        raise ConfigError("rollout.on_policy_step follows the validation loss: set validation.every below optim.steps")
+    if config.lora.rank < 0:
+        raise ConfigError(f"lora.rank is {config.lora.rank}; give a rank, or 0 for no adapters")
     if config.method == "minillm":
         _check_minillm(config)
 
@@ -320,78 +342,12 @@ def _check_minillm(config: Config) -> None:
         raise ConfigError(f"objective.pt_length is {config.objective.pt_length}; a text chunk needs at least 2 tokens")
 
 
-def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
-    """`["--optim.lr=1e-5"]` → `{"optim": {"lr": "1e-5"}}`; values stay text until their field's type is known."""
-    tree: dict[str, Any] = {}
-    for flag in flags:
-        name, equals, value = flag.partition("=")
-        if not name.startswith("--") or not equals:
-            raise ConfigError(f"cannot read {flag!r}; overrides are written --section.key=value")
-        node = tree
-        *parents, leaf = name[2:].split(".")
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[leaf] = value
-    return tree
-
-
-def save(recipe: Recipe, path: Path) -> None:
-    """Write everything resolved, so that the run can be read and repeated without its flags."""
-    path.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
-
-
-def _build(cls: type, tree: Any, path: str) -> Any:
-    if not isinstance(tree, Mapping):
-        raise ConfigError(f"`{path}` is {tree!r}; it is a section: expected keys below it")
-    kinds = get_type_hints(cls)
-    values = {}
-    for key, value in tree.items():
-        where = f"{path}.{key}" if path else str(key)
-        if key not in kinds:
-            raise ConfigError(
-                _unknown(f"key in section `{path}`" if path else "section or key", str(key), list(kinds))
-            )
-        is_section = dataclasses.is_dataclass(kinds[key])
-        values[key] = _build(kinds[key], value, where) if is_section else _coerce(value, kinds[key], where)
-    return cls(**values)
-
-
-def _coerce(value: Any, kind: Any, path: str) -> Any:
-    """`value` as `kind`. Text is parsed: flags are text, and YAML 1.1 reads 1e-5 as text."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):  # T | None
-        if value is None or value in ("none", "null"):
-            return None
-        return _coerce(value, args[0], path)
-    parsed = yaml.safe_load(value) if isinstance(value, str) and kind is not str else value
-    if origin is tuple:
-        if isinstance(parsed, (list, tuple)) and len(parsed) == len(args):
-            return tuple(_coerce(item, arg, path) for item, arg in zip(parsed, args, strict=True))
-        raise ConfigError(f"{path} is {value!r}; expected a list of {len(args)} values")
-    if kind is float and not isinstance(parsed, bool):
-        try:
-            return float(parsed)
-        except (TypeError, ValueError):
-            pass
-    elif type(parsed) is kind:
-        return parsed
-    raise ConfigError(f"{path} is {value!r}; expected {kind.__name__}")
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
-    for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
-            _merge(base[key], value)
-        else:
-            base[key] = dict(value) if isinstance(value, Mapping) else value
-
-
-def _one_of(path: str, value: str, allowed: Sequence[str]) -> None:
+def one_of(path: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ConfigError(_unknown(f"value of {path}:", value, allowed))
+        raise ConfigError(unknown(f"value of {path}:", value, allowed))
 
 
-def _unknown(what: str, name: str, allowed: Sequence[str]) -> str:
+def unknown(what: str, name: str, allowed: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, allowed, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"unknown {what} {name!r}; {hint}(known: {', '.join(allowed)})"

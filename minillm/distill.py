@@ -3,23 +3,25 @@
 import time
 from typing import TYPE_CHECKING, Any
 
-from minillm.config import ConfigError, Recipe
+from minillm.config import Config, ConfigError
+from minillm.data import show
 from minillm.evaluate import ROUGE, Evaluation, evaluate, held_out
 from minillm.evaluate.rouge import greedy_answers, rouge_l
 from minillm.models import check_same_tokenizer, load_model, load_student, load_tokenizer
+from minillm.recipe import Recipe
 from minillm.report import card, changes, report, samples
 from minillm.run import Run
 from minillm.train import prepare, train
 from minillm.vocabulary import CausalLM
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase
 
 START = "start"
 
 
-def run_recipe(recipe: Recipe, command: str, with_evaluation: bool = True) -> dict[str, Any]:
-    """Run every stage on one student; returns what is written to summary.json.
+def run_recipe(recipe: Recipe, command: str, with_evaluation: bool = True, resume: str = "") -> dict[str, Any]:
+    """Run every stage on one student; returns what is written to summary.json. `resume` as of `Run`.
 
     All that can be wrong with the recipe, the models or the data is found before the first evaluation or step.
     """
@@ -27,17 +29,18 @@ def run_recipe(recipe: Recipe, command: str, with_evaluation: bool = True) -> di
     config = recipe.first
     if with_evaluation and not config.data.eval:
         raise ConfigError("data.eval is empty: distill evaluates before and after; `minillm train` does without")
-    base = load_model(config.model.teacher, config.model.dtype) if config.model.teacher else None
-    student = CausalLM(load_student(config, base), config.model.head)
-    teacher = None if base is None else CausalLM(base, config.model.head)
-    tokenizer = load_tokenizer(config.model.student or config.model.teacher)
-    if config.model.student and config.model.teacher:
-        check_same_tokenizer(tokenizer, load_tokenizer(config.model.teacher))
+    student, teacher, tokenizer = load_pair(config)
     trainings = {name: prepare(stage, student, teacher, tokenizer) for name, stage in recipe.stages.items()}
     examples = held_out(config, tokenizer) if with_evaluation else []
-    run = Run(recipe)
+    run = Run(recipe, resume, command)
     seconds = {"load": time.perf_counter() - started}
-    print(headline(base, student.model, run), flush=True)
+    print(headline(teacher, student, run), flush=True)
+    for name, training in trainings.items():
+        print(f"{name}: {training.about}")
+    example = trainings[next(iter(trainings))].examples[0]
+    print(f"one example, learnt from between ⟦ and ⟧ (minillm and gkd sample there):\n{show(example, tokenizer)}")
+    if run.resumed:
+        print(f"resuming after step {run.resumed.progress.global_step} from {run.resumed.path}", flush=True)
 
     evaluations: dict[str, Evaluation] = {}
     summary: dict[str, Any] = {
@@ -45,29 +48,44 @@ def run_recipe(recipe: Recipe, command: str, with_evaluation: bool = True) -> di
         "command": command,
         "config_hash": recipe.digest(),
         "environment": run.environment,
-        "teacher": {"parameters": teacher.model.num_parameters()} if teacher is not None else None,
-        "student": {"parameters": student.model.num_parameters()},
-        "stages": {},
+        "teacher": about(teacher) if teacher is not None else None,
+        "student": about(student),
+        "stages": run.stages,
     }
 
     def measure(stage: str) -> None:
         if with_evaluation:
-            print(f"evaluating ({stage}) on {len(examples)} held-out prompts", flush=True)
-            evaluations[stage] = evaluate(student, teacher, tokenizer, examples, config)
+            file = f"evaluations/{stage}.json"
+            kept = run.read(file) if run.resumed else None
+            if kept:
+                evaluations[stage] = Evaluation.from_dict(kept)
+            else:
+                print(f"evaluating ({stage}) on {len(examples)} held-out prompts", flush=True)
+                evaluations[stage] = evaluate(student, teacher, tokenizer, examples, config)
+                run.write(file, evaluations[stage].to_dict())
+                for example, answer in zip(examples[: config.log.samples], evaluations[stage].answers, strict=False):
+                    run.sample({"stage": stage, "prompt": example.record.prompt, "answer": answer})
             seconds[f"evaluation, {stage}"] = sum(evaluations[stage].seconds.values())
-            for example, answer in zip(examples[: config.log.samples], evaluations[stage].answers, strict=False):
-                run.sample({"stage": stage, "prompt": example.record.prompt, "answer": answer})
 
     measure(START)
     step = 0
     for name, training in trainings.items():
         stage = recipe.stages[name]
-        began = time.perf_counter()
-        totals = train(training, run, name, step)
-        seconds[name] = time.perf_counter() - began
-        run.export(student.model, tokenizer)  # before the evaluation: what was trained is kept, whatever follows
+        if name not in run.stages:  # else done before the checkpoint that was resumed from
+            resumed = run.resumed if run.resumed and run.resumed.progress.stage == name else None
+            spent = resumed.progress.totals.get("step_time", 0.0) if resumed else 0.0
+            began = time.perf_counter()
+            try:
+                totals = train(training, run, name, step, resumed)
+            except RuntimeError as error:
+                if not WorkerLost.caused(error):
+                    raise
+                raise WorkerLost.of(error, run) from error
+            taken = time.perf_counter() - began + spent
+            run.stages[name] = {"method": stage.method, "steps": stage.optim.steps, "seconds": taken, **totals}
+            run.export(student.model, tokenizer)  # before the evaluation: what was trained is kept, whatever follows
+        seconds[name] = run.stages[name]["seconds"]
         step += stage.optim.steps
-        summary["stages"][name] = {"method": stage.method, "steps": stage.optim.steps, **totals}
         measure(name)
 
     teacher_answers: list[str] = []
@@ -87,7 +105,7 @@ def run_recipe(recipe: Recipe, command: str, with_evaluation: bool = True) -> di
     summary["changes"] = changes(evaluations)
     summary["samples"] = samples(examples[: config.log.samples], evaluations, teacher_answers)
     run.write("model/README.md", card(recipe, command, summary))
-    seconds["total"] = time.perf_counter() - started
+    seconds["total"] = sum(seconds.values()) if run.resumed else time.perf_counter() - started
     summary["seconds"] = {phase: round(value, 1) for phase, value in seconds.items()}
     run.write("summary.json", summary)
     print(report(summary))
@@ -95,12 +113,43 @@ def run_recipe(recipe: Recipe, command: str, with_evaluation: bool = True) -> di
     return summary
 
 
-def headline(teacher: "PreTrainedModel | None", student: "PreTrainedModel", run: Run) -> str:
+class WorkerLost(RuntimeError):
+    """Another process of a distributed run has ended, and this one cannot go on without it."""
+
+    @staticmethod
+    def caused(error: RuntimeError) -> bool:
+        """Gloo and NCCL have no exception of their own for it."""
+        words = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe")
+        return any(word in str(error) for word in words)
+
+    @classmethod
+    def of(cls, error: RuntimeError, run: Run) -> "WorkerLost":
+        first = str(error).strip().splitlines()[0][:200]
+        return cls(f"another process of this run has ended ({first}); its own output says why. {run.how_to_resume()}")
+
+
+def about(lm: CausalLM) -> dict[str, Any]:
+    """What summary.json says of a model."""
+    return {"parameters": lm.model.num_parameters(), "attention": lm.model.config._attn_implementation}
+
+
+def load_pair(config: Config) -> "tuple[CausalLM, CausalLM | None, PreTrainedTokenizerBase]":
+    """Student, teacher and the tokenizer that they must share."""
+    settings = config.model
+    base = load_model(settings.teacher, settings.dtype, settings.attn) if settings.teacher else None
+    student = CausalLM(load_student(config, base), settings.head)
+    tokenizer = load_tokenizer(settings.student or settings.teacher)
+    if settings.student and settings.teacher:
+        check_same_tokenizer(tokenizer, load_tokenizer(settings.teacher))
+    return student, None if base is None else CausalLM(base, settings.head), tokenizer
+
+
+def headline(teacher: CausalLM | None, student: CausalLM, run: Run) -> str:
     """One line on what is about to run."""
 
-    def size(model: "PreTrainedModel") -> str:
-        layers = getattr(model.config, "num_hidden_layers", "?")
-        return f"{model.num_parameters() / 1e6:.1f}M parameters, {layers} layers"
+    def size(lm: CausalLM) -> str:
+        layers, attention = getattr(lm.model.config, "num_hidden_layers", "?"), lm.model.config._attn_implementation
+        return f"{lm.model.num_parameters() / 1e6:.1f}M parameters, {layers} layers, {attention}"
 
     teacher_size = f"teacher {size(teacher)}; " if teacher is not None else ""
     backends = ", ".join(name for name, state in run.environment["kernel_backends"].items() if state == "ok")

@@ -1,6 +1,7 @@
 """Models: loading, cutting a student out of its teacher, and what must hold between the two and their tokenizers."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from minillm import packages
-from minillm.config import Config, ConfigError
+from minillm.config import Config, ConfigError, Lora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,17 +17,50 @@ if TYPE_CHECKING:
 PROBE = "In 1984,  the naïve café (№ 7) answered: “2 + 2 = 5”?\n\n\tdef f(x): return x\n日本語 🙂"
 
 
-def load_model(source: str, dtype: str = "float32") -> "PreTrainedModel":
-    """An AutoModelForCausalLM from a hub id, a directory or `package:NAME`, in eval mode (no dropout).
+def load_model(source: str, dtype: str = "float32", attn: str = "auto") -> "PreTrainedModel":
+    """An AutoModelForCausalLM from a hub id, a directory or `package:NAME`, in eval mode (no dropout). Code that comes
+    with a model is never run, nor a pickle read.
 
     Raises ConfigError when nothing can be loaded from `source`.
     """
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(_locate(source), dtype=getattr(torch, dtype)).eval()
+        return AutoModelForCausalLM.from_pretrained(
+            _locate(source),
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention(attn, dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+        ).eval()
+    except ImportError as error:
+        raise ConfigError(f"model.attn {attn} cannot be had here: {error}. Set it to auto") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"no causal language model could be loaded from {source!r}: {error}") from error
+
+
+def skeleton(source: str, dtype: str = "float32", attn: str = "auto") -> "PreTrainedModel":
+    """The same model with its weights not read: random, or absent under `torch.device("meta")`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(_locate(source), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no model is described at {source!r}: {error}") from error
+    chosen = attention(attn, dtype)
+    settings = {} if chosen is None else {"attn_implementation": chosen}  # a None given here would mean eager
+    return AutoModelForCausalLM.from_config(
+        config, dtype=getattr(torch, dtype), trust_remote_code=False, **settings
+    ).eval()
+
+
+def attention(wanted: str, dtype: str) -> str | None:
+    """The attention to ask transformers for; None leaves it the choice (sdpa, where the model has it)."""
+    from transformers.utils import is_flash_attn_2_available
+
+    if wanted != "auto":
+        return wanted
+    return "flash_attention_2" if dtype != "float32" and is_flash_attn_2_available() else None
 
 
 def load_tokenizer(source: str) -> "PreTrainedTokenizerBase":
@@ -34,7 +68,7 @@ def load_tokenizer(source: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_locate(source))
+        tokenizer = AutoTokenizer.from_pretrained(_locate(source), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"no tokenizer could be loaded from {source!r}: {error}") from error
     if tokenizer.eos_token_id is None:
@@ -42,14 +76,62 @@ def load_tokenizer(source: str) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def load_student(config: Config, teacher: "PreTrainedModel | None") -> "PreTrainedModel":
-    """The student named in the config, or the one cut from `teacher` by `model.drop_layers`."""
-    if config.model.student:
-        return load_model(config.model.student, config.model.dtype)
-    assert config.model.drop_layers is not None  # config.check
-    if teacher is None:
-        teacher = load_model(config.model.teacher, config.model.dtype)
-    return drop_layers(teacher, *config.model.drop_layers)
+def load_student(
+    config: Config, teacher: "PreTrainedModel | None", load: "Callable[[str, str, str], PreTrainedModel]" = load_model
+) -> "PreTrainedModel":
+    """The student named in the config, or the one cut from `teacher` by `model.drop_layers`; with adapters, where the
+    config wants them."""
+    settings = config.model
+    if settings.student:
+        student = load(settings.student, settings.dtype, settings.attn)
+    else:
+        assert settings.drop_layers is not None  # config.check
+        if teacher is None:
+            teacher = load(settings.teacher, settings.dtype, settings.attn)
+        student = drop_layers(teacher, *settings.drop_layers)
+    if config.lora.rank:
+        add_adapters(student, config.lora, config.seed)
+    return student
+
+
+def add_adapters(model: "PreTrainedModel", lora: Lora, seed: int) -> None:
+    """LoRA in place: its own weights are trained, all others frozen.
+
+    The head is read apart from the model (minillm/vocabulary.py), so an adapter there would be passed over.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ConfigError('lora.rank needs peft: pip install "minillm-kernels[lora]"') from error
+
+    torch.manual_seed(seed)
+    targets = lora.targets if lora.targets == "all-linear" else [name.strip() for name in lora.targets.split(",")]
+    head = model.get_output_embeddings()
+    try:
+        model.add_adapter(
+            LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
+        )
+    except ValueError as error:
+        raise ConfigError(f"lora.targets {lora.targets}: {error}") from error
+    if model.get_output_embeddings() is not head or model.get_input_embeddings().__module__.startswith("peft"):
+        raise ConfigError(f"lora.targets {lora.targets} reaches the embeddings or the head; name other modules")
+    model.eval()
+
+
+def merge_adapters(model: "PreTrainedModel") -> "PreTrainedModel":
+    """A copy of the model with its adapters added to the weights; the model itself where it has none."""
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        return model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    merged = copy.deepcopy(model)
+    for name, module in list(merged.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+            merged.set_submodule(name, module.get_base_layer())
+    merged._hf_peft_config_loaded = False
+    del merged.peft_config
+    return merged.requires_grad_(True)
 
 
 def drop_layers(teacher: "PreTrainedModel", first: int, last: int) -> "PreTrainedModel":
@@ -59,7 +141,7 @@ def drop_layers(teacher: "PreTrainedModel", first: int, last: int) -> "PreTraine
     inputs they were trained on.
     """
     base = teacher.base_model
-    name, layers = next(((n, m) for n, m in base.named_children() if isinstance(m, nn.ModuleList)), ("", None))
+    name, layers = next(((n, m) for n, m in base.named_modules() if isinstance(m, nn.ModuleList)), ("", None))
     if layers is None:
         raise ConfigError(f"{type(teacher).__name__} has no list of layers to cut a student from; set model.student")
     if not 0 <= first < last <= len(layers) or last - first == len(layers):
@@ -93,6 +175,20 @@ def check_context(model: "PreTrainedModel", tokens: int) -> None:
         raise ConfigError(
             f"prompt and answer may reach {tokens} tokens, but {type(model).__name__} has {limit} positions: lower "
             "data.max_prompt_length, data.max_response_length or rollout.max_new_tokens"
+        )
+
+
+@torch.no_grad()
+def check_packing(model: "PreTrainedModel") -> None:
+    """Refuse data.packing where the model lets one sequence of a row see another: tried, not looked up."""
+    ids = torch.tensor([[1, 2, 3, 4, 5]], device=model.device)
+    positions = torch.tensor([[0, 1, 0, 1, 2]], device=model.device)
+    packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 2:]
+    alone = model(input_ids=ids[:, 2:], use_cache=False).logits
+    if not torch.allclose(packed.float(), alone.float(), rtol=1e-2, atol=1e-2):
+        raise ConfigError(
+            f"{type(model).__name__} does not keep packed sequences apart: set data.packing to false, or model.attn "
+            "to sdpa"
         )
 
 

@@ -3,10 +3,10 @@
 from itertools import pairwise
 from typing import Any
 
-from minillm.config import Recipe
 from minillm.data import Example
 from minillm.evaluate import OWN, REFERENCES, ROUGE, Evaluation
 from minillm.evaluate.estimate import difference
+from minillm.recipe import Recipe
 from minillm.run import duration
 
 TITLES = {OWN: "reverse KL, own samples", REFERENCES: "reverse KL, references", ROUGE: "ROUGE-L"}

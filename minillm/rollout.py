@@ -8,9 +8,11 @@ Legend: B sequences, P longest prompt, T longest response, H hidden.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from minillm.vocabulary import CausalLM
@@ -34,8 +36,8 @@ class Rollout(NamedTuple):
     """[B, T] log-probs of the mixture, the law sampled from."""
     from_teacher: Tensor
     """[B, T] bool, whether the teacher's side of the mixture drew the token."""
-    student_hidden: Tensor
-    """[B, T, H] student's final states, each predicting the token of its position."""
+    student_hidden: Tensor | None
+    """[B, T, H] student's final states, each predicting the token of its position; None where nobody needs them."""
     teacher_hidden: Tensor | None
     """[B, T, H] teacher's, likewise."""
 
@@ -114,6 +116,25 @@ def sample(
         student_hidden=states[0],
         teacher_hidden=states[1] if teacher is not None else None,
     )
+
+
+def gather(rollout: Rollout, accelerator: Accelerator) -> Rollout:
+    """The samples of all processes, known to each: row i of process r becomes row i · processes + r."""
+    if accelerator.num_processes == 1:
+        return rollout
+
+    def joined(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        if values.dim() > 1:
+            values = accelerator.pad_across_processes(values, dim=1)
+        everyone = accelerator.gather(values.contiguous())
+        return everyone.unflatten(0, (accelerator.num_processes, -1)).transpose(0, 1).flatten(0, 1).contiguous()
+
+    shares = gather_object([rollout.prompts])
+    prompts = [prompt for row in zip(*shares, strict=True) for prompt in row]
+    tensors: dict[str, Any] = {name: joined(value) for name, value in rollout._asdict().items() if name != "prompts"}
+    return Rollout(prompts=prompts, **tensors)
 
 
 def draw_uniforms(seed: int, max_new_tokens: int, sequences: int) -> Tensor:

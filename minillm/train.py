@@ -1,90 +1,44 @@
-"""The training loop: rollout → score → loss → backward → step → log.
+"""The training loop: rollout → score → loss → backward → step → log → validate → save.
 
-Each method is a generator that yields, per optimiser step, the micro-batches to learn from, each with the function
-that turns the student's output into summed losses. The loop knows nothing else of the methods: it divides the sums by
-the number of tokens that count, over all micro-batches and processes, so that 1 × 8 sequences, 8 × 1 and 2 processes
-× 4 give the same gradient.
+A method (minillm/methods.py) says, per optimiser step, which sequences to learn from and what is lost on them; MiniLLM
+rolls out there. The loop knows nothing else of the methods: it cuts a step into micro-batches and divides the summed
+losses by the number of tokens that count, over all micro-batches and processes, so that 1 × 8 sequences, 8 × 1 and 2
+processes × 4 give the same gradient.
 """
 
+import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
+from minillm import checkpoint
+from minillm.checkpoint import Checkpoint, Progress
 from minillm.config import Config, ConfigError
-from minillm.data import Batch, Example, chunk_text, collate, encode, read_records, read_text, shuffled
-from minillm.models import check_context
-from minillm.objective import PolicyTerms, concatenate, policy_terms, token_rewards
-from minillm.rollout import Rollout, draw_uniforms, sample
+from minillm.data import Batch, Encoded, Example, chunk_text, encode, read_records, read_text
+from minillm.interrupt import Interrupt, Interrupted
+from minillm.methods import METHODS, Loss, Part, Training, chunks
+from minillm.models import check_context, check_packing
 from minillm.run import Run
-from minillm.vocabulary import CausalLM, Output, Sums, common_vocabulary, divergence, minillm_loss, token_logprobs
+from minillm.selection import Selection
+from minillm.vocabulary import CausalLM, Sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 class Micro(NamedTuple):
-    """Sequences of one forward and backward pass, and how the student's output becomes sums.
+    """Sequences of one forward and backward pass."""
 
-    Micro-batches of one `kind` are normalised together, by the number of their targets.
-    """
-
-    kind: str
+    part: Part
+    rows: list[int]
     batch: Batch
-    loss: Callable[[Output, Batch], Sums]
-
-
-class Step(NamedTuple):
-    """What one optimiser step learns from, and what is known about it already."""
-
-    micros: list[Micro]
-    metrics: dict[str, float]
-
-
-@dataclass
-class Clock:
-    """Seconds spent per phase since the last reset."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-
-    def reset(self) -> dict[str, float]:
-        seconds, self.seconds = self.seconds, {}
-        return seconds
-
-
-@dataclass
-class Training:
-    """All that a method may use. The models live on `accelerator.device`."""
-
-    config: Config
-    accelerator: Accelerator
-    student: CausalLM
-    teacher: CausalLM | None
-    tokenizer: "PreTrainedTokenizerBase"
-    examples: list[Example]
-    text: list[list[int]]
-    clock: Clock = field(default_factory=Clock)
-
-    @property
-    def vocab_size(self) -> int | None:
-        """The one vocabulary size that every kernel call gets."""
-        return None if self.teacher is None else common_vocabulary(self.student, self.teacher)
-
-    def mine(self, items: list) -> list:
-        """This process's share of what all processes draw alike."""
-        return items[self.accelerator.process_index :: self.accelerator.num_processes]
+    loss: Loss
 
 
 def prepare(
@@ -95,90 +49,174 @@ def prepare(
 ) -> Training:
     """Read and check the data against the models, before any work that could be lost."""
     accelerator = Accelerator()
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ConfigError(
+            f"{accelerator.distributed_type} shards the student, which checkpoints and gradients here do not follow "
+            "yet: use one process or data parallelism (accelerate launch --num_processes N)"
+        )
     torch.manual_seed(config.seed)
-    examples = encode(read_records(config.data.train), tokenizer, config.data, config.data.train)
-    if config.method != "minillm":
-        examples = [example for example in examples if example.response]
-        if not examples:
-            raise ConfigError(f"{config.data.train} holds no answers; method {config.method} learns from them")
+    for key in ("optim.batch_size", "rollout.batch_size", "objective.pt_batch_size"):
+        section, name = key.split(".")
+        size = getattr(getattr(config, section), name)
+        if size % accelerator.num_processes:
+            raise ConfigError(f"{key} is {size}, which {accelerator.num_processes} processes cannot share equally")
+    samples = config.method in ("minillm", "seqkd")  # learn from what is sampled: any prompt will do
+    encoded = encode(read_records(config.data.train), tokenizer, config.data, config.data.train, answers=not samples)
+    examples, about = encoded.examples, str(encoded)
+    validation: list[Example] = []
+    if 0 < config.validation.every < config.optim.steps:
+        examples, validation = hold_out(config, encoded, tokenizer)
+        about += f"; {len(examples)} to train on, {len(validation)} for validation"
     wants_text = config.method == "minillm" and config.objective.pt_weight > 0
     text = chunk_text(read_text(config.data.text), tokenizer, config.objective.pt_length) if wants_text else []
-    answer = config.rollout.max_new_tokens if config.method == "minillm" else config.data.max_response_length
+    if text:
+        about += f"; {len(text)} chunks of text"
+    answer = config.data.max_response_length
+    if config.method in ("minillm", "seqkd", "gkd"):
+        answer = max(answer * (config.method == "gkd"), config.rollout.max_new_tokens)
     for model in (student, teacher):
         if model is not None:
             check_context(model.model, config.data.max_prompt_length + answer)
             model.to(accelerator.device)
+            if config.data.packing:
+                check_packing(model.model)
     if teacher is not None:
         teacher.requires_grad_(False)
-    for key in ("optim.batch_size", "rollout.batch_size"):
-        size = config.optim.batch_size if key == "optim.batch_size" else config.rollout.batch_size
-        if size % accelerator.num_processes:
-            raise ConfigError(f"{key} is {size}, which {accelerator.num_processes} processes cannot share equally")
-    return Training(config, accelerator, student, teacher, tokenizer, examples, text)
+    return Training(config, accelerator, student, teacher, tokenizer, examples, validation, text, about)
 
 
-def train(training: Training, run: Run, stage: str, first_step: int = 0) -> dict[str, float]:
+def hold_out(
+    config: Config, encoded: Encoded, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[Example], list[Example]]:
+    """Examples to train on and to validate on: of validation.data, else chosen from data.train by their prompts' text,
+    so that two stages of a recipe hold out the same."""
+    source, count = config.validation.data, config.validation.prompts
+    if source:
+        found = encode(read_records(source), tokenizer, config.data, source, answers=True).examples
+        return encoded.examples, found[:count]
+
+    def key(example: Example) -> bytes:
+        return hashlib.sha256(f"{config.seed} {example.record.prompt}".encode()).digest()
+
+    answered = sorted({key(e) for e in encoded.examples if (e.record.answer or "").strip()})
+    chosen = set(answered[: min(count, len(answered) // 10)])
+    if not chosen:
+        raise ConfigError(
+            f"{config.data.train} has {len(answered)} prompts with answers, too few to hold a tenth of them out for "
+            "validation: name validation.data, or set validation.every to 0"
+        )
+    parts: tuple[list[Example], list[Example]] = ([], [])
+    for example in encoded.examples:
+        parts[key(example) in chosen].append(example)
+    return parts
+
+
+def train(
+    training: Training, run: Run, stage: str, first_step: int = 0, resumed: Checkpoint | None = None
+) -> dict[str, float]:
     """Run one stage: `optim.steps` optimiser steps, counted on from `first_step` in everything written.
 
-    Returns tokens seen (prompts included) and seconds, in all and per phase.
+    Returns tokens seen (prompts included), seconds in all and per phase, and the best validation.
 
-    Raises FloatingPointError, naming the step, before a loss or gradient that is not finite reaches the weights.
+    Raises FloatingPointError, naming step and sample, before a loss or gradient that is not finite reaches the
+    weights; Interrupted after a checkpoint when SIGTERM came; CheckpointError.
     """
     config, accelerator, clock = training.config, training.accelerator, training.clock
-    optim = config.optim
+    optim, model, folder = config.optim, training.student.model, run.path / "stages" / stage
     optimizer = torch.optim.AdamW(
-        training.student.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
+        checkpoint.trained(model).values(),
+        lr=optim.lr,
+        betas=optim.betas,
+        weight_decay=optim.weight_decay,
+        fused=True,
     )
     predictor, optimizer = accelerator.prepare(training.student, optimizer)
-    steps = METHODS[config.method](training)
-    started, seen, history = time.perf_counter(), 0.0, []
-    totals: dict[str, float] = {}
+    method = METHODS[config.method](training, folder)
+    progress = Progress(stage, first_step=first_step, stages=dict(run.stages))
+    if resumed is not None:
+        progress = resumed.progress
+        checkpoint.restore(model, optimizer, accelerator, resumed.groups)
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(progress.scaler)
+        memory = {name: value.to(accelerator.device) for name, value in resumed.groups.get("memory", {}).items()}
+        method.remember(memory, progress.step)
+    selection = Selection(training, method, folder)
 
-    for step in range(1, optim.steps + 1):
-        # ---- what this step learns from (MiniLLM rolls out here when the last rollouts are used up)
-        step_started = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = optim.lr * lr_factor(step, config)
-        micros, metrics = next(steps)
+    def save() -> None:
+        groups = {**checkpoint.state_of(model, optimizer, accelerator), "memory": method.memory}
+        progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+        if accelerator.is_main_process:
+            run.checkpoint(progress, groups, model, config.log.checkpoints_kept)
+        accelerator.wait_for_everyone()
 
-        # ---- loss and gradient
-        metrics |= backward(predictor, micros, accelerator)
+    started, begun = time.perf_counter(), progress.step
+    clock.reset()
+    with Interrupt() as interrupt:
+        while progress.step < optim.steps:
+            # ---- what this step learns from (MiniLLM rolls out here when the last rollouts are used up)
+            step = progress.step + 1
+            step_started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = optim.lr * lr_factor(step, config)
+            parts, metrics = method.step(step)
+            micros = [
+                Micro(part, rows, *part.make(rows))
+                for part in parts
+                for rows in chunks(part.rows, optim.micro_batch_size)
+            ]
 
-        # ---- update
-        grad_norm = float(accelerator.clip_grad_norm_(predictor.parameters(), optim.max_grad_norm))
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
-            raise FloatingPointError(
-                f"{stage}, step {step}: loss {metrics['loss']}, gradient norm {grad_norm}. The weights were not "
-                "updated; lower optim.lr, or look at the data of this step"
-            )
-        optimizer.step()
-        optimizer.zero_grad()
+            # ---- loss and gradient
+            metrics |= backward(predictor, micros, accelerator)
 
-        # ---- log
-        elapsed, phases = time.perf_counter() - step_started, clock.reset()
-        now = total(accelerator, *(micro.batch.attention_mask.sum() for micro in micros))
-        seen += now
-        metrics |= {
-            "grad_norm": grad_norm,
-            "learning_rate": optimizer.param_groups[0]["lr"],
-            "step_time": elapsed,
-            "tokens_per_second": now / elapsed,
-            "time/rollout": phases.get("rollout", 0.0),
-            "time/score": phases.get("score", 0.0),
-            "time/update": elapsed - sum(phases.values()),
-        }
-        for name in ("step_time", "time/rollout", "time/score", "time/update"):
-            totals[name] = totals.get(name, 0.0) + metrics[name]
-        history.append(metrics)
-        if step % config.log.every == 0 or step == optim.steps:
-            left = (time.perf_counter() - started) / step * (optim.steps - step)
-            if accelerator.is_main_process:
-                run.log(stage, step, optim.steps, first_step + step, average(history) | {"num_tokens": seen}, left)
-            history = []
-        if config.log.checkpoint_every and step % config.log.checkpoint_every == 0:
-            run.checkpoint(accelerator, first_step + step)
+            # ---- update
+            grad_norm = float(accelerator.clip_grad_norm_(checkpoint.trained(model).values(), optim.max_grad_norm))
+            finite = math.isfinite(grad_norm) or accelerator.scaler is not None  # which skips such steps by itself
+            if not (math.isfinite(metrics["loss"]) and finite):
+                raise FloatingPointError(
+                    f"{stage}, step {step}: loss {metrics['loss']}, gradient norm {grad_norm}; "
+                    f"{blame(training, micros)}. The weights were not updated. {run.how_to_resume()}"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.step = step
+
+            # ---- validate
+            if selection.due(step):
+                metrics |= selection.validate(progress)
+
+            # ---- log
+            phases, elapsed = clock.reset(), time.perf_counter() - step_started
+            now = total(accelerator, *(micro.batch.attention_mask.sum() for micro in micros))
+            progress.num_tokens += now
+            phases = {"time/rollout": 0.0, "time/score": 0.0} | phases
+            metrics |= {
+                "grad_norm": grad_norm,
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "step_time": elapsed,
+                "tokens_per_second": now / elapsed,
+                **phases,
+            }
+            for name in ("step_time", *(name for name in phases if name.startswith("time/"))):
+                progress.totals[name] = progress.totals.get(name, 0.0) + metrics[name]
+            progress.history.append(metrics)
+            if step % config.log.every == 0 or step == optim.steps:
+                left = (time.perf_counter() - started) / (step - begun) * (optim.steps - step)
+                if accelerator.is_main_process:
+                    line = average(progress.history) | {"num_tokens": progress.num_tokens}
+                    run.log(stage, step, optim.steps, progress.global_step, line, left)
+                progress.history = []
+
+            # ---- save
+            every, stop = config.log.checkpoint_every, interrupt.asked(accelerator)
+            if stop or (every and (step % every == 0 or step == optim.steps)):
+                with clock("save"):
+                    save()
+            if stop:
+                raise Interrupted(run.how_to_resume())
+    selection.restore(progress)
     accelerator.free_memory()  # of the optimiser, before the next stage allocates its own
-    return {"num_tokens": seen, **{name: round(value, 2) for name, value in totals.items()}}
+    best = {f"best_{name}": value for name, value in progress.best.items()}
+    return {"num_tokens": progress.num_tokens, **best, **{k: round(v, 2) for k, v in progress.totals.items()}}
 
 
 def backward(predictor: torch.nn.Module, micros: list[Micro], accelerator: Accelerator) -> dict[str, float]:
@@ -186,184 +224,45 @@ def backward(predictor: torch.nn.Module, micros: list[Micro], accelerator: Accel
     tokens = count_targets(micros, accelerator)
     metrics: Sums = {}
     for i, micro in enumerate(micros):
-        batch = micro.batch.to(accelerator.device)
+        batch, kind = micro.batch.to(accelerator.device), micro.part.kind
         last = i + 1 == len(micros)
         with nullcontext() if last else accelerator.no_sync(predictor):
             sums = predictor(batch, micro.loss)
             # gradients are averaged over processes, the token count is global: undo the average
-            accelerator.backward(sums["loss"] * accelerator.num_processes / tokens[micro.kind])
+            accelerator.backward(sums["loss"] * accelerator.num_processes / tokens[kind])
         for name, value in sums.items():
-            share = value.detach().float() / tokens[micro.kind]
+            share = value.detach().float() / tokens[kind]
             metrics[name] = metrics[name] + share if name in metrics else share
     reduced = accelerator.reduce(torch.stack(list(metrics.values())), "sum")  # one synchronisation for all of them
     return dict(zip(metrics, reduced.tolist(), strict=True))
 
 
-# ---- methods
+def blame(training: Training, micros: list[Micro]) -> str:
+    """The first sequence, in words, whose own loss or gradient is not finite; tried one by one."""
+    found: list[str] = []
+    parameters = checkpoint.trained(training.student.model).values()
+    for part, row in [(micro.part, row) for micro in micros for row in micro.rows]:
+        if found:
+            break
+        batch, loss = part.make([row])
+        batch = batch.to(training.accelerator.device)
+        value = loss(training.student.output(batch), batch)["loss"]
+        gradients = torch.autograd.grad(value, list(parameters), allow_unused=True)
+        if not all(torch.isfinite(x).all() for x in (value, *gradients) if x is not None):
+            found.append(f"{part.name(row)} ({part.kind})")
+    found = gather_object(found)
+    return f"the first sample at fault is {found[0]}" if found else "no sample alone gives that: lower optim.lr"
 
-
-def sft_steps(training: Training) -> Iterator[Step]:
-    """Cross entropy with the reference answers."""
-
-    def loss(student: Output, batch: Batch) -> Sums:
-        return {"loss": cross_entropy(student, batch, training.vocab_size)}
-
-    for batch in answer_batches(training):
-        yield Step([Micro("answers", micro, loss) for micro in batch], {})
-
-
-def kd_steps(training: Training) -> Iterator[Step]:
-    """Word-level distillation on the reference answers: distill_weight · divergence + label_weight · cross entropy."""
-    config, teacher, vocab_size = training.config.loss, training.teacher, training.vocab_size
-    assert teacher is not None
-
-    def loss(student: Output, batch: Batch) -> Sums:
-        with training.clock("score"), torch.no_grad():
-            target = teacher.output(batch)
-        options = {"beta": config.beta, "temperature": config.temperature, "vocab_size": vocab_size}
-        distill = divergence(student, target, config.divergence, **options)
-        label = cross_entropy(student, batch, vocab_size)
-        total = config.distill_weight * distill + config.label_weight * label
-        return {"loss": total, "loss/distill": distill, "loss/label": label}
-
-    for batch in answer_batches(training):
-        yield Step([Micro("answers", micro, loss) for micro in batch], {})
-
-
-def minillm_steps(training: Training) -> Iterator[Step]:
-    """The paper's algorithm: roll out a batch of prompts, then pass over it `rollout.epochs` times in minibatches."""
-    config, teacher, clock = training.config, training.teacher, training.clock
-    assert teacher is not None
-    prompts = shuffled(len(training.examples), config.seed)
-    passages = shuffled(len(training.text), config.seed + 1)
-    minibatches = torch.Generator().manual_seed(config.seed + 2)
-    size = config.optim.batch_size // training.accelerator.num_processes
-    iteration = 0
-    while True:
-        # ---- rollout: everything about the sampled tokens is known from here on
-        with clock("rollout"), training.accelerator.autocast():
-            chosen = training.mine([next(prompts) for _ in range(config.rollout.batch_size)])
-            uniforms = draw_uniforms(
-                config.seed * 1_000_003 + iteration, config.rollout.max_new_tokens, config.rollout.batch_size
-            )[:, training.accelerator.process_index :: training.accelerator.num_processes]
-            rollout = sample(
-                training.student,
-                teacher,
-                [training.examples[i].prompt for i in chosen],
-                max_new_tokens=config.rollout.max_new_tokens,
-                eos_token_id=training.tokenizer.eos_token_id,
-                alpha=config.rollout.alpha,
-                uniforms=uniforms,
-                vocab_size=training.vocab_size,
-            )
-        responses = rollout.responses()
-        terms = policy_terms(
-            rollout,
-            length_norm=config.objective.length_norm,
-            single_step=config.objective.single_step,
-            weighted=config.objective.importance_weights,
-        )
-        assert rollout.teacher_hidden is not None
-        about = describe(rollout, training.accelerator)
-        iteration += 1
-
-        # ---- updates
-        for _ in range(config.rollout.epochs):
-            order = torch.randperm(len(responses), generator=minibatches).tolist()
-            for start in range(0, len(order), size):
-                micros = []
-                for rows in chunks(order[start : start + size], config.optim.micro_batch_size):
-                    batch = collate([rollout.prompts[i] for i in rows], [responses[i] for i in rows])
-                    states = torch.cat([rollout.teacher_hidden[i, : len(responses[i])] for i in rows])
-                    constants = concatenate([terms[i] for i in rows])
-                    loss = policy_loss(training, Output(states, teacher.head), constants)
-                    micros.append(Micro("responses", batch, loss))
-                if config.objective.pt_weight > 0:
-                    drawn = training.mine([next(passages) for _ in range(config.objective.pt_batch_size)])
-                    for rows in chunks(drawn, config.optim.micro_batch_size):
-                        texts = [training.text[i] for i in rows]
-                        batch = collate([t[:1] for t in texts], [t[1:] for t in texts])
-                        micros.append(Micro("text", batch, text_loss(training)))
-                yield Step(micros, dict(about))
-
-
-def policy_loss(training: Training, teacher: Output, terms: PolicyTerms) -> Callable[[Output, Batch], Sums]:
-    """Single + Long on sampled tokens, from what the rollout kept: the teacher's final states and the constants."""
-    settings = training.config.objective
-
-    def loss(student: Output, batch: Batch) -> Sums:
-        result = minillm_loss(
-            student,
-            teacher,
-            batch.targets,
-            **terms._asdict(),
-            mask=torch.ones_like(batch.targets, dtype=torch.bool),
-            clip_range=settings.clip_range or math.inf,
-            single_step=float(settings.single_step),
-            normalizer=1.0,  # sums: the loop divides
-            vocab_size=training.vocab_size,
-        )
-        return {
-            "loss": result.loss,
-            "loss/policy": result.policy_loss,
-            "loss/single_step": result.single_step_loss,
-            "kl/reverse": result.reverse_kl.sum(),
-            "entropy": result.entropy.sum(),
-            "clip_fraction": result.clip_fraction * len(batch.targets),
-        }
-
-    return loss
-
-
-def text_loss(training: Training) -> Callable[[Output, Batch], Sums]:
-    """L_PT, the language-modelling loss on plain text."""
-
-    def loss(student: Output, batch: Batch) -> Sums:
-        total = cross_entropy(student, batch, training.vocab_size)
-        return {"loss": training.config.objective.pt_weight * total, "loss/pt": total}
-
-    return loss
-
-
-METHODS = {"sft": sft_steps, "kd": kd_steps, "minillm": minillm_steps}
 
 # ---- helpers
 
 
-def cross_entropy(student: Output, batch: Batch, vocab_size: int | None) -> Tensor:
-    """Summed over tokens, in nats."""
-    return -token_logprobs(student, batch.targets, vocab_size).sum()
-
-
-def answer_batches(training: Training) -> Iterator[list[Batch]]:
-    """Micro-batches of prompts with reference answers, one list per optimiser step."""
-    config = training.config
-    order = shuffled(len(training.examples), config.seed)
-    while True:
-        chosen = training.mine([next(order) for _ in range(config.optim.batch_size)])
-        examples = [training.examples[i] for i in chosen]
-        yield [
-            collate([example.prompt for example in part], [example.response for example in part])
-            for part in chunks(examples, config.optim.micro_batch_size)
-        ]
-
-
 def count_targets(micros: list[Micro], accelerator: Accelerator) -> dict[str, float]:
     """Tokens that count, per kind, over all micro-batches and processes; at least 1."""
-    kinds = dict.fromkeys(micro.kind for micro in micros)
+    kinds = dict.fromkeys(micro.part.kind for micro in micros)
     return {
-        kind: max(1.0, total(accelerator, *(len(m.batch.targets) for m in micros if m.kind == kind))) for kind in kinds
-    }
-
-
-def describe(rollout: Rollout, accelerator: Accelerator) -> dict[str, float]:
-    """Means per token, and the mean length, of what all processes sampled."""
-    mask, sequences = rollout.mask, total(accelerator, len(rollout.lengths))
-    tokens = total(accelerator, rollout.lengths.sum())
-    return {
-        "reward/mean": total(accelerator, token_rewards(rollout)[mask].sum()) / tokens,
-        "rollout/from_teacher": total(accelerator, rollout.from_teacher[mask].sum()) / tokens,
-        "completions/mean_length": tokens / sequences,
+        kind: max(1.0, total(accelerator, *(len(m.batch.targets) for m in micros if m.part.kind == kind)))
+        for kind in kinds
     }
 
 
@@ -383,11 +282,10 @@ def lr_factor(step: int, config: Config) -> float:
 
 
 def average(history: list[dict[str, float]]) -> dict[str, float]:
-    """Mean over the steps of a log interval."""
+    """Mean over the steps of a log interval that tell a metric; of memory the maximum."""
     names = dict.fromkeys(name for metrics in history for name in metrics)
-    return {name: sum(metrics.get(name, 0.0) for metrics in history) / len(history) for name in names}
-
-
-def chunks(items: list, size: int) -> Iterator[list]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+    known = {name: [metrics[name] for metrics in history if name in metrics] for name in names}
+    return {
+        name: max(values) if name.startswith("memory/") else sum(values) / len(values)
+        for name, values in known.items()
+    }

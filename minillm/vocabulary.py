@@ -71,7 +71,7 @@ class CausalLM(nn.Module):
         weight = self.head.weight
         return self.model.config.get_text_config().vocab_size if weight is None else weight.shape[0]
 
-    def states(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> Tensor:
+    def states(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Any) -> Tensor:
         """[B, T, H] final states, without any work on the vocabulary where the head is read apart."""
         inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
         return self.model.base_model(**inputs).last_hidden_state if self.fused else self.model(**inputs).logits
@@ -86,7 +86,7 @@ class CausalLM(nn.Module):
         return z if softcap is None else softcap * torch.tanh(z / softcap)
 
     def output(self, batch: Batch) -> Output:
-        return Output(self.states(batch.input_ids, batch.attention_mask)[batch.predict], self.head)
+        return Output(self.states(**batch.inputs(), use_cache=False)[batch.predict], self.head)
 
     def forward(self, batch: Batch, loss: Callable[[Output, Batch], Sums]) -> Sums:
         return loss(self.output(batch), batch)

@@ -4,7 +4,9 @@ import dataclasses
 import random
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from minillm.config import Config
 from minillm.data import DataError, Example, encode, read_records
@@ -27,18 +29,34 @@ class Evaluation:
     answers: list[str]
     seconds: dict[str, float]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, exactly: a run that is resumed pairs its evaluations with those made before."""
+        estimates = {name: [values.tolist() for values in estimate] for name, estimate in self.estimates.items()}
+        return {"estimates": estimates, "answers": self.answers, "seconds": self.seconds}
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> "Evaluation":
+        estimates = {
+            name: Estimate(*(torch.tensor(values, dtype=torch.float64) for values in pair))
+            for name, pair in tree["estimates"].items()
+        }
+        return cls(estimates, tree["answers"], tree["seconds"])
+
 
 def held_out(config: Config, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
-    """`eval.prompts` prompts with reference answers from data.eval, chosen by eval.seed; none that was trained on.
+    """`eval.prompts` prompts with reference answers from data.eval, chosen by eval.seed.
+
+    None of them was trained or validated on.
 
     Raises DataError when too few are left.
     """
     limits = dataclasses.replace(config.data, max_prompt_length=config.eval.max_prompt_length, overlong_prompts="drop")
-    trained_on = {record.prompt for record in read_records(config.data.train)} if config.data.train else set()
+    seen = [source for source in (config.data.train, config.validation.data) if source]
+    seen_prompts = {record.prompt for source in seen for record in read_records(source)}
     examples = [
         example
-        for example in encode(read_records(config.data.eval), tokenizer, limits, config.data.eval)
-        if example.response and example.record.prompt not in trained_on
+        for example in encode(read_records(config.data.eval), tokenizer, limits, config.data.eval).examples
+        if example.response and example.record.prompt not in seen_prompts
     ]
     if len(examples) < config.eval.prompts:
         raise DataError(

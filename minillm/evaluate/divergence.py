@@ -39,7 +39,7 @@ def own_samples(
             uniforms=uniforms[:, first : first + len(part) * settings.samples],
             vocab_size=common_vocabulary(student, teacher),
         )
-        assert rollout.teacher_hidden is not None
+        assert rollout.student_hidden is not None and rollout.teacher_hidden is not None
         mask = rollout.mask
         outputs = (
             Output(rollout.student_hidden[mask], student.head),

@@ -61,6 +61,15 @@ ANSWERS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small gain nothing from a second thread, and lose seconds where other processes want the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def make_llama():
     return tiny_llama
@@ -105,6 +114,7 @@ def recipe_tree(path) -> dict:
             "max_prompt_length": 64,
             "max_response_length": 16,
         },
+        "validation": {"every": 0},
         "eval": {"prompts": 6, "samples": 2, "max_new_tokens": 6, "rouge_new_tokens": 6, "batch_size": 4},
         "stages": {
             "warm-up": {"method": "kd", "optim": {"steps": 3, "batch_size": 4, "lr": 1e-3}},

@@ -1,7 +1,8 @@
 import pytest
 import yaml
 
-from minillm.config import Config, ConfigError, check, config_from, load_recipe, parse_flags, save
+from minillm.config import Config, ConfigError, check
+from minillm.recipe import config_from, load_recipe, parse_flags, save
 
 VALID = {"model": {"teacher": "t", "student": "s"}, "data": {"train": "x.jsonl", "text": "x.txt"}}
 
@@ -65,7 +66,7 @@ def test_numbers_are_read_as_people_write_them():
         ({"model": {"teacher": "", "student": "", "drop_layers": (1, 2)}}, "model.drop_layers needs model.teacher"),
         ({"optim": {"steps": 0}}, "must be at least 1"),
         ({"objective": {"variant": "papr"}}, "did you mean 'paper'"),
-        ({"data": {"prompt_template": "{instruction}"}}, "contain {prompt}"),
+        ({"data": {"prompt_template": "{instruction}"}}, "or a text that contains {prompt}"),
     ],
 )
 def test_contradictions_are_refused(sections, message):

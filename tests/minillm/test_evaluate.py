@@ -3,12 +3,13 @@ import math
 import pytest
 import torch
 
-from minillm.config import Eval, load_recipe
+from minillm.config import Eval
 from minillm.data import DataError, encode, read_records
 from minillm.evaluate import evaluate, held_out
 from minillm.evaluate.divergence import own_samples, references
 from minillm.evaluate.estimate import Estimate, difference
 from minillm.evaluate.rouge import rouge_l
+from minillm.recipe import load_recipe
 from minillm.vocabulary import CausalLM
 
 
@@ -51,7 +52,7 @@ def test_one_prompt_has_no_standard_error():
 @pytest.fixture
 def world(files, make_llama, tokenizer):
     config = load_recipe(files / "recipe.yaml").first
-    examples = encode(read_records(config.data.eval), tokenizer, config.data, "eval")
+    examples = encode(read_records(config.data.eval), tokenizer, config.data, "eval").examples
     return config, CausalLM(make_llama(2, seed=1)), CausalLM(make_llama(4)), tokenizer, examples
 
 

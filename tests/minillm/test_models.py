@@ -1,15 +1,25 @@
+import importlib.util
+import json
+import sys
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from minillm.config import ConfigError
+from minillm.config import ConfigError, Lora
 from minillm.models import (
+    add_adapters,
+    attention,
     check_context,
     check_same_tokenizer,
     drop_layers,
     load_model,
     load_tokenizer,
+    merge_adapters,
 )
+from minillm.vocabulary import CausalLM
+
+needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is an optional dependency")
 
 
 @torch.no_grad()
@@ -73,7 +83,98 @@ def test_sequences_longer_than_the_positions_are_refused(make_gpt2):
         check_context(make_gpt2(), 129)
 
 
+def test_code_that_comes_with_a_model_is_not_run(make_llama, make_tokenizer, tmp_path, monkeypatch):
+    make_llama().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for name, classes in (
+        ("config.json", {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["own.Tokenizer", None]}),
+    ):
+        tree = json.loads((tmp_path / name).read_text())
+        tree |= {"auto_map": classes, "model_type": "unheard-of", "tokenizer_class": "Tokenizer"}
+        (tmp_path / name).write_text(json.dumps(tree))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # nobody is asked, and it would not help
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ConfigError, match="could be loaded from"):
+            load(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_models_load_in_eval_mode(make_llama, tmp_path):
     make_llama().save_pretrained(tmp_path)
     model = load_model(str(tmp_path), "bfloat16")
     assert isinstance(model, LlamaForCausalLM) and not model.training and model.dtype == torch.bfloat16
+
+
+# ---- adapters
+
+
+def adapted(make_llama, **settings):
+    model = make_llama()
+    add_adapters(model, Lora(**{"rank": 4, "alpha": 8, **settings}), seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero until trained
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@needs_peft
+@torch.no_grad()
+def test_merged_adapters_give_the_same_logits_and_plain_files(make_llama, tmp_path):
+    model, plain = adapted(make_llama), make_llama()
+    ids = torch.tensor([[3, 1, 4]])
+    merged = merge_adapters(model)
+    assert not torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-2)
+    torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert merged.state_dict().keys() == plain.state_dict().keys()
+    merged.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(load_model(str(tmp_path / "merged"))(ids).logits, merged(ids).logits)
+    model.save_pretrained(tmp_path / "adapter")
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {
+        "adapter_config.json", "adapter_model.safetensors",
+    }  # fmt: skip
+    from peft import PeftModel
+
+    again = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    assert merge_adapters(plain) is plain
+
+
+@needs_peft
+def test_adapters_alone_are_trained_and_reach_the_fused_losses(make_llama):
+    model = adapted(make_llama, targets="q_proj, v_proj")
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained and all("lora_" in name and ("q_proj" in name or "v_proj" in name) for name in trained)
+    lm = CausalLM(model)
+    ids = torch.tensor([[3, 1, 4]])
+    torch.testing.assert_close(lm.logits(lm.states(ids, torch.ones_like(ids))), model(ids).logits)
+
+
+@needs_peft
+def test_adapters_that_cannot_be(make_llama):
+    with pytest.raises(ConfigError, match=r"lora.targets lm_head reaches the embeddings or the head"):
+        adapted(make_llama, targets="lm_head")
+    with pytest.raises(ConfigError, match=r"lora.targets nowhere: Target modules"):
+        adapted(make_llama, targets="nowhere")
+
+
+def test_without_peft_the_command_is_named(make_llama, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match=r'lora.rank needs peft: pip install "minillm-kernels\[lora\]"'):
+        add_adapters(make_llama(), Lora(rank=4), seed=0)
+
+
+def test_attention_is_chosen_and_an_absent_one_is_refused(make_llama, tmp_path):
+    make_llama().save_pretrained(tmp_path)
+    assert load_model(str(tmp_path)).config._attn_implementation == "sdpa"  # no flash-attn without CUDA
+    assert load_model(str(tmp_path), attn="eager").config._attn_implementation == "eager"
+    with pytest.raises(ConfigError, match=r"flash_attention_2"):
+        load_model(str(tmp_path), "bfloat16", "flash_attention_2")
+
+
+def test_flash_attention_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    assert attention("auto", "bfloat16") == "flash_attention_2"
+    assert attention("auto", "float32") is None  # it has no float32
+    assert attention("sdpa", "bfloat16") == "sdpa"
