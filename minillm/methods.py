@@ -29,7 +29,16 @@ from minillm.data import Batch, Example, Shuffled, collate
 from minillm.objective import concatenate, policy_terms, token_rewards, whiten
 from minillm.packages import write_atomically
 from minillm.rollout import Rollout, draw_uniforms, gather, sample
-from minillm.vocabulary import CausalLM, Output, Sums, common_vocabulary, divergence, minillm_loss, token_logprobs
+from minillm.vocabulary import (
+    CausalLM,
+    Output,
+    Sums,
+    common_vocabulary,
+    cross_entropy,
+    distill_loss,
+    divergence,
+    minillm_loss,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,16 +150,22 @@ class Sft:
         return Part("answers", rows, make, lambda i: examples[i].record.where)
 
     def loss(self, student: Output, batch: Batch) -> Sums:
-        return {"loss": cross_entropy(student, batch, self.training.vocab_size)}
+        return {"loss": cross_entropy(student, batch.targets, self.training.vocab_size)}
 
 
 class Kd(Sft):
     """distill_weight · divergence(teacher, student) + label_weight · cross entropy, on the reference answers."""
 
     def loss(self, student: Output, batch: Batch) -> Sums:
+        settings, vocab_size = self.training.config.loss, self.training.vocab_size
+        if settings.divergence in ("forward_kl", "reverse_kl") and settings.temperature == 1:  # one sweep for both
+            weights = {settings.divergence: settings.distill_weight, "student_logprobs": -settings.label_weight}
+            target = score(self.training, batch)
+            loss, stats = distill_loss(student, target, batch.targets, vocab_size=vocab_size, **weights)
+            label = -stats.student_logprobs.sum()
+            return {"loss": loss, "loss/distill": getattr(stats, settings.divergence).sum(), "loss/label": label}
         distilled = self.distilled(student, batch)
-        label = cross_entropy(student, batch, self.training.vocab_size)
-        settings = self.training.config.loss
+        label = cross_entropy(student, batch.targets, vocab_size)
         total = settings.distill_weight * distilled["loss/distill"] + settings.label_weight * label
         return {"loss": total, **distilled, "loss/label": label}
 
@@ -298,10 +313,12 @@ class MiniLLM:
     def text_loss(self, student: Output, batch: Batch) -> Sums:
         """L_PT: cross entropy with the text and, for a share pt_teacher, with the teacher's distribution."""
         settings, vocab_size = self.training.config.objective, self.training.vocab_size
-        total = (1 - settings.pt_teacher) * cross_entropy(student, batch, vocab_size)
         if settings.pt_teacher:
+            weights = {"forward_kl": settings.pt_teacher, "student_logprobs": settings.pt_teacher - 1}
             target = score(self.training, batch)
-            total = total + settings.pt_teacher * divergence(student, target, "forward_kl", vocab_size=vocab_size)
+            total = distill_loss(student, target, batch.targets, vocab_size=vocab_size, **weights).loss
+        else:
+            total = cross_entropy(student, batch.targets, vocab_size)
         return {"loss": settings.pt_weight * total, "loss/pt": total}
 
     @property
@@ -324,11 +341,6 @@ METHODS: dict[str, type[Sft] | type[MiniLLM]] = {
 }  # fmt: skip
 
 # ---- helpers
-
-
-def cross_entropy(student: Output, batch: Batch, vocab_size: int | None) -> Tensor:
-    """Summed over tokens, in nats."""
-    return -token_logprobs(student, batch.targets, vocab_size).sum()
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import minillm_kernels as kernels
 from minillm.config import ConfigError
 from minillm.data import Batch
-from minillm_kernels import DistillStats, MiniLLMLoss
+from minillm_kernels import DistillLoss, DistillStats, MiniLLMLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,14 +126,35 @@ def common_vocabulary(student: CausalLM, teacher: CausalLM) -> int:
 # ---- the losses, of two outputs
 
 
-def token_logprobs(output: Output, token_ids: Tensor, vocab_size: int | None) -> Tensor:
-    """[N] log q(token)."""
-    states, (weight, bias, softcap, scale) = output
+def cross_entropy(student: Output, token_ids: Tensor, vocab_size: int | None) -> Tensor:
+    """Summed over tokens, in nats."""
+    states, (weight, bias, softcap, scale) = student
     if weight is None:
-        return kernels.token_logprobs(states, token_ids, vocab_size=vocab_size)
-    return kernels.fused_linear_token_logprobs(
-        states, weight, token_ids, bias=bias, softcap=softcap, logit_scale=scale, vocab_size=vocab_size
-    )
+        return -kernels.token_logprobs(states, token_ids, vocab_size=vocab_size).sum()
+    return kernels.fused_linear_distill_loss(
+        states,
+        weight,
+        token_ids=token_ids,
+        student_logprobs=-1.0,
+        student_bias=bias,
+        softcap=softcap,
+        logit_scale=scale,
+        vocab_size=vocab_size,
+    ).loss
+
+
+def distill_loss(student: Output, teacher: Output, token_ids: Tensor, **options: Any) -> DistillLoss:
+    """Summed over tokens, any loss linear in the statistics: options as of `fused_linear_distill_loss`."""
+    options["token_ids"] = token_ids
+    return _of_pair(_distill_loss_of_logits, kernels.fused_linear_distill_loss, student, teacher, options)
+
+
+def _distill_loss_of_logits(
+    student: Tensor, teacher: Tensor, token_ids: Tensor, vocab_size: int | None, **coefficients: float
+) -> DistillLoss:
+    stats = kernels.distill_stats(student, teacher, token_ids, vocab_size=vocab_size)
+    loss = torch.stack([c * getattr(stats, name).sum() for name, c in coefficients.items()]).sum()
+    return DistillLoss(loss, DistillStats(*(x.detach() for x in stats)))
 
 
 def divergence(student: Output, teacher: Output, name: str, **options: Any) -> Tensor:

@@ -79,7 +79,7 @@ def test_the_common_vocabulary_is_the_smaller_head(make_llama):
     assert CausalLM(make_llama(vocab_size=300), "logits").vocab_size == 300
 
 
-@pytest.mark.parametrize("loss", ["divergence", "minillm_loss", "token_logprobs"])
+@pytest.mark.parametrize("loss", ["divergence", "minillm_loss", "cross_entropy", "distill_loss"])
 def test_fused_losses_are_those_of_the_logits(loss):
     results = []
     for head in ("fused", "logits"):
@@ -89,8 +89,11 @@ def test_fused_losses_are_those_of_the_logits(loss):
 
         def value(output: Output, batch, target=target):
             ids, n = batch.targets, len(batch.targets)
-            if loss == "token_logprobs":
-                return {"loss": vocabulary.token_logprobs(output, ids, 257).sum()}
+            if loss == "cross_entropy":
+                return {"loss": vocabulary.cross_entropy(output, ids, 257)}
+            if loss == "distill_loss":
+                weights = {"forward_kl": 0.4, "student_logprobs": -0.6}
+                return {"loss": vocabulary.distill_loss(output, target, ids, vocab_size=257, **weights).loss}
             if loss == "divergence":
                 return {"loss": vocabulary.divergence(output, target, "jsd", beta=0.3, vocab_size=257)}
             constants = {"advantages": torch.linspace(-1, 1, n), "old_logprobs": torch.full((n,), -5.0)}
