@@ -67,6 +67,23 @@ def cpu_table() -> str:
     return markdown(header, rows) + "\n\n" + note
 
 
+def kernels_table() -> str:
+    """Each CPU kernel alone, and what bounds it."""
+    results = json.loads((RESULTS / "cpu.json").read_text())
+    groups = dict.fromkeys(b["group"] for b in results["benchmarks"] if b["group"].startswith("kernels "))
+    kernels = [(name, row) for group in groups for name, row in rows_of(results, group).items()]
+    for group in dict.fromkeys(b["group"] for b in results["benchmarks"]):
+        if re.match(r"mixed_sample \w+-\d", group):
+            kernels.append(("row_sample", rows_of(results, group)["minillm"]))
+    rows = []
+    for name, row in kernels:
+        size = f"{row['dtype']} {row['shape'].replace('x', ' × ')}"
+        times = [f"{row[part]:.2f} ms" for part in ("ms", "call_ms", "arithmetic_ms", "memory_ms")]
+        rows.append([name, size, *times, row["bound_by"], f"{row['of_bound']:.2f}"])
+    header = ["kernel", "logits", "time", "the call", "arithmetic", "memory", "bound by", "of the bound"]
+    return markdown(header, rows)
+
+
 def linear_table() -> str:
     """The losses of hidden states and head weights, each beside eager."""
     results = json.loads((RESULTS / "cpu.json").read_text())
@@ -140,7 +157,13 @@ def triton_table() -> str:
     return markdown(header, rows) + "\n\n" + note
 
 
-TABLES = {"demo": demo_table, "cpu": cpu_table, "linear": linear_table, "triton": triton_table}
+TABLES = {
+    "demo": demo_table,
+    "cpu": cpu_table,
+    "kernels": kernels_table,
+    "linear": linear_table,
+    "triton": triton_table,
+}
 
 
 def render(readme: str) -> str:
