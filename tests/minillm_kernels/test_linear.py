@@ -257,11 +257,17 @@ def test_autocast_casts_as_linear_does():
     assert torch.allclose(loss, mk.fused_rkl_loss(*logits), rtol=1e-3)
 
 
-def test_compiles_into_one_graph():
+@pytest.mark.parametrize("name", ["rkl", "distill"])
+def test_compiles_into_one_graph(name):
     case = Case(torch.float32)
+    mask = case.labels != -100
 
     def loss_of(hidden, weight):
-        return mk.fused_linear_rkl_loss(hidden, weight, *case.teacher[:2], case.labels, chunk_rows=16)
+        args = (hidden, weight, *case.teacher[:2], case.labels)
+        if name == "rkl":
+            return mk.fused_linear_rkl_loss(*args, chunk_rows=16)
+        coefficients = {"forward_kl": case.weights, "student_logprobs": -0.5}
+        return mk.fused_linear_distill_loss(*args, mask=mask, chunk_rows=16, **coefficients).loss
 
     results = []
     for fn in (loss_of, torch.compile(loss_of, fullgraph=True, backend="aot_eager")):
