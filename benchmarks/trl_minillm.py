@@ -103,10 +103,9 @@ def write_inputs(folder: Path) -> None:
 
     Its end-of-sequence token is one that no chat model says, so that every sample has its full length.
     """
-    from minillm.recipe import load_recipe
-
     from minillm.data import encode, read_records
     from minillm.distill import load_pair
+    from minillm.recipe import load_recipe
 
     path = Path(__file__).parents[1] / "recipes" / "smollm2-cpu.yaml"
     config = load_recipe(path).stages["minillm"]
@@ -119,6 +118,7 @@ def write_inputs(folder: Path) -> None:
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     tokenizer.eos_token = NEVER_SAID
     for name, lm in (("student", student), ("teacher", teacher)):
+        lm.model.config.eos_token_id = lm.model.generation_config.eos_token_id = tokenizer.eos_token_id
         lm.model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 
@@ -127,9 +127,8 @@ def write_inputs(folder: Path) -> None:
 
 
 def run_minillm(folder: Path) -> dict:
-    from minillm.recipe import load_recipe
-
     from minillm.distill import load_pair
+    from minillm.recipe import load_recipe
     from minillm.run import Run
     from minillm.train import prepare, train
 
