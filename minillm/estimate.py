@@ -29,49 +29,38 @@ if TYPE_CHECKING:
 class Pass(NamedTuple):
     """One pass of a model up to its final states."""
 
-    forward: int
+    work: int
     """Floating-point operations; a multiplication and an addition are two."""
-    backward: int
-    saved: int
-    """Bytes kept between the two."""
-    cache: int
-    """Bytes of the keys and values, while decoding."""
+    kept: int
+    """Bytes kept: by autograd between forward and backward, or as keys and values while decoding."""
 
 
-def trial(model: "PreTrainedModel", sequences: int, tokens: int) -> Pass:
-    """Count a pass over [B, T] tokens, some of them padding; forward and, where weights are trained, backward."""
-    base, own = model.base_model, {}
-    for name, x in [*base.named_parameters(), *base.named_buffers()]:
-        own[name] = (x.shape, x.dtype, x.requires_grad)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+def trial(model: "PreTrainedModel", sequences: int, tokens: int, train: bool = False) -> Pass:
+    """Count a pass over [B, T] tokens, some of them padding: forward with a cache; to train, forward and backward."""
+    base = model.base_model
+    own = {name: (x.shape, x.dtype, x.requires_grad) for name, x in base.named_parameters()}
+    own |= {name: (x.shape, x.dtype, False) for name, x in base.named_buffers()}
+    kept: dict[int, torch.UntypedStorage] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(train):
         state = {name: torch.empty(s, dtype=d).requires_grad_(grad) for name, (s, d, grad) in own.items()}
         weights = {x.untyped_storage()._cdata for x in state.values()}
-        saved: dict[int, torch.UntypedStorage] = {}
 
         def keep(x: torch.Tensor) -> torch.Tensor:
             if x.untyped_storage()._cdata not in weights:
-                saved[x.untyped_storage()._cdata] = x.untyped_storage()
+                kept[x.untyped_storage()._cdata] = x.untyped_storage()
             return x
 
-        def run(cached: bool) -> tuple[torch.Tensor, int, int]:
-            ids = torch.zeros(sequences, tokens, dtype=torch.long)
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": cached}
-            with FlopCounterMode(display=False) as flops:
-                result = torch.func.functional_call(base, state, kwargs=inputs)
-            layers = result.past_key_values.layers if cached else []
-            cache = sum(x.untyped_storage().nbytes() for layer in layers for x in (layer.keys, layer.values))
-            return result.last_hidden_state, flops.get_total_flops(), cache
-
-        with torch.no_grad():
-            cache = run(cached=True)[2]
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            states, forward, _ = run(cached=False)
-        backward = 0
-        if states.requires_grad:
-            with FlopCounterMode(display=False) as flops:
-                states.sum().backward()
-            backward = flops.get_total_flops()
-        return Pass(forward, backward, sum(storage.nbytes() for storage in saved.values()), cache)
+        ids = torch.zeros(sequences, tokens, dtype=torch.long)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": not train}
+        with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            result = torch.func.functional_call(base, state, kwargs=inputs)
+            for layer in [] if train else result.past_key_values.layers:
+                keep(layer.keys)
+                keep(layer.values)
+            bytes_kept = sum(storage.nbytes() for storage in kept.values())
+            if train:
+                result.last_hidden_state.sum().backward()
+        return Pass(flops.get_total_flops(), bytes_kept)
 
 
 @dataclass
@@ -109,21 +98,21 @@ def estimate(config: Config) -> Estimate:
         held["teacher"] = _weights(teacher)
 
     # ---- update: a micro-batch of answers or of text, whichever keeps more
-    learnt = trial(student, micro, tokens)
+    learnt = trial(student, micro, tokens, train=True)
     losses = BUFFER_BYTES if config.model.head == "fused" else 3 * micro * answer * _logit_bytes(student)
-    update = {"activations": learnt.saved, "losses": losses}
-    per_token = (learnt.forward + learnt.backward) / (micro * tokens)
+    update = {"activations": learnt.kept, "losses": losses}
+    per_token = learnt.work / (micro * tokens)
     head, head_teacher = _head(student), _head(teacher) if teacher is not None else 0
     work = {"update": steps * batch * (tokens * per_token + answer * 3 * head)}
     seen = steps * batch * tokens
     if method in ("kd", "gkd", "minillm"):
         work["update"] += steps * batch * answer * head_teacher
     if method in ("kd", "gkd") and teacher is not None:
-        work["score"] = steps * batch * trial(teacher, 1, tokens).forward
+        work["score"] = steps * batch * trial(teacher, 1, tokens).work
     if method == "minillm" and config.objective.pt_weight > 0:
         size, length = config.objective.pt_batch_size, config.objective.pt_length
-        text = trial(student, min(config.optim.micro_batch_size, size), length)
-        update["activations"] = max(update["activations"], text.saved)
+        text = trial(student, min(config.optim.micro_batch_size, size), length, train=True)
+        update["activations"] = max(update["activations"], text.kept)
         work["update"] += steps * size * length * (per_token + 3 * head)
         seen += steps * size * length
 
@@ -138,14 +127,14 @@ def estimate(config: Config) -> Estimate:
             at_once * new * sum(model.config.get_text_config().hidden_size * model.dtype.itemsize for model in models)
         )
         rollout = {
-            "caches": sum(done.cache for done in passes),
+            "caches": sum(done.kept for done in passes),
             "final states": states,
             "logits": sum(at_once * _logit_bytes(model) for model in models),
         }
         work["rollout"] = (
             _sequences(config)
             / at_once
-            * sum(done.forward + at_once * new * _head(model) for done, model in zip(passes, models, strict=True))
+            * sum(done.work + at_once * new * _head(model) for done, model in zip(passes, models, strict=True))
         )
         if method == "minillm" and teacher is not None:
             hidden = teacher.config.get_text_config().hidden_size * teacher.dtype.itemsize

@@ -67,6 +67,7 @@ def test_a_distillation_leaves_everything_behind(files, capsys):
         assert {"reverse_kl/own_samples", "reverse_kl/references", "rouge_l"} <= evaluation.keys()
     assert written["changes"]["minillm"]["reverse_kl/own_samples"]["standard_error"] > 0
     assert len(written["samples"]) == 4
+    assert written["student"]["attention"] == written["teacher"]["attention"] == "sdpa"
 
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
@@ -75,6 +76,8 @@ def test_a_distillation_leaves_everything_behind(files, capsys):
     assert "minillm distill recipe.yaml" in (run / "model" / "README.md").read_text()
 
     printed = capsys.readouterr().out
+    assert "warm-up: 14 of 14 records" in printed and "chunks of text" in printed
+    assert "[user]Say the letter a 1 times>⟦a<eos>⟧" in printed  # one example with its loss mask
     assert "minillm  5/5  loss" in printed and "left" in printed
     assert "reverse KL, own samples" in printed and "change in minillm" in printed
 
