@@ -1,6 +1,7 @@
 """The loop on a tiny pair: what it leaves behind, that it learns, and that how the work is split changes nothing."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minillm import train as loop
-from minillm.config import Config, Optim
+from minillm.config import Config, ConfigError, Optim
 from minillm.distill import run_recipe
 from minillm.evaluate.divergence import own_samples
 from minillm.methods import METHODS
@@ -183,6 +184,21 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(files):
         loop.train(training, new_run(files), "warm-up")
     for old, new in zip(before, training.student.parameters(), strict=True):
         assert torch.equal(old.nan_to_num(9), new.nan_to_num(9))
+
+
+@pytest.mark.parametrize(
+    ("kind", "processes", "message"),
+    [
+        ("FSDP", 2, "FSDP shards the student.*use one process or data parallelism"),
+        ("DEEPSPEED", 2, "shards the student"),
+        ("MULTI_GPU", 3, "optim.batch_size is 4, which 3 processes cannot share equally"),
+    ],
+)
+def test_what_would_not_train_the_same_model_is_refused(files, monkeypatch, kind, processes, message):
+    accelerator = SimpleNamespace(distributed_type=loop.DistributedType[kind], num_processes=processes)
+    monkeypatch.setattr(loop, "Accelerator", lambda: accelerator)
+    with pytest.raises(ConfigError, match=message):
+        stage(files, "warm-up")
 
 
 def test_learning_rate_schedules():
