@@ -96,6 +96,14 @@ def test_logits_cost_memory_that_fused_heads_do_not(files):
     assert logits == 3 * 4 * 256 * 257 * 4  # of both models and their gradient, fp32
 
 
+def test_recomputing_keeps_the_inputs_of_the_layers(files):
+    whole, less = (estimate(config_of(files, "sft", f"--model.recompute={on}")) for on in (False, True))
+    batch, tokens, layers = 4, 64 + 16, 2
+    inputs = layers * batch * tokens * 32 * 4
+    assert inputs < less.update["activations"] < inputs + 0.3 * whole.update["activations"]
+    assert 1.1 < less.work["update"] / whole.work["update"] < 4 / 3  # the head is computed once
+
+
 def test_no_weights_are_read(files, capsys):
     for name in ("teacher", "student"):
         (files / name / "model.safetensors").unlink()

@@ -175,6 +175,26 @@ def test_without_fused_heads_the_same_is_learnt(files, method):
     torch.testing.assert_close(weights("logits"), weights("fused"), rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("lora", [0, 4])
+def test_recomputed_layers_train_to_the_same_bits(files, lora):
+    if lora:
+        pytest.importorskip("peft", reason="peft is an optional dependency")
+
+    def weights(recompute):
+        settings = {"model": {"recompute": recompute}, "lora": {"rank": lora}, "optim": {"steps": 3}}
+        training = stage(files, "minillm", **settings)
+        (part, _), saved = METHODS["minillm"](training, files).step(1).parts, []
+        batch, loss = part.make(part.rows)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.nbytes) or x, lambda x: x):
+            loss(training.student.output(batch), batch)
+        loop.train(training, new_run(files, f"recompute-{recompute}"), "minillm")
+        return sum(saved), [p.detach() for p in training.student.parameters()]
+
+    (whole, expected), (fewer, found) = weights(False), weights(True)
+    assert fewer < 0.5 * whole
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(files):
     training = stage(files, "warm-up")
     with torch.no_grad():
