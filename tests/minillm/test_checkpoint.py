@@ -306,22 +306,28 @@ def read_until(process, text):
     raise AssertionError("".join(lines))
 
 
-def test_sigterm_saves_and_says_how_to_go_on(files):
-    flags = ["--stages.minillm.optim.steps=12", "--rollout.epochs=4"]
-    flags_of_a_long_run = [*flags, f"--output={files / 'stopped'}"]
-    process = start(files, *flags_of_a_long_run)
-    read_until(process, "minillm  2/12")
+def test_killed_then_stopped_it_ends_with_the_same_bits(files):
+    """kill -9, --resume auto, SIGTERM, the command that it prints; against a run that nothing happened to."""
+    flags = ["--stages.minillm.optim.steps=30", "--rollout.epochs=4"]  # far more than pass before a signal arrives
+    cut = [*flags, f"--output={files / 'cut'}", "--log.checkpoint_every=2"]
+    process = start(files, *cut)
+    read_until(process, "minillm  3/30")
+    process.kill()
+    process.wait()
+    assert int(checkpoint.latest(files / "cut").name.removeprefix("step-")) >= 5  # 6 were done, one interval is 2
+
+    process = start(files, *cut, "--resume", "auto")
+    assert any("resuming after step" in line for line in read_until(process, "minillm  7/30"))
     process.send_signal(signal.SIGTERM)
     rest = process.stdout.read()
     assert process.wait() == 0, rest
     (line,) = [line for line in rest.splitlines() if line.startswith("stopped by SIGTERM.")]
     command = line.partition("Resume with: ")[2]
     assert command.startswith("minillm train ") and "--resume" in command
-    step = int(command.rpartition("step-")[2])
-    assert 5 <= step < 15
+    assert 10 <= int(command.rpartition("step-")[2]) < 33
     assert main(command.split()[1:]) == 0
     run_recipe(load_recipe(files / "recipe.yaml", [*flags, f"--output={files / 'whole'}"]), "", with_evaluation=False)
-    same(results(files / "stopped"), results(files / "whole"))
+    same(results(files / "cut"), results(files / "whole"))
 
 
 def test_sigterm_before_training_ends_at_once(files):
