@@ -2,7 +2,8 @@
 
 Every token is drawn by `minillm_kernels.mixed_sample`, whose log-probs are those of the law sampled; they are kept,
 and so are the final hidden states that predicted each token. Hence nothing needs a second forward pass over what was
-sampled: the teacher's distribution at any response position is its head applied to the state kept here.
+sampled: the teacher's distribution at any response position is its head applied to the state kept here. Where the
+teacher has no part in the draw (alpha = 0) it does not decode: it reads each sample once, in one forward pass.
 
 Legend: B sequences, P longest prompt, T longest response, H hidden.
 """
@@ -15,7 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from minillm.vocabulary import CausalLM
+from minillm.data import collate
+from minillm.vocabulary import CausalLM, common_vocabulary, token_logprobs
 from minillm_kernels import mixed_sample
 
 
@@ -72,8 +74,13 @@ def sample(
     `draw_uniforms`); temperature 0 is greedy. Samples of one prompt are neighbours and share its prefill.
     """
     device = student.device
+    if teacher is not None and vocab_size is None:
+        vocab_size = common_vocabulary(student, teacher)
+    beside = teacher
+    if alpha == 0 and top_k == 0 and top_p == 1:  # no part in the draw, and its law of a token needs no filter
+        beside = None
     ids, mask = _left_pad(prompts, device)
-    models = [_Decoder(model, ids, mask, samples_per_prompt) for model in (student, teacher) if model is not None]
+    models = [_Decoder(model, ids, mask, samples_per_prompt) for model in (student, beside) if model is not None]
     sampled_prompts = [list(prompt) for prompt in prompts for _ in range(samples_per_prompt)]
     running = torch.ones(len(sampled_prompts), dtype=torch.bool, device=device)
     lengths = torch.zeros(len(sampled_prompts), dtype=torch.long, device=device)
@@ -83,7 +90,7 @@ def sample(
         hidden.append([decoder.hidden for decoder in models])
         drawn = mixed_sample(
             logits[0],
-            logits[1] if teacher is not None else None,
+            logits[1] if beside is not None else None,
             alpha,
             temperature=temperature,
             top_k=top_k,
@@ -105,17 +112,38 @@ def sample(
         return torch.where(valid, values, torch.zeros_like(values))
 
     states = [torch.stack(states, dim=1) for states in zip(*hidden, strict=True)]
-    return Rollout(
+    rollout = Rollout(
         prompts=sampled_prompts,
         token_ids=gather("token_ids"),
         lengths=lengths,
         student_logprobs=gather("student_logprobs"),
-        teacher_logprobs=gather("teacher_logprobs") if teacher is not None else None,
+        teacher_logprobs=gather("teacher_logprobs") if beside is not None else None,
         mixture_logprobs=gather("mixture_logprobs"),
         from_teacher=gather("from_teacher"),
         student_hidden=states[0],
-        teacher_hidden=states[1] if teacher is not None else None,
+        teacher_hidden=states[1] if beside is not None else None,
     )
+    if teacher is None or beside is not None:
+        return rollout
+    return _scored(rollout, teacher, temperature or 1.0, vocab_size)
+
+
+def _scored(rollout: Rollout, teacher: CausalLM, temperature: float, vocab_size: int | None) -> Rollout:
+    """With the teacher's side of samples that it had no part in."""
+    hidden, logprobs = [], []
+    responses, at_once = rollout.responses(), 16  # sequences of a forward pass
+    for start in range(0, len(responses), at_once):
+        rows = slice(start, start + at_once)
+        batch = collate(rollout.prompts[rows], responses[rows]).to(teacher.device)
+        output = teacher.output(batch)
+        hidden.append(output.states)
+        logprobs.append(token_logprobs(output, batch.targets, vocab_size, temperature))
+    mask, states, known = rollout.mask, torch.cat(hidden), torch.cat(logprobs)
+    teacher_hidden = states.new_zeros(*mask.shape, states.shape[1])
+    teacher_hidden[mask] = states
+    teacher_logprobs = torch.zeros_like(rollout.student_logprobs)
+    teacher_logprobs[mask] = known.to(teacher_logprobs.dtype)
+    return rollout._replace(teacher_hidden=teacher_hidden, teacher_logprobs=teacher_logprobs)
 
 
 def gather(rollout: Rollout, accelerator: Accelerator) -> Rollout:

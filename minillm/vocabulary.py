@@ -126,6 +126,16 @@ def common_vocabulary(student: CausalLM, teacher: CausalLM) -> int:
 # ---- the losses, of two outputs
 
 
+def token_logprobs(output: Output, token_ids: Tensor, vocab_size: int | None, temperature: float = 1.0) -> Tensor:
+    """[N] log q(token)."""
+    states, (weight, bias, softcap, scale) = output
+    options: dict[str, Any] = {"vocab_size": vocab_size, "temperature": temperature}
+    if weight is None:
+        return kernels.token_logprobs(states, token_ids, **options)
+    head: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": scale}
+    return kernels.fused_linear_token_logprobs(states, weight, token_ids, **head, **options)
+
+
 def cross_entropy(student: Output, token_ids: Tensor, vocab_size: int | None) -> Tensor:
     """Summed over tokens, in nats."""
     states, (weight, bias, softcap, scale) = student

@@ -117,6 +117,22 @@ def test_without_mixing_the_mixture_is_the_student(pair):
     assert not beside.from_teacher.any()
 
 
+def test_a_teacher_without_part_in_the_draw_is_scored_as_if_it_had_decoded(pair):
+    """top_k as large as the vocabulary filters nothing, but makes the teacher decode. Ragged responses, unequal heads,
+    another temperature; more sequences than a forward pass takes."""
+    student, teacher = pair
+    prompts, settings = PROMPTS * 7, {"alpha": 0.0, "tokens": 8, "temperature": 0.7, "vocab_size": 250}
+    eos = roll(student, None, prompts, **settings).responses()[4][3]
+    read = roll(student, teacher, prompts, eos, **settings)
+    decoded = roll(student, teacher, prompts, eos, top_k=250, **settings)
+    assert len(set(read.lengths.tolist())) > 1 and read.responses() == decoded.responses()
+    for name in ("student_logprobs", "teacher_logprobs", "mixture_logprobs"):
+        torch.testing.assert_close(getattr(read, name), getattr(decoded, name), rtol=1e-4, atol=1e-4)
+    mask = read.mask
+    torch.testing.assert_close(read.teacher_hidden[mask], decoded.teacher_hidden[mask], rtol=1e-4, atol=1e-4)
+    assert (read.teacher_hidden[~mask] == 0).all() and (read.teacher_logprobs[~mask] == 0).all()
+
+
 def test_unequal_heads_are_sampled_from_the_common_vocabulary(make_llama):
     student, teacher = CausalLM(make_llama(vocab_size=257)), CausalLM(make_llama(2, vocab_size=300, seed=3))
     rollout = roll(student, teacher, alpha=1.0, vocab_size=257, tokens=12)
