@@ -136,7 +136,7 @@ def run_minillm(folder: Path) -> dict:
     config.write_text(json.dumps({
         "output": str(folder / f"run-{os.getpid()}"),
         "model": {"student": str(folder / "student"), "teacher": str(folder / "teacher")},
-        "data": {"train": str(folder / "prompts.jsonl"), "prompt_template": "{prompt}"},
+        "data": {"train": str(folder / "prompts.jsonl"), "prompt_template": "{prompt}", "packing": True},
         "rollout": {"batch_size": PROMPTS, "max_new_tokens": NEW_TOKENS, "alpha": 0.0, "epochs": 1},
         "objective": {"pt_weight": 0.0},
         "optim": {"steps": STEPS, "batch_size": PROMPTS, "lr": LEARNING_RATE},

@@ -94,9 +94,13 @@ class Training:
 
     def collate(self, prompts: list[list[int]], responses: list[list[int]]) -> Batch:
         """A batch, packed where data.packing says so."""
-        longest = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
-        limits = self.config.data.max_prompt_length + self.config.data.max_response_length
-        return collate(prompts, responses, max(longest, limits) if self.config.data.packing else 0)
+        return collate(prompts, responses, self.row_length)
+
+    @property
+    def row_length(self) -> int:
+        """Tokens that a row of a batch may hold of several sequences; 0: a row each."""
+        data = self.config.data
+        return data.max_prompt_length + data.max_response_length if data.packing else 0
 
     def roll_out(self, iteration: int, chosen: list[int], alpha: float) -> Rollout:
         """Samples for these examples, shared out over the processes and known to all of them afterwards."""
@@ -115,6 +119,7 @@ class Training:
                 top_p=rollout.top_p,
                 uniforms=uniforms[:, self.accelerator.process_index :: self.accelerator.num_processes],
                 vocab_size=self.vocab_size,
+                row_length=self.row_length,
             )
             return gather(samples, self.accelerator)
 

@@ -67,11 +67,13 @@ def sample(
     samples_per_prompt: int = 1,
     uniforms: Tensor | None = None,
     vocab_size: int | None = None,
+    row_length: int = 0,
 ) -> Rollout:
     """Continue each prompt by up to `max_new_tokens` tokens of α p + (1-α) q, stopping each at end-of-sequence.
 
     `uniforms` [max_new_tokens, B, 2] float64 makes the draw repeatable, token by token, for any pair of models (see
-    `draw_uniforms`); temperature 0 is greedy. Samples of one prompt are neighbours and share its prefill.
+    `draw_uniforms`); temperature 0 is greedy. Samples of one prompt are neighbours and share its prefill. A teacher
+    that only reads them has several in a row of `row_length` tokens, as in `collate`.
     """
     device = student.device
     if teacher is not None and vocab_size is None:
@@ -125,16 +127,18 @@ def sample(
     )
     if teacher is None or beside is not None:
         return rollout
-    return _scored(rollout, teacher, temperature or 1.0, vocab_size)
+    return _scored(rollout, teacher, temperature or 1.0, vocab_size, row_length)
 
 
-def _scored(rollout: Rollout, teacher: CausalLM, temperature: float, vocab_size: int | None) -> Rollout:
+def _scored(
+    rollout: Rollout, teacher: CausalLM, temperature: float, vocab_size: int | None, row_length: int
+) -> Rollout:
     """With the teacher's side of samples that it had no part in."""
     hidden, logprobs = [], []
     responses, at_once = rollout.responses(), 16  # sequences of a forward pass
     for start in range(0, len(responses), at_once):
         rows = slice(start, start + at_once)
-        batch = collate(rollout.prompts[rows], responses[rows]).to(teacher.device)
+        batch = collate(rollout.prompts[rows], responses[rows], row_length).to(teacher.device)
         output = teacher.output(batch)
         hidden.append(output.states)
         logprobs.append(token_logprobs(output, batch.targets, vocab_size, temperature))

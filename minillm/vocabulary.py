@@ -18,6 +18,7 @@ import minillm_kernels as kernels
 from minillm.config import ConfigError
 from minillm.data import Batch
 from minillm_kernels import DistillLoss, DistillStats, MiniLLMLoss
+from minillm_kernels.matmul import linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,11 +78,12 @@ class CausalLM(nn.Module):
         return self.model.base_model(**inputs).last_hidden_state if self.fused else self.model(**inputs).logits
 
     def logits(self, states: Tensor) -> Tensor:
-        """[..., V] of states [..., H]."""
+        """[..., V] of states [..., H], without a gradient."""
         weight, bias, softcap, scale = self.head
         if weight is None:
             return states
-        z = nn.functional.linear(states, weight, bias)
+        z = linear(states.flatten(0, -2), weight).unflatten(0, states.shape[:-1])
+        z = z if bias is None else z + bias
         z = z if scale == 1 else z * scale
         return z if softcap is None else softcap * torch.tanh(z / softcap)
 

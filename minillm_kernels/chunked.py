@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .backends.cpu import advise
+from .matmul import linear
 
 BUFFER_BYTES = 96 << 20  # both models' logits of a chunk together, unless chunk_rows says otherwise
 
@@ -32,10 +33,9 @@ class Head(NamedTuple):
     scale: float
 
     def logits(self, rows: Tensor, buffer: Tensor) -> Tensor:
-        """[n, V] in the buffer's first n rows."""
-        z = buffer[: len(rows)]
-        vocab_size = z.shape[1]
-        torch.mm(self.hidden[rows], self.weight[:vocab_size].t(), out=z)
+        """[n, V] in the buffer's first n rows, or in memory of the matmul's own."""
+        vocab_size = buffer.shape[1]
+        z = linear(self.hidden[rows], self.weight[:vocab_size], buffer[: len(rows)])
         if self.bias is not None:
             z += self.bias[:vocab_size]
         if self.scale != 1.0:
@@ -110,13 +110,14 @@ def over_chunks(
         outputs[:, chunk] = values.to(accumulator)
         if gradient is not None:
             _accumulate(gradients, student, chunk, student.gradient_before_cap(gradient, z_s), needs)
+        del z_s, z_t, gradient  # before the next chunk's are made
     return outputs, gradients
 
 
 def _accumulate(gradients: Gradients, student: Head, rows: Tensor, g: Tensor, needs: list[bool]) -> None:
     vocab_size = g.shape[1]
     if needs[0]:
-        gradients.hidden[rows] = g @ student.weight[:vocab_size]
+        gradients.hidden[rows] = linear(g, student.weight[:vocab_size].t())
     if needs[1]:
         h, weight = student.hidden[rows], gradients.weight[:vocab_size]
         if g.dtype == weight.dtype:

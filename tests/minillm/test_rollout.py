@@ -117,13 +117,14 @@ def test_without_mixing_the_mixture_is_the_student(pair):
     assert not beside.from_teacher.any()
 
 
-def test_a_teacher_without_part_in_the_draw_is_scored_as_if_it_had_decoded(pair):
+@pytest.mark.parametrize("row_length", [0, 20])
+def test_a_teacher_without_part_in_the_draw_is_scored_as_if_it_had_decoded(pair, row_length):
     """top_k as large as the vocabulary filters nothing, but makes the teacher decode. Ragged responses, unequal heads,
     another temperature; more sequences than a forward pass takes."""
     student, teacher = pair
     prompts, settings = PROMPTS * 7, {"alpha": 0.0, "tokens": 8, "temperature": 0.7, "vocab_size": 250}
     eos = roll(student, None, prompts, **settings).responses()[4][3]
-    read = roll(student, teacher, prompts, eos, **settings)
+    read = roll(student, teacher, prompts, eos, row_length=row_length, **settings)
     decoded = roll(student, teacher, prompts, eos, top_k=250, **settings)
     assert len(set(read.lengths.tolist())) > 1 and read.responses() == decoded.responses()
     for name in ("student_logprobs", "teacher_logprobs", "mixture_logprobs"):

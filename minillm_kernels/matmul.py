@@ -1,0 +1,27 @@
+"""Matmuls of a vocabulary head, by the faster of the libraries that torch carries.
+
+For fp32 on x86 CPUs torch calls MKL, which keeps to narrow registers on AMD; oneDNN, which torch.compile calls for the
+same product, does not: measured on an EPYC with AVX-512, 1.7 times as fast for 256 rows of a 49152 × 576 head and 2.7
+times for the 8 rows of a decode step, to the same accuracy. It has no `out=`; the product of gradient and hidden
+states, which accumulates into the weight's gradient, is left to MKL, which is the faster one there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """x weight^T [n, m] of x [n, k] and weight [m, k], without a gradient; in `out`, or where the library takes none,
+    in memory of its own."""
+    if _takes_onednn(x) and _takes_onednn(weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return torch.mm(x, weight.t(), out=out) if out is not None else x @ weight.t()
+
+
+def _takes_onednn(x: Tensor) -> bool:
+    here = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return here and x.is_cpu and x.dtype == torch.float32 and x.numel() > 0 and _HAS_ONEDNN
