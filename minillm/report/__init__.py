@@ -1,0 +1,1 @@
+"""What runs amount to: text on the terminal (summary.py). Nothing here trains."""
