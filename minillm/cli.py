@@ -104,6 +104,16 @@ def evaluate(options: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
+def report(options: argparse.Namespace, flags: list[str]) -> int:
+    from minillm.config import ConfigError
+    from minillm.report.page import write_report
+
+    if flags:
+        raise ConfigError(f"report does not know {flags[0]!r}; see minillm report --help")
+    print(f"wrote {write_report(options.runs, options.out)}")
+    return 0
+
+
 def generate(options: argparse.Namespace, flags: list[str]) -> int:
     from minillm.config import ConfigError
 
@@ -174,6 +184,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", required=True, help="prompts with answers: file, directory, hub id or package:NAME")
     sub.add_argument("--teacher", help="also measure divergences and exposure bias against this model")
     sub.add_argument("--out", help="write the JSON here and print a table; without it, the JSON is printed")
+    sub = command("report", report, "one page of tables and figures from runs and evaluations")
+    sub.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or JSON file of minillm evaluate --out")
+    sub.add_argument("--out", default="report", help="directory for index.html and the figures (default report)")
     sub = command("generate", generate, "answer one prompt, or each line of standard input")
     sub.add_argument("model", help="hub id, directory or package:NAME")
     sub.add_argument("--prompt", help="the prompt; without it, lines of standard input")
