@@ -67,6 +67,28 @@ def cpu_table() -> str:
     return markdown(header, rows) + "\n\n" + note
 
 
+def linear_table() -> str:
+    """The losses of hidden states and head weights, each beside eager."""
+    results = json.loads((RESULTS / "cpu.json").read_text())
+    rows = []
+    for group in sorted({b["group"] for b in results["benchmarks"] if b["group"].startswith("linear ")}):
+        found = rows_of(results, group)
+        for name, row in found.items():
+            ratio = row["ms"] / found["eager"]["ms"]
+            memory = [f"{row[key]:.0f} MiB" if key in row else "" for key in ("working_MiB", "extra_MiB")]
+            size = group.partition("-")[2].replace("x", " × ")
+            rows.append([size, name, f"{row['ms'] / 1e3:.2f} s", f"{ratio:.2f}×", *memory])
+    header = [
+        "rows × hidden × vocabulary",
+        "implementation",
+        "time",
+        "of eager's",
+        "working memory",
+        "with the gradient",
+    ]
+    return markdown(header, rows)
+
+
 def demo_table() -> str:
     """What the demo distillation did to the student: its summary.json."""
     summary = json.loads((RESULTS / "demo.json").read_text())
@@ -88,7 +110,7 @@ def demo_table() -> str:
     return markdown(["held-out prompts", *stages, f"change in stage {stages[-1]}"], rows) + "\n\n" + note
 
 
-TABLES = {"demo": demo_table, "cpu": cpu_table}
+TABLES = {"demo": demo_table, "cpu": cpu_table, "linear": linear_table}
 
 
 def render(readme: str) -> str:

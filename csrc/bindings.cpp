@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "cpu/memory.h"
 #include "cpu/rows.h"
 #ifdef MINILLM_CUDA
 #include "cuda/launch.h"
@@ -120,6 +121,9 @@ PYBIND11_MODULE(_core, m) {
     m.def("row_divergence", &row_divergence_py);
     m.def("row_divergence_grad", &row_divergence_grad_py);
     m.def("row_sample", &row_sample_py);
+    m.def("advise_huge_pages", [](uintptr_t address, size_t bytes) {
+        advise_huge_pages(at<const char>(address), at<const char>(address) + bytes);
+    });
     m.def("instruction_set", &instruction_set);
     m.def("use_instruction_set", &use_instruction_set);
     m.attr("TILE") = TILE;

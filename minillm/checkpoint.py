@@ -109,6 +109,7 @@ def save(
             f"no checkpoint could be written at step {progress.global_step}: {error}. {whole}"
         ) from (error)
     for old in list(_whole(folder))[:-keep]:
+        (old / "DONE").unlink()  # first: half deleted, it must not pass for whole
         shutil.rmtree(old)
     return target
 

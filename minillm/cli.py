@@ -114,6 +114,40 @@ def report(options: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
+def study(options: argparse.Namespace, flags: list[str]) -> int:
+    from pathlib import Path
+
+    from minillm.config import ConfigError
+    from minillm.study.plan import load_study
+
+    if flags:
+        raise ConfigError(f"study does not know {flags[0]!r}; its settings are those of the YAML file")
+    plan = load_study(options.study, options.smoke)
+    if options.list:
+        print("\n".join(f"{'done' if plan.result(c).exists() else '    '}  {c.path}" for c in plan.cells()))
+        return 0
+    if options.report:
+        from minillm.study.document import write_document
+
+        command = f"minillm study {options.study} --report"
+        print(f"wrote {write_document(plan, Path(options.report), command)}")
+        return 0
+    from minillm.interrupt import Interrupted, exit_on_sigterm
+    from minillm.study.cell import run_cell
+
+    _quiet()
+    exit_on_sigterm()
+    for cell in plan.unfinished()[: None if options.all else 1]:
+        print(f"== {cell.path}", flush=True)
+        try:
+            print(f"wrote {run_cell(plan, cell, options.command_line)}", flush=True)
+        except Interrupted:
+            print("stopped by SIGTERM; the same command goes on")
+            return 0
+    print(f"{len(plan.unfinished())} of {len(plan.cells())} cells left")
+    return 0
+
+
 def generate(options: argparse.Namespace, flags: list[str]) -> int:
     from minillm.config import ConfigError
 
@@ -125,7 +159,7 @@ def generate(options: argparse.Namespace, flags: list[str]) -> int:
     from minillm.models import load_tokenizer
     from minillm.rollout import draw_uniforms, sample
 
-    tokenizer, model = load_tokenizer(options.model), _open(options.model, Model())
+    tokenizer, model = load_tokenizer(options.model), _open(options.model, Model(head="logits"))  # any head
     data = Data(prompt_template=options.template, max_prompt_length=options.max_prompt_length)
     prompts = [options.prompt] if options.prompt else (line.rstrip("\n") for line in sys.stdin)
     for i, prompt in enumerate(prompts):
@@ -144,6 +178,33 @@ def generate(options: argparse.Namespace, flags: list[str]) -> int:
         )
         (answer,) = tokenizer.batch_decode(rollout.responses(), skip_special_tokens=True)
         print(answer.strip(), flush=True)
+    return 0
+
+
+def estimate(options: argparse.Namespace, flags: list[str]) -> int:
+    from minillm.recipe import load_recipe
+
+    recipe = load_recipe(options.config, flags, smoke=options.smoke)
+    _quiet()
+    from minillm.estimate import describe
+
+    print(describe(recipe))
+    return 0
+
+
+def export(options: argparse.Namespace, flags: list[str]) -> int:
+    from pathlib import Path
+
+    from minillm.config import ConfigError
+
+    if flags:
+        raise ConfigError(f"export does not know {flags[0]!r}; see minillm export --help")
+    _quiet()
+    from minillm.export import export as write
+
+    source, run = Path(options.checkpoint) if options.checkpoint else None, Path(options.run_directory)
+    output = Path(options.output) if options.output else run / "export"
+    print(f"{output} holds the student of {write(run, source, output)}")
     return 0
 
 
@@ -187,6 +248,14 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("report", report, "one page of tables and figures from runs and evaluations")
     sub.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or JSON file of minillm evaluate --out")
     sub.add_argument("--out", default="report", help="directory for index.html and the figures (default report)")
+    sub = command("study", study, "run the next unfinished cell of a study, or make its page")
+    sub.add_argument("study", help="YAML file, such as recipes/study/study.yaml")
+    sub.add_argument("--list", action="store_true", help="show the cells, run nothing")
+    sub.add_argument("--all", action="store_true", help="run all unfinished cells, not one")
+    sub.add_argument(
+        "--report", nargs="?", const="docs/study.md", metavar="FILE", help="write the page (docs/study.md)"
+    )
+    sub.add_argument("--smoke", action="store_true", help="apply the study's `smoke:` section, which makes it short")
     sub = command("generate", generate, "answer one prompt, or each line of standard input")
     sub.add_argument("model", help="hub id, directory or package:NAME")
     sub.add_argument("--prompt", help="the prompt; without it, lines of standard input")
@@ -196,6 +265,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     sub.add_argument("--top-p", type=float, default=1.0, help="nucleus mass (default 1: all)")
     sub.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
+    sub = command(
+        "estimate", estimate, "count the memory and the work of a recipe without loading its weights", override
+    )
+    sub.add_argument("config", help="YAML file")
+    sub.add_argument("--smoke", action="store_true", help="of the short form of the recipe")
+    sub = command("export", export, "write a run's student as a plain model directory, adapters merged")
+    sub.add_argument("run_directory", metavar="RUN", help="run directory")
+    sub.add_argument("--checkpoint", help="RUN/checkpoints/step-N; by default the run's end, or how far it came")
+    sub.add_argument("--output", help="directory to write (default RUN/export)")
     command("env", env, "print versions, hardware and kernel backends, for bug reports")
     return parser
 

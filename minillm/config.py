@@ -68,6 +68,8 @@ class Data:
     """`error`, or `drop` to leave prompts longer than the limit out."""
     empty_answers: str = "error"
     """`error`, or `drop` to leave records out whose answer is empty, where answers are learnt from."""
+    teacher_answers: str = ""
+    """seqkd: JSONL file of the teacher's answers, written where it does not exist; empty: one in the run directory."""
     packing: bool = False
     """Several sequences of a micro-batch share a row, each attending to itself alone; never changes the gradient."""
 
@@ -82,6 +84,9 @@ class Rollout:
     """minillm: weight of the teacher in the sampling mixture; 0 samples from the student alone."""
     on_policy: float = 0.5
     """gkd: share of the steps that learn from the student's own samples; the others learn from the answers given."""
+    on_policy_step: float = 0.0
+    """gkd: added to that share, up to 1, at each validation whose loss is 0.1 above the one before; 0: it stays.
+    DistiLLM: 0.1, with on_policy 0 and loss.divergence skew_forward_kl, loss.beta 0.1."""
     temperature: float = 1.0
     """Sampling temperature (minillm, gkd, seqkd); MiniLLM requires 1."""
     top_k: int = 0
@@ -284,6 +289,7 @@ def check(config: Config) -> None:
     for section, key in (
         ("rollout", "alpha"),
         ("rollout", "on_policy"),
+        ("rollout", "on_policy_step"),
         ("loss", "beta"),
         ("objective", "pt_teacher"),
         ("objective", "discount"),
@@ -293,6 +299,8 @@ def check(config: Config) -> None:
             raise ConfigError(f"{section}.{key} is {value}; it lies in [0, 1]")
     if config.objective.reward_scaling <= 0:
         raise ConfigError(f"objective.reward_scaling is {config.objective.reward_scaling}; rewards are divided by it")
+    if config.rollout.on_policy_step and not 0 < config.validation.every < config.optim.steps:
+        raise ConfigError("rollout.on_policy_step follows the validation loss: set validation.every below optim.steps")
     if config.lora.rank < 0:
         raise ConfigError(f"lora.rank is {config.lora.rank}; give a rank, or 0 for no adapters")
     if config.method == "minillm":

@@ -148,8 +148,8 @@ def headline(teacher: CausalLM | None, student: CausalLM, run: Run) -> str:
     """One line on what is about to run."""
 
     def size(lm: CausalLM) -> str:
-        layers = getattr(lm.model.config, "num_hidden_layers", "?")
-        return f"{lm.model.num_parameters() / 1e6:.1f}M parameters, {layers} layers"
+        layers, attention = getattr(lm.model.config, "num_hidden_layers", "?"), lm.model.config._attn_implementation
+        return f"{lm.model.num_parameters() / 1e6:.1f}M parameters, {layers} layers, {attention}"
 
     teacher_size = f"teacher {size(teacher)}; " if teacher is not None else ""
     backends = ", ".join(name for name, state in run.environment["kernel_backends"].items() if state == "ok")

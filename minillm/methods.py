@@ -3,11 +3,12 @@
     sft      cross entropy with the reference answers
     kd       word-level distillation on the reference answers (any divergence of minillm_kernels)
     seqkd    cross entropy with answers that the teacher sampled once, before the first step (Kim & Rush, 2016)
-    gkd      the loss of kd; a share of the steps on the student's own samples (Agarwal et al., ICLR 2024, algorithm 1)
+    gkd      the loss of kd; a share of the steps on the student's own samples (Agarwal et al., ICLR 2024, alg. 1);
+             the share can grow with the validation loss (DistiLLM, Ko et al., ICML 2024)
     minillm  minillm/objective.py
 
 Nothing is differentiated through sampling. Whatever a step draws is a function of the seed and its number, so that a
-position in the data is a step's number; what was sampled and is still used is a method's only other state (`memory`).
+position in the data is a step's number; `memory` is all other state of a method: samples in use, a share that grew.
 """
 
 import json
@@ -28,6 +29,7 @@ from minillm.data import Batch, Example, Shuffled, collate
 from minillm.objective import concatenate, policy_terms, token_rewards, whiten
 from minillm.packages import write_atomically
 from minillm.rollout import Rollout, draw_uniforms, gather, sample
+from minillm.sources import DataError
 from minillm.vocabulary import CausalLM, Output, Sums, common_vocabulary, divergence, minillm_loss, token_logprobs
 
 if TYPE_CHECKING:
@@ -125,6 +127,9 @@ class Sft:
     def remember(self, memory: dict[str, Tensor], number: int) -> None:
         """Take up what step `number` had in use: here nothing outlives a step."""
 
+    def validated(self, loss: float) -> None:
+        """Hear the validation loss: here nothing follows from it."""
+
     def drawn(self, number: int) -> list[int]:
         size = self.training.config.optim.batch_size
         return self.order.take((number - 1) * size, size)
@@ -158,11 +163,11 @@ class Kd(Sft):
 
 
 class SeqKd(Sft):
-    """Cross entropy with the teacher's text: sampled once, kept in the run directory, read again on resuming."""
+    """Cross entropy with the teacher's text: sampled once and kept (data.teacher_answers), then read."""
 
     def __init__(self, training: Training, folder: Path) -> None:
         super().__init__(training, folder)
-        path = folder / "teacher-answers.jsonl"
+        path = Path(training.config.data.teacher_answers or folder / "teacher-answers.jsonl")
         if not path.exists():
             sampled = teacher_answers(training)
             if training.accelerator.is_main_process:
@@ -172,17 +177,36 @@ class SeqKd(Sft):
                 )
                 write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             training.accelerator.wait_for_everyone()
-        responses = [json.loads(line)["token_ids"] for line in path.read_text().splitlines()]
-        self.examples = [e._replace(response=r) for e, r in zip(self.examples, responses, strict=True)]
+        answers = [json.loads(line) for line in path.read_text().splitlines()]
+        if [answer["prompt"] for answer in answers] != [e.record.prompt for e in self.examples]:
+            raise DataError(
+                f"{path} answers other prompts than this run learns from: delete it, or name another file in "
+                "data.teacher_answers"
+            )
+        self.examples = [e._replace(response=a["token_ids"]) for e, a in zip(self.examples, answers, strict=True)]
 
 
 class Gkd(Kd):
     """The loss of kd, on the student's own samples for a share `rollout.on_policy` of the steps, else on answers."""
 
+    def __init__(self, training: Training, folder: Path) -> None:
+        super().__init__(training, folder)
+        share = torch.tensor(training.config.rollout.on_policy, dtype=torch.float64)
+        self.memory = {"on_policy": share, "validation_loss": torch.tensor(math.inf, dtype=torch.float64)}
+
+    def remember(self, memory: dict[str, Tensor], number: int) -> None:
+        self.memory = memory
+
+    def validated(self, loss: float) -> None:
+        if loss >= self.memory["validation_loss"] + 0.1:
+            grown = self.memory["on_policy"] + self.training.config.rollout.on_policy_step
+            self.memory["on_policy"] = grown.clamp(max=1)
+        self.memory["validation_loss"] = torch.full_like(self.memory["validation_loss"], loss)
+
     def step(self, number: int) -> Step:
         training, seed = self.training, self.training.config.seed
         coin = torch.rand((), generator=torch.Generator().manual_seed(seed * 1_000_003 - number))
-        if coin >= training.config.rollout.on_policy:
+        if coin >= self.memory["on_policy"]:
             return super().step(number)
         chosen = self.drawn(number)
         rollout = training.roll_out(number, chosen, alpha=0.0)

@@ -1,6 +1,7 @@
 """Models: loading, cutting a student out of its teacher, and what must hold between the two and their tokenizers."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,21 @@ def load_model(source: str, dtype: str = "float32", attn: str = "auto") -> "PreT
         raise ConfigError(f"no causal language model could be loaded from {source!r}: {error}") from error
 
 
+def skeleton(source: str, dtype: str = "float32", attn: str = "auto") -> "PreTrainedModel":
+    """The same model with its weights not read: random, or absent under `torch.device("meta")`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(_locate(source), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no model is described at {source!r}: {error}") from error
+    chosen = attention(attn, dtype)
+    settings = {} if chosen is None else {"attn_implementation": chosen}  # a None given here would mean eager
+    return AutoModelForCausalLM.from_config(
+        config, dtype=getattr(torch, dtype), trust_remote_code=False, **settings
+    ).eval()
+
+
 def attention(wanted: str, dtype: str) -> str | None:
     """The attention to ask transformers for; None leaves it the choice (sdpa, where the model has it)."""
     from transformers.utils import is_flash_attn_2_available
@@ -60,16 +76,18 @@ def load_tokenizer(source: str) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def load_student(config: Config, teacher: "PreTrainedModel | None") -> "PreTrainedModel":
+def load_student(
+    config: Config, teacher: "PreTrainedModel | None", load: "Callable[[str, str, str], PreTrainedModel]" = load_model
+) -> "PreTrainedModel":
     """The student named in the config, or the one cut from `teacher` by `model.drop_layers`; with adapters, where the
     config wants them."""
     settings = config.model
     if settings.student:
-        student = load_model(settings.student, settings.dtype, settings.attn)
+        student = load(settings.student, settings.dtype, settings.attn)
     else:
         assert settings.drop_layers is not None  # config.check
         if teacher is None:
-            teacher = load_model(settings.teacher, settings.dtype, settings.attn)
+            teacher = load(settings.teacher, settings.dtype, settings.attn)
         student = drop_layers(teacher, *settings.drop_layers)
     if config.lora.rank:
         add_adapters(student, config.lora, config.seed)
@@ -123,7 +141,7 @@ def drop_layers(teacher: "PreTrainedModel", first: int, last: int) -> "PreTraine
     inputs they were trained on.
     """
     base = teacher.base_model
-    name, layers = next(((n, m) for n, m in base.named_children() if isinstance(m, nn.ModuleList)), ("", None))
+    name, layers = next(((n, m) for n, m in base.named_modules() if isinstance(m, nn.ModuleList)), ("", None))
     if layers is None:
         raise ConfigError(f"{type(teacher).__name__} has no list of layers to cut a student from; set model.student")
     if not 0 <= first < last <= len(layers) or last - first == len(layers):

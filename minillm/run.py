@@ -9,10 +9,8 @@ Under several processes the first one writes, and all know the path.
 """
 
 import json
-import os
 import platform
 import shlex
-import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from minillm import checkpoint
 from minillm.checkpoint import Checkpoint, Progress
 from minillm.config import ConfigError
-from minillm.models import merge_adapters
+from minillm.export import write_model
 from minillm.packages import write_atomically
 from minillm.recipe import Recipe, load_recipe, save
 
@@ -119,18 +117,8 @@ class Run:
 
     def export(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
         """Write model/, or replace the one of the stage before; adapters merged, and alone in model/adapter/."""
-        if not self.main:
-            return
-        target = self.path / "model"
-        partial = target.with_name(".model")
-        shutil.rmtree(partial, ignore_errors=True)
-        merged = merge_adapters(model)
-        merged.save_pretrained(partial)
-        if merged is not model:
-            model.save_pretrained(partial / "adapter")
-        tokenizer.save_pretrained(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
+        if self.main:
+            write_model(model, tokenizer, self.path / "model")
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         if self.main:
@@ -138,7 +126,8 @@ class Run:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def _forget_what_came_later(self) -> None:
-        """Metrics of steps that will be run again, or of a run that left no checkpoint."""
+        """Metrics of steps that will be run again, or of a run that left no checkpoint; and that it had ended."""
+        (self.path / "summary.json").unlink(missing_ok=True)
         done = self.resumed.progress.global_step if self.resumed else 0
         path = self.path / "metrics.jsonl"
         if path.exists():

@@ -32,6 +32,7 @@ class Selection:
                 name, score, better = "validation/rouge_l", self._rouge(), 1
             else:
                 name, score, better = "validation/loss", self._loss(method), -1
+                method.validated(score)
         if not progress.best or better * (score - progress.best["score"]) > 0:
             progress.best = {"step": progress.step, "score": score}
             if training.accelerator.is_main_process:

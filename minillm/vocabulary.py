@@ -41,9 +41,6 @@ class Output(NamedTuple):
     states: Tensor
     head: Head
 
-    def rows(self, states: Tensor) -> "Output":
-        return Output(states, self.head)
-
 
 class CausalLM(nn.Module):
     """A `transformers` causal language model opened at the seam.
@@ -71,7 +68,8 @@ class CausalLM(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        return self.model.get_output_embeddings().weight.shape[0] if self.fused else self.model.config.vocab_size
+        weight = self.head.weight
+        return self.model.config.get_text_config().vocab_size if weight is None else weight.shape[0]
 
     def states(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Any) -> Tensor:
         """[B, T, H] final states, without any work on the vocabulary where the head is read apart."""
@@ -83,11 +81,8 @@ class CausalLM(nn.Module):
         weight, bias, softcap, scale = self.head
         if weight is None:
             return states
-        z = (
-            nn.functional.linear(states, weight, bias) * scale
-            if scale != 1
-            else nn.functional.linear(states, weight, bias)
-        )
+        z = nn.functional.linear(states, weight, bias)
+        z = z if scale == 1 else z * scale
         return z if softcap is None else softcap * torch.tanh(z / softcap)
 
     def output(self, batch: Batch) -> Output:

@@ -8,7 +8,7 @@ softcap), for student and teacher; how it is computed is in chunked.py. Argument
         they are cast as torch.nn.functional.linear casts.
     teacher_hidden [..., H_t], teacher_weight [V_t, H_t], teacher_bias: constants. Hidden and head sizes may differ.
     softcap, logit_scale: a number for both models or a (student, teacher) pair; softcap None: none.
-    chunk_rows: rows a chunk; by default both models' logits of a chunk take at most 64 MiB.
+    chunk_rows: rows a chunk; by default both models' logits of a chunk take at most 96 MiB.
 """
 
 from __future__ import annotations

@@ -271,6 +271,7 @@ def _divergence_backward(ctx, grad_values):
 
 
 def _loss_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # zeros for the other outputs would be as large as the weight
     ctx.n_inputs = len(inputs)
     ctx.save_for_backward(*output[-3:])
     _remember_heads(ctx, inputs[:N_HEADS])
@@ -280,6 +281,8 @@ def _loss_backward(ctx, grad_loss, *_ignored):
     """The gradients are there already, and are scaled in place, since the weight's is as large as the weight: their
     version counter refuses a second backward pass. While a graph is traced, out of place, which the compiler may undo.
     """
+    if grad_loss is None:
+        return (None,) * ctx.n_inputs
     scaled = []
     for g in ctx.saved_tensors:
         scale = grad_loss.to(g.dtype)

@@ -63,22 +63,46 @@ def measure(
     examples: Sequence[Example],
     config: Config,
 ) -> dict[str, Any]:
-    """Scores of greedy and sampled answers, diversity, calibration, lengths and speed; with a teacher also both KL
-    divergences and exposure bias.
+    """`measure_answers`, the loss and calibration; with a teacher also both KL divergences and exposure bias.
 
     Raises ConfigError for a temperature other than 1 with a teacher, or sequences beyond the models' positions.
     """
-    settings, eos = config.eval, tokenizer.eos_token_id
+    settings = config.eval
     if teacher is not None and settings.temperature != 1:
         raise ConfigError(
             f"eval.temperature is {settings.temperature}; the divergences and ExAccErr are defined at 1: set it to 1, "
             "or leave --teacher away"
         )
-    longest = max(len(example.prompt) for example in examples)
-    new_tokens = max(settings.max_new_tokens, settings.rouge_new_tokens, *(len(e.response) for e in examples))
-    for model in (student, teacher):
-        if model is not None:
-            check_context(model.model, longest + new_tokens)
+    if teacher is not None:
+        _check_context(teacher, examples, config)
+    result, drawn = _answers(student, teacher, tokenizer, examples, config)
+    seconds = result["seconds"]
+    with _timed(seconds, "calibration"):
+        calibrated, loss = next_token(student, examples, settings)
+        result["calibration"] = {"next_token": calibrated, "options": options(student, tokenizer, examples, settings)}
+        result["loss"] = loss.to_dict()
+    if teacher is not None:
+        result |= _against_teacher(student, teacher, examples, config, drawn, tokenizer.eos_token_id, seconds)
+    return _defined(result)
+
+
+def measure_answers(
+    model: CausalLM, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Example], config: Config
+) -> dict[str, Any]:
+    """Scores of greedy and sampled answers against the references, diversity, lengths and speed."""
+    return _defined(_answers(model, None, tokenizer, examples, config)[0])
+
+
+def _answers(
+    student: CausalLM,
+    teacher: CausalLM | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: Sequence[Example],
+    config: Config,
+) -> tuple[dict[str, Any], Samples]:
+    """The samples are drawn with the teacher looking on, where there is one."""
+    settings, eos = config.eval, tokenizer.eos_token_id
+    _check_context(student, examples, config)
     seconds: dict[str, float] = {}
     given = [example.record.references for example in examples]
     lengths = [len(tokenizer.encode(texts[0], add_special_tokens=False)) for texts in given]
@@ -114,19 +138,11 @@ def measure(
         "references": fmean(lengths),
     }
     result["tokens_per_second"] = sum(map(len, greedy_ids)) / seconds["greedy"]
-
-    # ---- of the probabilities
-    with _timed(seconds, "calibration"):
-        calibrated, loss = next_token(student, examples, settings)
-        result["calibration"] = {"next_token": calibrated, "options": options(student, tokenizer, examples, settings)}
-        result["loss"] = loss.to_dict()
-    if teacher is not None:
-        result |= _against_teacher(student, teacher, examples, config, drawn, eos, seconds)
     result["samples"] = [
         {"prompt": e.record.prompt, "references": e.record.references, "answer": a, "sampled": by_seed[0][i]}
         for i, (e, a) in enumerate(zip(examples[: config.log.samples], answers["greedy"], strict=False))
     ]
-    return _defined({**result, "seconds": {name: round(value, 2) for name, value in seconds.items()}})
+    return {**result, "seconds": seconds}, drawn
 
 
 def _against_teacher(
@@ -165,6 +181,11 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
+def _check_context(model: CausalLM, examples: Sequence[Example], config: Config) -> None:
+    new_tokens = max(config.eval.max_new_tokens, config.eval.rouge_new_tokens, *(len(e.response) for e in examples))
+    check_context(model.model, max(len(example.prompt) for example in examples) + new_tokens)
+
+
 def _lengths(tokens: Sequence[int], limit: int) -> dict[str, float]:
     """Mean length in tokens, end-of-sequence included, and the share that the limit cut."""
     return {"mean": fmean(tokens), "at_limit": sum(n == limit for n in tokens) / len(tokens)}
@@ -183,4 +204,4 @@ def _defined(tree: Any) -> Any:
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
-    seconds[name] = time.perf_counter() - started
+    seconds[name] = round(time.perf_counter() - started, 3)

@@ -34,6 +34,13 @@ def refusal(x: Tensor) -> str | None:
     return None
 
 
+def advise(x: Tensor) -> Tensor:
+    """Huge pages for a large CPU tensor that nothing was written to yet: their faults cost far less. Returns it."""
+    if _core is not None and type(x) is Tensor and x.device.type == "cpu":  # no fake tensor
+        _core.advise_huge_pages(x.data_ptr(), x.numel() * x.element_size())
+    return x
+
+
 def _rows(x: Tensor):
     """The leading dimensions as (outer, inner) with two strides: no copy for logits[:, :-1]."""
     sizes: list[int] = []

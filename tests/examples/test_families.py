@@ -1,7 +1,8 @@
 """Model families: MiniLLM's objective on hidden states and heads trains what it trains on the models' own logits.
 
 For each family and both variants of the objective: three optimiser steps on one rollout, by
-`fused_linear_minillm_loss`, by `minillm_loss` on the model's logits, and by the formulas written out in PyTorch.
+`fused_linear_minillm_loss`, by `minillm_loss` on the model's logits, and by the formulas written out in PyTorch. And
+what the trainer does to models beside: cached decoding of prompts padded on the left, packed rows, cutting a student.
 """
 
 import copy
@@ -10,6 +11,9 @@ import pytest
 import torch
 from families import FAMILIES, V, hidden, logits, pair, rollout
 
+from minillm.config import ConfigError
+from minillm.models import check_packing, drop_layers
+from minillm.rollout import draw_uniforms, sample
 from minillm.vocabulary import CausalLM, heads, read_head
 from minillm_kernels import fused_linear_minillm_loss, fused_linear_token_logprobs, minillm_loss
 
@@ -97,6 +101,33 @@ def test_heads_give_the_models_own_logits(family):
             without = {**steps, name: absent}
             found = fused_linear_token_logprobs(hidden(model, sampled), weight, sampled.tokens, **without)
             assert (found - own).abs().max() > 1e-2, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rollouts_know_the_log_probabilities_of_a_full_forward_pass(family):
+    """The longest prompt and its answer are twice the window of the Gemmas; the shortest is almost all padding."""
+    prompts = [[*range(5, 16)], [7], [100, 3, 45]]
+    pair_of = [CausalLM(model) for model in pair(family)]
+    rollout = sample(
+        *pair_of, prompts, max_new_tokens=6, eos_token_id=-1, uniforms=draw_uniforms(0, 6, 3), vocab_size=V
+    )
+    for lm, kept in zip(pair_of, (rollout.student_logprobs, rollout.teacher_logprobs), strict=True):
+        for prompt, response, found in zip(prompts, rollout.responses(), kept, strict=True):
+            own = lm.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            expected = own.gather(-1, torch.tensor(response)[:, None])[:, 0]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packing_is_right_or_refused_and_students_are_cut(family):
+    _, teacher = pair(family)
+    if family == "opt":  # counts positions from a mask, whatever it is told
+        with pytest.raises(ConfigError, match="does not keep packed sequences apart"):
+            check_packing(teacher)
+    else:
+        check_packing(teacher)
+    assert CausalLM(drop_layers(teacher, 0, 1)).model.config.num_hidden_layers == 1
 
 
 def test_families_have_what_they_stand_for():

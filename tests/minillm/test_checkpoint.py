@@ -179,6 +179,37 @@ def test_no_pickle_is_ever_loaded(files, flags, tmp_path):
         load_model(str(model))
 
 
+@pytest.mark.parametrize("extra", [[], ["--lora.rank=4"]], ids=["plain", "lora"])
+def test_any_checkpoint_is_exported_as_a_plain_model(files, flags, extra, capsys):
+    """The run's end; an earlier step; and, of a run that was cut short, how far it came."""
+    run_recipe(load_recipe(files / "recipe.yaml", flags + extra), "", with_evaluation=False)
+    run, step = files / "run", files / "run" / "checkpoints" / "step-8"
+
+    def exported(*arguments, output, source):
+        assert main(["export", str(run), *map(str, arguments)]) == 0
+        assert f"{output} holds the student of {source}" in capsys.readouterr().out
+        assert (output / "adapter" / "adapter_model.safetensors").exists() == bool(extra)
+        load_model(str(output))
+        return load_file(output / "model.safetensors")
+
+    end = exported(output=run / "export", source=run / "model")
+    earlier = exported("--checkpoint", step, "--output", files / "a", output=files / "a", source=step)
+    (run / "summary.json").unlink()
+    newest = run / "checkpoints" / "step-13"
+    last = exported("--output", files / "b", output=files / "b", source=newest)
+    assert last.keys() == end.keys() and all(torch.equal(last[name], end[name]) for name in end)
+    assert any(not torch.equal(last[name], earlier[name]) for name in last)
+    shutil.rmtree(run / "checkpoints")
+    for arguments, message in (
+        ([str(run)], "export is not empty: give another --output"),
+        ([str(run), "--output", str(files / "c")], "has not ended and holds no checkpoint yet"),
+        ([str(files), "--output", str(files / "c")], "is no run directory"),
+        ([str(run), "--checkpoint", str(run), "--output", str(files / "c")], "no whole checkpoint at"),
+    ):
+        assert main(["export", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
 # ---- faults
 
 

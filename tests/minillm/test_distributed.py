@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from minillm.cli import main
@@ -34,59 +35,57 @@ def metrics(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def launch(files, *arguments):
-    command = [*ACCELERATE, arguments[0], str(files / "recipe.yaml"), *arguments[1:]]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def launch(files, command, *flags):
+    """Two processes; what the first of them printed."""
+    two = subprocess.run(
+        [*ACCELERATE, command, str(files / "recipe.yaml"), *flags],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert two.returncode == 0, two.stdout[-3000:]
+    assert two.stdout.count("summary.json are in") == 1  # only one of them tells
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--validation.every=2"],
-        ["--objective.variant=reference", "--stages.warm-up.method=seqkd", "--rollout.max_new_tokens=6"],
-        [
-            "--stages.warm-up.method=gkd",
-            "--rollout.on_policy=0.7",
-            "--rollout.max_new_tokens=6",
-            "--data.packing=true",
-        ],
-    ],
-    ids=["paper", "reference", "gkd"],
-)
-def test_two_processes_are_one(files, flags):
-    """A whole recipe from the command line: a micro-batch of 1 by one process against 2 at once by two."""
-    command = "distill" if "--validation.every=2" in flags else "train"  # evaluation is the same for all
-    two = launch(files, command, *flags, f"--output={files / 'two'}")
-    said = two.communicate(timeout=500)[0]
-    assert two.returncode == 0, said[:3000]
-    assert said.count("summary.json are in") == 1  # only one of them tells
-    alone = [*flags, f"--output={files / 'one'}", "--optim.micro_batch_size=1"]
-    assert main([command, str(files / "recipe.yaml"), *alone]) == 0
-    for a, b in zip(metrics(files / "one"), metrics(files / "two"), strict=True):
+def same_training(one, two):
+    for a, b in zip(metrics(one), metrics(two), strict=True):
         assert b["num_tokens"] == a["num_tokens"]
         assert a.keys() & COMPARED == b.keys() & COMPARED
         for name in a.keys() & COMPARED:
             assert b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5), (name, a["step"])
-    one, two = (load_file(files / name / "model" / "model.safetensors") for name in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-3)
+    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (two, one))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-3)
+
+
+def test_two_processes_are_one_and_leave_their_checkpoints_to_one(files):
+    """The demo's stages, validated and evaluated; a micro-batch of 1 by one process against 2 at once by two."""
+    flags = ["--validation.every=2", "--log.checkpoint_every=3"]
+    launch(files, "distill", *flags, f"--output={files / 'two'}")
+    alone = [*flags, f"--output={files / 'one'}", "--optim.micro_batch_size=1"]
+    assert main(["distill", str(files / "recipe.yaml"), *alone]) == 0
+    same_training(files / "one", files / "two")
     summaries = [json.loads((files / name / "summary.json").read_text()) for name in ("one", "two")]
     for stage, estimates in summaries[0]["evaluations"].items():
         for name in ("reverse_kl/references", "reverse_kl/own_samples"):
             assert summaries[1]["evaluations"][stage][name]["mean"] == pytest.approx(estimates[name]["mean"], rel=5e-3)
 
+    shutil.rmtree(files / "two" / "checkpoints" / "step-8")  # step-6 is left, in the middle of the second stage
+    flags += [f"--output={files / 'two'}", "--resume", "auto"]
+    assert main(["distill", str(files / "recipe.yaml"), *flags]) == 0
+    same_training(files / "one", files / "two")
 
-def test_a_checkpoint_of_two_processes_is_taken_up_by_one(files):
-    flags = ["--log.checkpoint_every=3", f"--output={files / 'two'}"]
-    two = launch(files, "train", *flags)
-    assert (two.communicate(timeout=300)[0], two.returncode)[1] == 0
-    whole = metrics(files / "two")
-    shutil.rmtree(files / "two" / "checkpoints" / "step-8")
-    assert main(["train", str(files / "recipe.yaml"), *flags, "--resume", "auto"]) == 0
-    again = metrics(files / "two")
-    assert [row["step"] for row in again] == [row["step"] for row in whole]
-    for a, b in zip(whole, again, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=2e-3)
+
+def test_two_processes_are_one_for_every_other_method(files):
+    tree = yaml.safe_load((files / "recipe.yaml").read_text())
+    warm_up, minillm = tree["stages"]["warm-up"], tree["stages"]["minillm"]
+    warm_up["rollout"] = {"max_new_tokens": 6, "on_policy": 0.7}
+    minillm["objective"]["variant"] = "reference"
+    tree["stages"] = {**{name: {**warm_up, "method": name} for name in ("sft", "seqkd", "gkd")}, "minillm": minillm}
+    tree["data"]["packing"] = True
+    (files / "recipe.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    launch(files, "train", f"--output={files / 'two'}")
+    alone = [f"--output={files / 'one'}", "--optim.micro_batch_size=1"]
+    assert main(["train", str(files / "recipe.yaml"), *alone]) == 0
+    same_training(files / "one", files / "two")
 
 
 def test_a_worker_that_is_killed_ends_the_other_with_an_error(files):

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from minillm import checkpoint
 from minillm.config import ConfigError
 from minillm.data import DataError
 from minillm.methods import METHODS
 from minillm.recipe import load_recipe
 from minillm.rollout import draw_uniforms, sample
 from minillm.run import Run
+from minillm.selection import Selection
 from minillm.train import blame, prepare, train
 from minillm.vocabulary import CausalLM
 
@@ -74,6 +76,33 @@ def test_gkd_takes_its_own_samples_for_a_share_of_the_steps(make, tmp_path):
     # 120 coins of 0.3: 36 ± 5; four standard deviations on both sides
     assert 16 <= own <= 56
     assert learnt(method.step(7)) == learnt(METHODS["gkd"](training, tmp_path).step(7))  # a function of the number
+
+
+def test_the_share_of_own_samples_grows_when_the_validation_loss_rises(make, files, monkeypatch):
+    """DistiLLM's schedule; what it has become is in the checkpoint."""
+    flags = ["--rollout.on_policy=0.0", "--rollout.on_policy_step=0.4", "--validation.every=1", "--optim.steps=6"]
+    training = make("gkd", *flags)
+    losses, shares = iter([1.0, 1.05, 1.2, 1.0, 1.2, 9.0]), []
+
+    def loss(self, method):
+        shares.append(float(method.memory["on_policy"]))
+        return next(losses)
+
+    monkeypatch.setattr(Selection, "_loss", loss)
+    run = Run(load_recipe(files / "recipe.yaml"))
+    train(training, run, "x")
+    assert shares == pytest.approx([0.0, 0.0, 0.0, 0.4, 0.4, 0.8])  # rises: 0.05, 0.15, none, 0.2, 7.8
+    method = METHODS["gkd"](training, files)
+    method.validated(1.0)
+    method.validated(3.0)
+    method.validated(5.0)
+    method.validated(7.0)
+    assert method.memory["on_policy"] == 1.0
+    again = METHODS["gkd"](training, files)
+    again.remember(method.memory, 3)
+    assert again.memory["validation_loss"] == 7.0
+    with pytest.raises(ConfigError, match=r"on_policy_step follows the validation loss: set validation.every"):
+        make("gkd", "--rollout.on_policy_step=0.1")
 
 
 @pytest.mark.parametrize(
@@ -141,6 +170,28 @@ def test_the_sample_at_fault_is_named(make, files):
     with pytest.raises(FloatingPointError, match=message):
         train(training, run, "x")
     assert not (run.path / "checkpoints").exists()
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(make, files):
+    """Two good steps, then weights that give nothing finite."""
+    training = make("sft", "--optim.steps=9", "--log.checkpoint_every=1")
+    run, steps = Run(load_recipe(files / "recipe.yaml")), []
+    method_step = METHODS["sft"].step
+
+    def poisoned(self, number):
+        if number == 3:
+            with torch.no_grad():
+                self.training.student.model.lm_head.weight.fill_(float("inf"))
+        steps.append(number)
+        return method_step(self, number)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FloatingPointError) as error:
+        patch.setattr(METHODS["sft"], "step", poisoned)
+        train(training, run, "x")
+    assert steps == [1, 2, 3]
+    kept = run.path / "checkpoints" / "step-2"
+    assert "x, step 3: loss nan" in str(error.value) and f"--resume {kept}" in str(error.value)
+    assert all(torch.isfinite(w).all() for w in checkpoint.load(kept, run.recipe).groups["model"].values())
 
 
 def test_a_step_that_overflows_only_in_sum_blames_nobody(make):

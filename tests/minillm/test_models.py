@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import sys
 
 import pytest
@@ -80,6 +81,24 @@ def test_sequences_longer_than_the_positions_are_refused(make_gpt2):
     check_context(make_gpt2(), 128)
     with pytest.raises(ConfigError, match="may reach 129 tokens, but GPT2LMHeadModel has 128 positions"):
         check_context(make_gpt2(), 129)
+
+
+def test_code_that_comes_with_a_model_is_not_run(make_llama, make_tokenizer, tmp_path, monkeypatch):
+    make_llama().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for name, classes in (
+        ("config.json", {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["own.Tokenizer", None]}),
+    ):
+        tree = json.loads((tmp_path / name).read_text())
+        tree |= {"auto_map": classes, "model_type": "unheard-of", "tokenizer_class": "Tokenizer"}
+        (tmp_path / name).write_text(json.dumps(tree))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # nobody is asked, and it would not help
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ConfigError, match="could be loaded from"):
+            load(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_models_load_in_eval_mode(make_llama, tmp_path):

@@ -58,9 +58,16 @@ def test_a_head_that_cannot_be_read_is_refused_and_the_switch_is_named(make_llam
     model.lm_head = nn.Sequential(model.lm_head, nn.Tanh())
     with pytest.raises(ConfigError, match=r"no separate base model and vocabulary head; set model.head to logits"):
         CausalLM(model)
-    unread = granite()
-    unread.config.logits_scaling = 2.0  # what the config says is not what the model does
-    unread.forward = lambda **inputs: GraniteForCausalLM.forward(granite(), **inputs)
+
+    class Undivided(GraniteForCausalLM):
+        """Does without the scale that its config names."""
+
+        def forward(self, *args, **inputs):
+            output = super().forward(*args, **inputs)
+            output.logits = output.logits * self.config.logits_scaling
+            return output
+
+    unread = Undivided(granite().config).eval()
     with pytest.raises(ConfigError, match=r"something else in between; set model.head to logits"):
         CausalLM(unread)
     assert CausalLM(model, "logits").output(BATCH).states.shape == (6, 257)
@@ -69,6 +76,7 @@ def test_a_head_that_cannot_be_read_is_refused_and_the_switch_is_named(make_llam
 def test_the_common_vocabulary_is_the_smaller_head(make_llama):
     pair = CausalLM(make_llama(vocab_size=300)), CausalLM(make_llama(vocab_size=280))
     assert common_vocabulary(*pair) == 280
+    assert CausalLM(make_llama(vocab_size=300), "logits").vocab_size == 300
 
 
 @pytest.mark.parametrize("loss", ["divergence", "minillm_loss", "token_logprobs"])
