@@ -37,7 +37,7 @@ def learning_curves(metrics: Mapping[str, Sequence[dict[str, Any]]]) -> "Figure 
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
     figure = new_figure(4.2 * columns, 2.6 * lines + 0.4)
-    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
     for panel, key in zip(panels, shown, strict=False):
         for color, (label, rows) in enumerate(metrics.items()):
             for i, stage in enumerate(dict.fromkeys(row["stage"] for row in rows)):

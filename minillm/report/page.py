@@ -79,14 +79,14 @@ def html(sources: Sequence[Source], folder: Path) -> str:
 # ---- tables
 
 
-def columns(result: Result) -> dict[str, str]:
-    """One evaluation as a row of numbers, by column title."""
+def numbers(result: Result) -> dict[str, str]:
+    """The numbers of one evaluation, by title."""
     sampled, bias = result["rouge_l"]["sampled"], result.get("exposure_bias")
     row = {
         "ROUGE-L, sampled": f"{sampled['mean']:.2f} ± {sampled['standard_deviation']:.2f}",
         "ROUGE-L, greedy": f"{result['rouge_l']['greedy']['mean']:.2f}",
-        "exact match, %": f"{result['exact_match']['greedy']['mean']:.1f}",
-        "loss": f"{result['loss']['mean']:.3f}",
+        "exact match, greedy, %": f"{result['exact_match']['greedy']['mean']:.1f}",
+        "loss on references": f"{result['loss']['mean']:.3f}",
     }
     if "reverse_kl" in result:
         row["reverse KL, own text"] = f"{result['reverse_kl']['own_samples']['mean']:.3f}"
@@ -106,13 +106,13 @@ def columns(result: Result) -> dict[str, str]:
 def _methods(results: Mapping[str, Result]) -> Iterator[str]:
     if not results:
         return
-    rows = {label: columns(result) for label, result in results.items()}
+    rows = {label: numbers(result) for label, result in results.items()}
     titles = list(dict.fromkeys(title for row in rows.values() for title in row))
     yield "<h2>Evaluations</h2>"
-    data = {(r["data"], r["prompts"]) for r in results.values() if "data" in r}
-    if data:
-        yield _note("; ".join(f"{n} prompts of {name}" for name, n in sorted(data)) + ".")
-    yield _table(["", *titles], [[label, *(row.get(t, "") for t in titles)] for label, row in rows.items()])
+    data = {f"{r['prompts']} prompts of {r.get('data', 'unknown data')}" for r in results.values()}
+    warning = " <b>They differ: these evaluations are not comparable.</b>" if len(data) > 1 else ""
+    yield _note(f"{escape('; '.join(sorted(data)))}.{warning}")
+    yield _table(["", *rows], [[title, *(row.get(title, "") for row in rows.values())] for title in titles])
     yield _note(
         "Means; of sampled ROUGE-L ± the deviation over the sampling seeds. Loss and divergences in nats per token; "
         "length in tokens of sampled answers, end-of-sequence included; tokens/s of greedy decoding on this machine."
@@ -139,9 +139,9 @@ def _samples(results: Mapping[str, Result]) -> Iterator[str]:
     for label, result in results.items():
         for sample in result["samples"]:
             answers.setdefault(sample["prompt"], {})[label] = sample["answer"]
-            references[sample["prompt"]] = sample["references"][0]
+            references[sample["prompt"]] = _cut(sample["references"][0])
     if answers:
-        yield "<h2>Answers side by side</h2>" + _note("Greedy, cut at the limit of the evaluation.")
+        yield "<h2>Answers side by side</h2>" + _note("Greedy, to the token limit of the evaluation.")
         rows = [[p, *(found.get(label, "") for label in results), references[p]] for p, found in answers.items()]
         yield _table(["prompt", *results, "reference"], rows, text_columns=len(results) + 2, style="samples")
 
@@ -182,6 +182,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: i
 
     lines = [f"<tr>{cells(header, 'th')}</tr>", *(f"<tr>{cells(row, 'td')}</tr>" for row in rows)]
     return f'<div class=wide><table class="{style}">\n' + "\n".join(lines) + "\n</table></div>"
+
+
+def _cut(text: str, limit: int = 400) -> str:
+    return text if len(text) <= limit else text[:limit].rsplit(maxsplit=1)[0] + " …"
 
 
 def _list(items: Sequence[str]) -> str:

@@ -98,8 +98,11 @@ def test_one_page_that_needs_no_other_file(runs, capsys):
 def test_evaluations_that_cannot_be_compared_are_told(runs, tmp_path):
     other = evaluation(generation={"sampled": {"temperature": 0.5}, "no_repeat_ngram_size": 6})
     (tmp_path / "other.json").write_text(json.dumps(other))
-    sources = read_sources([str(runs / "sft"), str(tmp_path / "other.json")])
-    assert "not comparable" in page.html(sources, tmp_path / "report")
+    more = evaluation(prompts=9)
+    (tmp_path / "more.json").write_text(json.dumps(more))
+    for name in ("other", "more"):
+        sources = read_sources([str(runs / "sft"), str(tmp_path / f"{name}.json")])
+        assert page.html(sources, tmp_path / "report").count("not comparable") == 1
 
 
 def test_a_run_without_evaluation_and_an_evaluation_without_run(runs, tmp_path):
