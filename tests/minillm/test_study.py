@@ -9,7 +9,7 @@ import yaml
 from minillm.cli import main
 from minillm.config import ConfigError
 from minillm.recipe import merge
-from minillm.study import document
+from minillm.study import cell, document
 from minillm.study.cell import rounded, steps_to_reach
 from minillm.study.plan import Cell, load_study
 
@@ -76,7 +76,7 @@ def test_one_cell_after_the_other_then_the_page(study, files, capsys):
     assert capsys.readouterr().out.count("done") == 7
 
     plan = load_study(study, smoke=True)
-    found = {cell: json.loads(plan.result(cell).read_text()) for cell in plan.cells()}
+    found = {c: json.loads(plan.result(c).read_text()) for c in plan.cells()}
     for size in plan.sizes:
         budget = found[Cell(size, "minillm", 0)]["training"]["num_tokens"]
         for name in ("sft", "kd", "seqkd"):
@@ -97,6 +97,24 @@ def test_one_cell_after_the_other_then_the_page(study, files, capsys):
     assert f"| kd | 1 | {tokens:,.0f} |" in text and "| open |" in text  # one seed decides nothing
     images = [line.partition("](")[2].rstrip(")") for line in text.splitlines() if line.startswith("![")]
     assert len(images) == 4 and all((files / image).exists() for image in images)
+
+
+def test_what_stops_an_evaluation_does_not_cost_the_training(study, monkeypatch):
+    plan, calls = load_study(study, smoke=True), []
+    trained, evaluated = cell.run_recipe, cell.evaluations
+    monkeypatch.setattr(cell, "run_recipe", lambda *args, **options: calls.append(1) or trained(*args, **options))
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cell, "evaluations", fail)
+    start = plan.cells()[1]
+    with pytest.raises(KeyboardInterrupt):
+        cell.run_cell(plan, start, "")
+    assert plan.unfinished()[1] == start and calls == [1]
+    monkeypatch.setattr(cell, "evaluations", evaluated)
+    cell.run_cell(plan, start, "")
+    assert start not in plan.unfinished() and calls == [1]
 
 
 def test_steps_reach_the_budget_and_no_more(study):
