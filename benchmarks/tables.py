@@ -110,7 +110,33 @@ def demo_table() -> str:
     return markdown(["held-out prompts", *stages, f"change in stage {stages[-1]}"], rows) + "\n\n" + note
 
 
-TABLES = {"demo": demo_table, "cpu": cpu_table, "linear": linear_table}
+def training_table() -> str:
+    """What the trainer's own work takes on the demo pair."""
+    results = json.loads((RESULTS / "training.json").read_text())
+    info = {b["name"]: {**b["extra_info"], **b["stats"]} for b in results["benchmarks"]}
+    rollout, update = info["test_rollout"], info["test_step"]
+    titles = {
+        "both_models": "both models, each token drawn from their mixture",
+        "student_alone": "student alone",
+        "teacher_alone": "teacher alone",
+        "generate_student": "student alone, `transformers.generate`",
+    }
+    rows = [
+        [title, f"{rollout['seconds'][name]:.2f} s", f"{rollout['tokens_per_second'][name]:.0f}"]
+        for name, title in titles.items()
+    ]
+    machine, ratio = results["machine_info"], rollout["both_over_sum_of_alone"]
+    note = (
+        f"{machine['cpu']['brand_raw']}, {machine['threads']} threads, torch {machine['torch']}, least of a few in "
+        f"turns; both at once take {ratio:.2f}× the sum of their own times. An update from rollouts that exist, with "
+        f"its text, {update['tokens']} tokens: {update['median']:.2f} s. Made by the command in "
+        "`benchmarks/test_training.py`."
+    )
+    size = f"rollout of {rollout['sequences']} × {rollout['new_tokens']} tokens"
+    return markdown([size, "time", "new tokens/s"], rows) + "\n\n" + note
+
+
+TABLES = {"demo": demo_table, "cpu": cpu_table, "linear": linear_table, "training": training_table}
 
 
 def render(readme: str) -> str:

@@ -200,12 +200,18 @@ def restore_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def write_weights(model: nn.Module, path: Path) -> None:
-    """The trained weights alone, as one file that is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """The trained weights alone, as one file that is whole or absent. Raises CheckpointError."""
     partial = path.with_name(f".{path.name}")
-    save_file(_plain(trained(model)), partial, metadata={"format": "pt"})
-    _flush(partial)
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(_plain(trained(model)), partial, metadata={"format": "pt"})
+        _flush(partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path} could not be written: {error}. Make room, then --resume auto goes on from the last checkpoint"
+        ) from error
 
 
 def _plain(tensors: Any) -> dict[str, Tensor]:

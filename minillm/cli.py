@@ -1,6 +1,7 @@
 """Command line. Heavy imports happen inside the commands, so that --help answers at once."""
 
 import argparse
+import errno
 import shlex
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return options.run(options, flags)
     except _user_errors() as error:
         print(f"minillm: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"minillm: {error}. Make room, then --resume auto goes on from the last checkpoint", file=sys.stderr)
         return 2
 
 

@@ -29,6 +29,9 @@ class Model:
     head: str = "fused"
     """`fused`: losses read final states and head weights, no logits; `logits`: the models' own logits, for a model
     whose head cannot be read."""
+    recompute: bool = False
+    """Keep only the inputs of the student's layers and compute the rest again in the backward pass: less memory for a
+    third more work, the same gradient."""
     attn: str = "auto"
     """Attention of both models: `auto` (flash-attention 2 where it is installed, on CUDA, in half precision; otherwise
     what transformers chooses, usually sdpa), or a name that transformers knows. What ran stands in summary.json."""

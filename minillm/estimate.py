@@ -8,8 +8,9 @@ Legend: B sequences, T tokens of each, H hidden, V vocabulary.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minillm.config import Config
 from minillm.data import read_records
-from minillm.models import load_student, skeleton
+from minillm.models import layers_of, load_student, skeleton
 from minillm.recipe import Recipe
 from minillm_kernels.chunked import BUFFER_BYTES
 
@@ -29,49 +30,52 @@ if TYPE_CHECKING:
 class Pass(NamedTuple):
     """One pass of a model up to its final states."""
 
-    forward: int
+    work: int
     """Floating-point operations; a multiplication and an addition are two."""
-    backward: int
-    saved: int
-    """Bytes kept between the two."""
-    cache: int
-    """Bytes of the keys and values, while decoding."""
+    kept: int
+    """Bytes kept: by autograd between forward and backward, or as keys and values while decoding."""
 
 
-def trial(model: "PreTrainedModel", sequences: int, tokens: int) -> Pass:
-    """Count a pass over [B, T] tokens, some of them padding; forward and, where weights are trained, backward."""
-    base, own = model.base_model, {}
-    for name, x in [*base.named_parameters(), *base.named_buffers()]:
-        own[name] = (x.shape, x.dtype, x.requires_grad)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+class _Whole(nn.Module):
+    """A pass and what follows it in one forward, so that a backward with recomputation sees the same weights."""
+
+    def __init__(self, base: nn.Module, then: Callable[[Any], int]) -> None:
+        super().__init__()
+        self.base, self.then = base, then
+
+    def forward(self, **inputs: Any) -> int:
+        return self.then(self.base(**inputs))
+
+
+def trial(model: "PreTrainedModel", sequences: int, tokens: int, train: bool = False) -> Pass:
+    """Count a pass over [B, T] tokens, some of them padding: forward with a cache; to train, forward and backward."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage()._cdata not in weights:
+            kept[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+
+    def then(result: Any) -> int:
+        for layer in [] if train else result.past_key_values.layers:
+            keep(layer.keys)
+            keep(layer.values)
+        bytes_kept = sum(storage.nbytes() for storage in kept.values())
+        if train:
+            result.last_hidden_state.sum().backward()
+        return bytes_kept
+
+    whole = _Whole(model.base_model, then)
+    own = {name: (x.shape, x.dtype, x.requires_grad) for name, x in whole.named_parameters()}
+    own |= {name: (x.shape, x.dtype, False) for name, x in whole.named_buffers()}
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(train):
         state = {name: torch.empty(s, dtype=d).requires_grad_(grad) for name, (s, d, grad) in own.items()}
         weights = {x.untyped_storage()._cdata for x in state.values()}
-        saved: dict[int, torch.UntypedStorage] = {}
-
-        def keep(x: torch.Tensor) -> torch.Tensor:
-            if x.untyped_storage()._cdata not in weights:
-                saved[x.untyped_storage()._cdata] = x.untyped_storage()
-            return x
-
-        def run(cached: bool) -> tuple[torch.Tensor, int, int]:
-            ids = torch.zeros(sequences, tokens, dtype=torch.long)
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": cached}
-            with FlopCounterMode(display=False) as flops:
-                result = torch.func.functional_call(base, state, kwargs=inputs)
-            layers = result.past_key_values.layers if cached else []
-            cache = sum(x.untyped_storage().nbytes() for layer in layers for x in (layer.keys, layer.values))
-            return result.last_hidden_state, flops.get_total_flops(), cache
-
-        with torch.no_grad():
-            cache = run(cached=True)[2]
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            states, forward, _ = run(cached=False)
-        backward = 0
-        if states.requires_grad:
-            with FlopCounterMode(display=False) as flops:
-                states.sum().backward()
-            backward = flops.get_total_flops()
-        return Pass(forward, backward, sum(storage.nbytes() for storage in saved.values()), cache)
+        ids = torch.zeros(sequences, tokens, dtype=torch.long)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": not train}
+        with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            bytes_kept = torch.func.functional_call(whole, state, kwargs=inputs)
+        return Pass(flops.get_total_flops(), bytes_kept)
 
 
 @dataclass
@@ -109,22 +113,26 @@ def estimate(config: Config) -> Estimate:
         held["teacher"] = _weights(teacher)
 
     # ---- update: a micro-batch of answers or of text, whichever keeps more
-    learnt = trial(student, micro, tokens)
-    losses = BUFFER_BYTES if config.model.head == "fused" else 3 * micro * answer * _logit_bytes(student)
-    update = {"activations": learnt.saved, "losses": losses}
-    per_token = (learnt.forward + learnt.backward) / (micro * tokens)
+    inputs = len(layers_of(student)[1]) * _state_bytes(student) if config.model.recompute else 0  # kept, of a token
     head, head_teacher = _head(student), _head(teacher) if teacher is not None else 0
-    work = {"update": steps * batch * (tokens * per_token + answer * 3 * head)}
-    seen = steps * batch * tokens
-    if method in ("kd", "gkd", "minillm"):
-        work["update"] += steps * batch * answer * head_teacher
+    learnt = trial(student, micro, tokens, train=True)
+    losses = BUFFER_BYTES if config.model.head == "fused" else 3 * micro * answer * _logit_bytes(student)
+    update = {"activations": learnt.kept + micro * tokens * inputs, "losses": losses}
+    heads = 3 * head * (2 if method in ("kd", "gkd") else 1)  # there labels go through the head by themselves
+    heads += head_teacher if method in ("kd", "gkd", "minillm") else 0
+    work = {"update": steps * batch * (learnt.work / micro + answer * heads)}
     if method in ("kd", "gkd") and teacher is not None:
-        work["score"] = steps * batch * trial(teacher, 1, tokens).forward
+        work["score"] = steps * batch * trial(teacher, 1, tokens).work
+    seen = steps * batch * tokens
     if method == "minillm" and config.objective.pt_weight > 0:
         size, length = config.objective.pt_batch_size, config.objective.pt_length
-        text = trial(student, min(config.optim.micro_batch_size, size), length)
-        update["activations"] = max(update["activations"], text.saved)
-        work["update"] += steps * size * length * (per_token + 3 * head)
+        micro = min(config.optim.micro_batch_size, size)
+        text, heads = trial(student, micro, length, train=True), 3 * head
+        update["activations"] = max(update["activations"], text.kept + micro * length * inputs)
+        if config.objective.pt_teacher and teacher is not None:
+            work["score"] = steps * size * trial(teacher, 1, length).work
+            heads += 3 * head + head_teacher
+        work["update"] += steps * size * (text.work / micro + length * heads)
         seen += steps * size * length
 
     # ---- rollout: caches of what decodes, final states kept
@@ -134,22 +142,18 @@ def estimate(config: Config) -> Estimate:
         decoding = {"minillm": (student, teacher), "gkd": (student,), "seqkd": (teacher,)}[method]
         models = [model for model in decoding if model is not None]
         passes = [trial(model, at_once, config.data.max_prompt_length + new) for model in models]
-        states = (
-            at_once * new * sum(model.config.get_text_config().hidden_size * model.dtype.itemsize for model in models)
-        )
         rollout = {
-            "caches": sum(done.cache for done in passes),
-            "final states": states,
+            "caches": sum(done.kept for done in passes),
+            "final states": at_once * new * sum(_state_bytes(model) for model in models),
             "logits": sum(at_once * _logit_bytes(model) for model in models),
         }
         work["rollout"] = (
             _sequences(config)
             / at_once
-            * sum(done.forward + at_once * new * _head(model) for done, model in zip(passes, models, strict=True))
+            * sum(done.work + at_once * new * _head(model) for done, model in zip(passes, models, strict=True))
         )
         if method == "minillm" and teacher is not None:
-            hidden = teacher.config.get_text_config().hidden_size * teacher.dtype.itemsize
-            update["rollouts"] = config.rollout.batch_size * new * hidden
+            update["rollouts"] = config.rollout.batch_size * new * _state_bytes(teacher)
     return Estimate(held, rollout, update, work, seen)
 
 
@@ -206,6 +210,11 @@ def _weights(model: nn.Module) -> int:
 def _head(model: "PreTrainedModel") -> int:
     """Operations of the vocabulary head for one token."""
     return 2 * model.get_output_embeddings().weight.numel()
+
+
+def _state_bytes(model: "PreTrainedModel") -> int:
+    """Bytes of one final state, or of what one layer hands to the next for one token."""
+    return model.config.get_text_config().hidden_size * model.dtype.itemsize
 
 
 def _logit_bytes(model: "PreTrainedModel") -> int:

@@ -1,12 +1,14 @@
 """Models: loading, cutting a student out of its teacher, and what must hold between the two and their tokenizers."""
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from minillm import packages
 from minillm.config import Config, ConfigError, Lora
@@ -91,7 +93,30 @@ def load_student(
         student = drop_layers(teacher, *settings.drop_layers)
     if config.lora.rank:
         add_adapters(student, config.lora, config.seed)
+    if settings.recompute:
+        recompute_layers(student)
     return student
+
+
+def recompute_layers(model: "PreTrainedModel") -> None:
+    """Activation checkpointing of every layer, in place. The one of transformers wants a model in training mode, which
+    would switch dropout on."""
+    for layer in layers_of(model)[1]:
+        layer.forward = functools.partial(_recomputed, layer.forward)
+
+
+def _recomputed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():  # rollouts, with their caches
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def layers_of(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
+    """The list of layers and its name below the base model."""
+    for name, module in model.base_model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            return name, module
+    raise ConfigError(f"{type(model).__name__} has no list of layers to cut a student from, or to recompute")
 
 
 def add_adapters(model: "PreTrainedModel", lora: Lora, seed: int) -> None:
@@ -140,10 +165,7 @@ def drop_layers(teacher: "PreTrainedModel", first: int, last: int) -> "PreTraine
     A contiguous block from the middle is what a residual network misses least: the layers kept still see nearly the
     inputs they were trained on.
     """
-    base = teacher.base_model
-    name, layers = next(((n, m) for n, m in base.named_modules() if isinstance(m, nn.ModuleList)), ("", None))
-    if layers is None:
-        raise ConfigError(f"{type(teacher).__name__} has no list of layers to cut a student from; set model.student")
+    name, layers = layers_of(teacher)
     if not 0 <= first < last <= len(layers) or last - first == len(layers):
         raise ConfigError(
             f"model.drop_layers is [{first}, {last}); the teacher has layers [0, {len(layers)}), and some must stay"

@@ -56,7 +56,10 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number} is not JSON ({error}): expected one object a line") from error
+                raise DataError(
+                    f"{path}, line {number} is not JSON ({error}): expected one object a line. To see it: sed -n "
+                    f"{number}p {path}"
+                ) from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}, line {number} holds a {type(row).__name__}: expected one object a line")
             yield row

@@ -70,7 +70,8 @@ def test_ten_steps_are_five_and_five_to_the_bit(files, flags, extra):
     run_recipe(load_recipe(files / "recipe.yaml", [*flags, f"--output={files / 'whole'}"]), "", with_evaluation=False)
     assert {path.name for path in (files / "whole" / "checkpoints").iterdir()} == {"step-3", "step-8", "step-13"}
     whole = results(files / "whole")
-    for name in ("step-8", "step-3", "step-13"):  # within a stage, between two, and after the last step
+    names = ["step-8", "step-3", "step-13"]  # within a stage, between two, and after the last step
+    for name in names[: 1 if "--lora.rank=4" in extra else 3]:
         same(results(resume_from(files, flags, "whole", name, f"from-{name}")), whole)
 
 
@@ -222,7 +223,7 @@ def fake_save(folder, recipe, step, size=1000):
     return checkpoint.save(folder, recipe, Progress("minillm", step), groups, model, keep=2)
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(files):
+def test_a_full_disk_keeps_the_checkpoint_before(files, capsys):
     """The limit on file sizes is a real failure of write(2), in the middle of the weights."""
     recipe = load_recipe(files / "recipe.yaml")
     run = Run(recipe, command="minillm train recipe.yaml")
@@ -239,6 +240,12 @@ def test_a_full_disk_keeps_the_checkpoint_before(files):
             CheckpointError, match=rf"Make room, then: Resume with: minillm train recipe.yaml --resume {first}"
         ):
             run.checkpoint(Progress("minillm", 3), groups, model, 2)
+        with pytest.raises(CheckpointError, match=r"best.safetensors could not be written: .*--resume auto goes on"):
+            checkpoint.write_weights(torch.nn.Linear(1000, 1000), run.path / "best.safetensors")
+        assert not list(run.path.glob("*best*"))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # not even config.yaml
+        assert main(["train", str(files / "recipe.yaml"), f"--output={files / 'other'}"]) == 2
+        assert "Make room, then --resume auto" in capsys.readouterr().err
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in folder.iterdir()] == ["step-1"]  # and nothing half-written beside it
@@ -254,11 +261,11 @@ def save_without_end(folder, recipe, announce) -> None:
 
 
 def test_killed_while_saving_it_loses_at_most_one_interval(files):
-    """kill -9 at twenty moments of an endless series of saves: the newest whole checkpoint is the last one announced,
+    """kill -9 at twelve moments of an endless series of saves: the newest whole checkpoint is the last one announced,
     or the one after, and it is readable."""
     recipe, folder = load_recipe(files / "recipe.yaml"), files / "killed" / "checkpoints"
     caught_in_the_middle = 0
-    for moment in range(20):
+    for moment in range(12):
         shutil.rmtree(folder, ignore_errors=True)
         read, write = os.pipe()
         child = os.fork()
@@ -270,7 +277,7 @@ def test_killed_while_saving_it_loses_at_most_one_interval(files):
         os.close(write)
         with os.fdopen(read) as announcements:
             announced = int(announcements.readline())
-            time.sleep(0.011 * moment)
+            time.sleep(0.018 * moment)
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             announced = max([announced, *map(int, announcements.read().split())])
@@ -299,22 +306,28 @@ def read_until(process, text):
     raise AssertionError("".join(lines))
 
 
-def test_sigterm_saves_and_says_how_to_go_on(files):
-    flags = ["--stages.minillm.optim.steps=12", "--rollout.epochs=4"]
-    flags_of_a_long_run = [*flags, f"--output={files / 'stopped'}"]
-    process = start(files, *flags_of_a_long_run)
-    read_until(process, "minillm  2/12")
+def test_killed_then_stopped_it_ends_with_the_same_bits(files):
+    """kill -9, --resume auto, SIGTERM, the command that it prints; against a run that nothing happened to."""
+    flags = ["--stages.minillm.optim.steps=30", "--rollout.epochs=4"]  # far more than pass before a signal arrives
+    cut = [*flags, f"--output={files / 'cut'}", "--log.checkpoint_every=2"]
+    process = start(files, *cut)
+    read_until(process, "minillm  3/30")
+    process.kill()
+    process.wait()
+    assert int(checkpoint.latest(files / "cut").name.removeprefix("step-")) >= 5  # 6 were done, one interval is 2
+
+    process = start(files, *cut, "--resume", "auto")
+    assert any("resuming after step" in line for line in read_until(process, "minillm  7/30"))
     process.send_signal(signal.SIGTERM)
     rest = process.stdout.read()
     assert process.wait() == 0, rest
     (line,) = [line for line in rest.splitlines() if line.startswith("stopped by SIGTERM.")]
     command = line.partition("Resume with: ")[2]
     assert command.startswith("minillm train ") and "--resume" in command
-    step = int(command.rpartition("step-")[2])
-    assert 5 <= step < 15
+    assert 10 <= int(command.rpartition("step-")[2]) < 33
     assert main(command.split()[1:]) == 0
     run_recipe(load_recipe(files / "recipe.yaml", [*flags, f"--output={files / 'whole'}"]), "", with_evaluation=False)
-    same(results(files / "stopped"), results(files / "whole"))
+    same(results(files / "cut"), results(files / "whole"))
 
 
 def test_sigterm_before_training_ends_at_once(files):

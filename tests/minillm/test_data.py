@@ -43,7 +43,7 @@ def test_several_right_answers_and_options(tmp_path):
     ("text", "message"),
     [
         ('{"question": "?", "answer": "!"}', r"record 1: found the columns \['answer', 'question'\]; expected"),
-        ('{"prompt": "a"}\n{"prompt": ', "line 2 is not JSON"),
+        ('{"prompt": "a"}\n{"prompt": ', r"line 2 is not JSON.*To see it: sed -n 2p \S+data.jsonl$"),
         ("[1]", "line 1 holds a list"),
         ("", "is empty: expected records of the form"),
         ('{"messages": []}', "must be a list of objects"),

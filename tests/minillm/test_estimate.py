@@ -27,7 +27,7 @@ def test_a_pass_without_weights_is_counted_like_one_with(request, make, tmp_path
     model.save_pretrained(tmp_path)
     with torch.device("meta"):
         empty = skeleton(str(tmp_path))
-    found = trial(empty, 3, 10)
+    training, decoding = trial(empty, 3, 10, train=True), trial(empty, 3, 10)
 
     ids, saved = torch.zeros(3, 10, dtype=torch.long), {}
     weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
@@ -40,14 +40,13 @@ def test_a_pass_without_weights_is_counted_like_one_with(request, make, tmp_path
     mask = torch.ones_like(ids)
     mask[0, 7:] = 0  # a batch that is not padded is cheaper: transformers then does without a mask
     inputs = {"input_ids": ids, "attention_mask": mask}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), FlopCounterMode(display=False) as forward:
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), FlopCounterMode(display=False) as flops:
         states = model.base_model(**inputs, use_cache=False).last_hidden_state
-    with FlopCounterMode(display=False) as backward:
+        forward = flops.get_total_flops()
         states.sum().backward()
     layers = model.base_model(**inputs, use_cache=True).past_key_values.layers
-    assert found.saved == sum(storage.nbytes() for storage in saved.values())
-    assert (found.forward, found.backward) == (forward.get_total_flops(), backward.get_total_flops())
-    assert found.cache == sum(x.nbytes for layer in layers for x in (layer.keys, layer.values))
+    assert training == (flops.get_total_flops(), sum(storage.nbytes() for storage in saved.values()))
+    assert decoding == (forward, sum(x.nbytes for layer in layers for x in (layer.keys, layer.values)))
 
 
 @pytest.mark.parametrize("lora", [0, 4])
@@ -95,6 +94,14 @@ def test_logits_cost_memory_that_fused_heads_do_not(files):
     flags = ["--data.max_response_length=256", "--optim.micro_batch_size=4"]
     logits = estimate(config_of(files, "kd", "--model.head=logits", *flags)).update["losses"]
     assert logits == 3 * 4 * 256 * 257 * 4  # of both models and their gradient, fp32
+
+
+def test_recomputing_keeps_the_inputs_of_the_layers(files):
+    whole, less = (estimate(config_of(files, "sft", f"--model.recompute={on}")) for on in (False, True))
+    batch, tokens, layers = 4, 64 + 16, 2
+    inputs = layers * batch * tokens * 32 * 4
+    assert inputs < less.update["activations"] < inputs + 0.3 * whole.update["activations"]
+    assert 1.1 < less.work["update"] / whole.work["update"] < 4 / 3  # the head is computed once
 
 
 def test_no_weights_are_read(files, capsys):

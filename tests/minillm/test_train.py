@@ -1,6 +1,7 @@
 """The loop on a tiny pair: what it leaves behind, that it learns, and that how the work is split changes nothing."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minillm import train as loop
-from minillm.config import Config, Optim
+from minillm.config import Config, ConfigError, Optim
 from minillm.distill import run_recipe
 from minillm.evaluate.divergence import own_samples
 from minillm.methods import METHODS
@@ -67,6 +68,7 @@ def test_a_distillation_leaves_everything_behind(files, capsys):
         assert {"reverse_kl/own_samples", "reverse_kl/references", "rouge_l"} <= evaluation.keys()
     assert written["changes"]["minillm"]["reverse_kl/own_samples"]["standard_error"] > 0
     assert len(written["samples"]) == 4
+    assert written["student"]["attention"] == written["teacher"]["attention"] == "sdpa"
 
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
@@ -75,6 +77,8 @@ def test_a_distillation_leaves_everything_behind(files, capsys):
     assert "minillm distill recipe.yaml" in (run / "model" / "README.md").read_text()
 
     printed = capsys.readouterr().out
+    assert "warm-up: 14 of 14 records" in printed and "chunks of text" in printed
+    assert "[user]Say the letter a 1 times>⟦a<eos>⟧" in printed  # one example with its loss mask
     assert "minillm  5/5  loss" in printed and "left" in printed
     assert "reverse KL, own samples" in printed and "change in minillm" in printed
 
@@ -171,6 +175,26 @@ def test_without_fused_heads_the_same_is_learnt(files, method):
     torch.testing.assert_close(weights("logits"), weights("fused"), rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("lora", [0, 4])
+def test_recomputed_layers_train_to_the_same_bits(files, lora):
+    if lora:
+        pytest.importorskip("peft", reason="peft is an optional dependency")
+
+    def weights(recompute):
+        settings = {"model": {"recompute": recompute}, "lora": {"rank": lora}, "optim": {"steps": 3}}
+        training = stage(files, "minillm", **settings)
+        (part, _), saved = METHODS["minillm"](training, files).step(1).parts, []
+        batch, loss = part.make(part.rows)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.nbytes) or x, lambda x: x):
+            loss(training.student.output(batch), batch)
+        loop.train(training, new_run(files, f"recompute-{recompute}"), "minillm")
+        return sum(saved), [p.detach() for p in training.student.parameters()]
+
+    (whole, expected), (fewer, found) = weights(False), weights(True)
+    assert fewer < 0.5 * whole
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(files):
     training = stage(files, "warm-up")
     with torch.no_grad():
@@ -180,6 +204,21 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(files):
         loop.train(training, new_run(files), "warm-up")
     for old, new in zip(before, training.student.parameters(), strict=True):
         assert torch.equal(old.nan_to_num(9), new.nan_to_num(9))
+
+
+@pytest.mark.parametrize(
+    ("kind", "processes", "message"),
+    [
+        ("FSDP", 2, "FSDP shards the student.*use one process or data parallelism"),
+        ("DEEPSPEED", 2, "shards the student"),
+        ("MULTI_GPU", 3, "optim.batch_size is 4, which 3 processes cannot share equally"),
+    ],
+)
+def test_what_would_not_train_the_same_model_is_refused(files, monkeypatch, kind, processes, message):
+    accelerator = SimpleNamespace(distributed_type=loop.DistributedType[kind], num_processes=processes)
+    monkeypatch.setattr(loop, "Accelerator", lambda: accelerator)
+    with pytest.raises(ConfigError, match=message):
+        stage(files, "warm-up")
 
 
 def test_learning_rate_schedules():
