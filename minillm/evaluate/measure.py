@@ -89,8 +89,8 @@ def measure(
 def measure_answers(
     model: CausalLM, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Example], config: Config
 ) -> dict[str, Any]:
-    """Scores of greedy and sampled answers against the references, diversity, lengths and speed."""
-    return _defined(_answers(model, None, tokenizer, examples, config)[0])
+    """Scores of sampled answers alone against the references, their diversity and lengths."""
+    return _defined(_answers(model, None, tokenizer, examples, config, with_greedy=False)[0])
 
 
 def _answers(
@@ -99,48 +99,49 @@ def _answers(
     tokenizer: "PreTrainedTokenizerBase",
     examples: Sequence[Example],
     config: Config,
+    with_greedy: bool = True,
 ) -> tuple[dict[str, Any], Samples]:
     """The samples are drawn with the teacher looking on, where there is one."""
     settings, eos = config.eval, tokenizer.eos_token_id
     _check_context(student, examples, config)
     seconds: dict[str, float] = {}
+    result: dict[str, Any] = {"prompts": len(examples), "generation": generation(config, tokenizer)}
     given = [example.record.references for example in examples]
     lengths = [len(tokenizer.encode(texts[0], add_special_tokens=False)) for texts in given]
-
-    with _timed(seconds, "greedy"):
-        prompts = [example.prompt for example in examples]
-        greedy_ids = greedy(student, prompts, settings.rouge_new_tokens, settings.batch_size, eos)
+    ids: dict[str, list[list[int]]] = {}
+    if with_greedy:
+        with _timed(seconds, "greedy"):
+            prompts = [example.prompt for example in examples]
+            ids["greedy"] = greedy(student, prompts, settings.rouge_new_tokens, settings.batch_size, eos)
+        result["tokens_per_second"] = sum(map(len, ids["greedy"])) / seconds["greedy"]
     with _timed(seconds, "sampled"):
         drawn = draw(student, teacher, examples, settings, eos)
-    answers = {"greedy": decode(tokenizer, greedy_ids), "sampled": decode(tokenizer, drawn.token_ids)}
+    ids["sampled"] = drawn.token_ids
+    answers = {way: decode(tokenizer, found) for way, found in ids.items()}
     by_seed = [answers["sampled"][s :: settings.samples] for s in range(settings.samples)]
-    result: dict[str, Any] = {"prompts": len(examples), "generation": generation(config, tokenizer)}
 
     # ---- against the reference answers
-    scores: dict[str, dict[str, Estimate]] = {}
+    named: dict[str, Estimate] = {}
     with _timed(seconds, "scores"):
         for name, score in SCORES.items():
             seeds = [score(texts, given) for texts in by_seed]
             pooled = Estimate(sum(e.totals for e in seeds), sum(e.counts for e in seeds))  # type: ignore[arg-type]
-            scores[name] = {"greedy": score(answers["greedy"], given), "sampled": pooled}
-            result[name] = {
-                "greedy": scores[name]["greedy"].to_dict(),
-                "sampled": {**pooled.to_dict(), **over_seeds([e.mean for e in seeds])},
-            }
-    named = {f"{name}/{way}": e for name, ways in scores.items() for way, e in ways.items()}
+            named[f"{name}/sampled"] = pooled
+            result[name] = {"sampled": {**pooled.to_dict(), **over_seeds([e.mean for e in seeds])}}
+            if with_greedy:
+                named[f"{name}/greedy"] = score(answers["greedy"], given)
+                result[name]["greedy"] = named[f"{name}/greedy"].to_dict()
     result["by_reference_length"] = by_length(lengths, named)
 
     # ---- of the text itself
     result["distinct"] = {str(n): over_seeds([distinct(texts, n) for texts in by_seed]) for n in (1, 2, 3, 4)}
-    result["length"] = {
-        "greedy": _lengths([len(ids) for ids in greedy_ids], settings.rouge_new_tokens),
-        "sampled": _lengths(drawn.lengths.tolist(), settings.max_new_tokens),
-        "references": fmean(lengths),
-    }
-    result["tokens_per_second"] = sum(map(len, greedy_ids)) / seconds["greedy"]
+    limits = {"greedy": settings.rouge_new_tokens, "sampled": settings.max_new_tokens}
+    result["length"] = {way: _lengths([len(tokens) for tokens in found], limits[way]) for way, found in ids.items()}
+    result["length"]["references"] = fmean(lengths)
+    shown = answers.get("greedy", by_seed[0])
     result["samples"] = [
         {"prompt": e.record.prompt, "references": e.record.references, "answer": a, "sampled": by_seed[0][i]}
-        for i, (e, a) in enumerate(zip(examples[: config.log.samples], answers["greedy"], strict=False))
+        for i, (e, a) in enumerate(zip(examples[: config.log.samples], shown, strict=False))
     ]
     return {**result, "seconds": seconds}, drawn
 

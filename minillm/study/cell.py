@@ -40,7 +40,8 @@ def run_cell(study: Study, cell: Cell, command: str) -> Path:
         source = str(study.work / cell.path / "model")
     trained = time.perf_counter()
     record |= evaluations(study, source, cell.name != TEACHER)
-    record["seconds"] = {"training": trained - started, "evaluation": time.perf_counter() - trained}
+    spent = record["training"]["seconds"] if "training" in record else trained - started  # over all resumptions
+    record["seconds"] = {"training": spent, "evaluation": time.perf_counter() - trained}
     record["environment"] = environment()
     target = study.result(cell)
     write_atomically(target, json.dumps(rounded(record), ensure_ascii=False) + "\n")

@@ -100,12 +100,14 @@ def write_document(study: Study, page: Path, command: str) -> Path:
 def setup(study: Study, records: Mapping[Cell, Record]) -> str:
     first = next(iter(study.evaluate))
     sizes = {c.size: r["parameters"] for c, r in records.items() if "parameters" in r}
+    steps = {c.size: r["config"]["optim"]["steps"] for c, r in records.items() if c.name == START}
     students = "; ".join(f"{size}, {count / 1e6:.0f} M parameters" for size, count in sizes.items())
+    starts = ", ".join(f"{count} for {size}" for size, count in steps.items())
     prompts = {n: r["prompts"] for r in records.values() for n, r in r["evaluations"].items()}
     sets = ", ".join(f"{n} ({count} prompts)" for n, count in prompts.items())
     return (
         f"Teacher: {study.base['model']['teacher']}. Students, cut from it: {students}. Every method goes on from "
-        f"one start per size and seed ({study.start.get('method')}, {study.start['optim']['steps']} steps) and takes "
+        f"one start per size and seed (steps of {study.start.get('method')}: {starts}) and takes "
         f"as many steps as reach {REFERENCE}'s tokens. Trained on {study.base['data']['train']}; evaluated on {sets}, "
         f"the divergences on {first}. Seeds: {', '.join(map(str, study.seeds))}. All else stands in the study's YAML."
     )

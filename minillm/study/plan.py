@@ -65,7 +65,7 @@ class Study:
         """What the cell trains; `steps` for those whose steps follow from minillm's tokens."""
         overrides = [self.base, {"seed": cell.seed, "output": str(self.work / cell.path)}]
         if cell.name == START:
-            overrides += [self.sizes[cell.size], self.start]
+            overrides += [self.start, self.sizes[cell.size]]
         else:
             beginning = self.work / Cell(cell.size, START, cell.seed).path / "model"
             overrides += [{"model": {"student": str(beginning)}}]

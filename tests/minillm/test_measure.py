@@ -8,7 +8,7 @@ import torch
 from minillm.cli import main
 from minillm.config import ConfigError, Eval
 from minillm.data import encode, read_records
-from minillm.evaluate.measure import measure, over_seeds
+from minillm.evaluate.measure import measure, measure_answers, over_seeds
 from minillm.evaluate.rouge import rouge_l
 from minillm.evaluate.samples import draw
 from minillm.recipe import load_recipe
@@ -83,6 +83,17 @@ def test_without_a_teacher(world):
     result = measure(student, None, tokenizer, examples, config)
     assert "exposure_bias" not in result and "reverse_kl" not in result
     assert result["loss"]["mean"] > 0 and "ROUGE-L" in evaluation_text(result)
+
+
+def test_answers_alone(world):
+    config, student, _, tokenizer, examples = world
+    whole, found = (
+        measure(student, None, tokenizer, examples, config),
+        measure_answers(student, tokenizer, examples, config),
+    )
+    assert set(found["rouge_l"]) == {"sampled"} and "loss" not in found
+    for key in ("rouge_l", "exact_match", "length"):
+        assert found[key]["sampled"] == whole[key]["sampled"]
 
 
 def test_settings_that_cannot_be_measured(world, files):
