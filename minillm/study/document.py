@@ -186,7 +186,7 @@ def verdicts(study: Study, records: Mapping[Cell, Record], columns: Mapping[str,
         if any(found):
             lines.append([columns[key].title, *found])
     text.append(
-        f"Without one of its parts, {study.ablated_size} (each part is claimed to raise ROUGE-L):\n\n{_markdown(lines)}"
+        f"Without one of its parts, {study.ablated_size} (each is claimed to raise ROUGE-L):\n\n{_markdown(lines)}"
     )
     judged = "\n".join(text).count("**")  # two a verdict
     text.append(
