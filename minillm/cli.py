@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from minillm.config import Model
     from minillm.recipe import Recipe
 
 
@@ -70,24 +71,86 @@ def train(options: argparse.Namespace, flags: list[str]) -> int:
 
 def evaluate(options: argparse.Namespace, flags: list[str]) -> int:
     import json
+    from pathlib import Path
 
+    from minillm.config import check_evaluation
+    from minillm.data import read_records
+    from minillm.evaluate import held_out
+    from minillm.evaluate.measure import DEFAULTS, generation, measure
+    from minillm.models import check_same_tokenizer, load_tokenizer
+    from minillm.packages import write_atomically
     from minillm.recipe import config_from, parse_flags
+    from minillm.report.summary import evaluation_text
+    from minillm.run import environment
 
     tree = parse_flags(flags)
+    tree["eval"] = DEFAULTS | tree.get("eval", {})
     tree.setdefault("data", {})["eval"] = options.data
     config = config_from(tree)
+    check_evaluation(config)
     _quiet()
-    from minillm.evaluate import evaluate, held_out
-    from minillm.models import check_same_tokenizer, load_tokenizer
-
     tokenizer = load_tokenizer(options.model)
     examples = held_out(config, tokenizer)
-    student, teacher = _open(options.model, config.model.head), None
+    student = _open(options.model, config.model)
+    teacher = None
     if options.teacher:
         check_same_tokenizer(tokenizer, load_tokenizer(options.teacher))
-        teacher = _open(options.teacher, config.model.head)
-    result = evaluate(student, teacher, tokenizer, examples, config)
-    print(json.dumps({name: estimate.to_dict() for name, estimate in result.estimates.items()}, indent=1))
+        teacher = _open(options.teacher, config.model)
+    settings = json.dumps(generation(config, tokenizer), ensure_ascii=False)
+    records = len(read_records(options.data))
+    print(f"{options.data}: {len(examples)} of {records} records; generation: {settings}", file=sys.stderr, flush=True)
+    about = {"model": options.model, "teacher": options.teacher, "data": options.data, "records": records}
+    about |= {"parameters": student.model.num_parameters(), "command": options.command_line}
+    result = about | measure(student, teacher, tokenizer, examples, config) | {"environment": environment()}
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    if options.out:
+        write_atomically(Path(options.out), text + "\n")
+        text = f"{evaluation_text(result)}\n\nall of it is in {options.out}"
+    print(text)
+    return 0
+
+
+def report(options: argparse.Namespace, flags: list[str]) -> int:
+    from minillm.config import ConfigError
+    from minillm.report.page import write_report
+
+    if flags:
+        raise ConfigError(f"report does not know {flags[0]!r}; see minillm report --help")
+    print(f"wrote {write_report(options.runs, options.out)}")
+    return 0
+
+
+def study(options: argparse.Namespace, flags: list[str]) -> int:
+    from pathlib import Path
+
+    from minillm.config import ConfigError
+    from minillm.study.plan import load_study
+
+    if flags:
+        raise ConfigError(f"study does not know {flags[0]!r}; its settings are those of the YAML file")
+    plan = load_study(options.study, options.smoke)
+    if options.list:
+        print("\n".join(f"{'done' if plan.result(c).exists() else '    '}  {c.path}" for c in plan.cells()))
+        return 0
+    if options.report:
+        from minillm.study.document import write_document
+
+        command = f"minillm study {options.study} --report"
+        print(f"wrote {write_document(plan, Path(options.report), command)}")
+        return 0
+    from minillm.interrupt import Interrupted, exit_on_sigterm
+    from minillm.study.cell import run_cell
+
+    _quiet()
+    exit_on_sigterm()
+    for cell in plan.unfinished()[: None if options.all else 1]:
+        print(f"== {cell.path}", flush=True)
+        try:
+            print(f"wrote {run_cell(plan, cell, options.command_line)}", flush=True)
+        except Interrupted:
+            print("stopped by SIGTERM; the same command goes on")
+            return 0
+    print(f"{len(plan.unfinished())} of {len(plan.cells())} cells left")
     return 0
 
 
@@ -97,12 +160,12 @@ def generate(options: argparse.Namespace, flags: list[str]) -> int:
     if flags:
         raise ConfigError(f"generate does not know {flags[0]!r}; see minillm generate --help")
     _quiet()
-    from minillm.config import Data
+    from minillm.config import Data, Model
     from minillm.data import Record, encode
     from minillm.models import load_tokenizer
     from minillm.rollout import draw_uniforms, sample
 
-    tokenizer, model = load_tokenizer(options.model), _open(options.model, "logits")  # any model, whatever its head
+    tokenizer, model = load_tokenizer(options.model), _open(options.model, Model(head="logits"))  # any head
     data = Data(prompt_template=options.template, max_prompt_length=options.max_prompt_length)
     prompts = [options.prompt] if options.prompt else (line.rstrip("\n") for line in sys.stdin)
     for i, prompt in enumerate(prompts):
@@ -186,7 +249,19 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("evaluate", evaluate, "measure a model on prompts with reference answers", override)
     sub.add_argument("model", help="hub id, directory or package:NAME")
     sub.add_argument("--data", required=True, help="prompts with answers: file, directory, hub id or package:NAME")
-    sub.add_argument("--teacher", help="also measure the reverse KL to this model")
+    sub.add_argument("--teacher", help="also measure divergences and exposure bias against this model")
+    sub.add_argument("--out", help="write the JSON here and print a table; without it, the JSON is printed")
+    sub = command("report", report, "one page of tables and figures from runs and evaluations")
+    sub.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or JSON file of minillm evaluate --out")
+    sub.add_argument("--out", default="report", help="directory for index.html and the figures (default report)")
+    sub = command("study", study, "run the next unfinished cell of a study, or make its page")
+    sub.add_argument("study", help="YAML file, such as recipes/study/study.yaml")
+    sub.add_argument("--list", action="store_true", help="show the cells, run nothing")
+    sub.add_argument("--all", action="store_true", help="run all unfinished cells, not one")
+    sub.add_argument(
+        "--report", nargs="?", const="docs/study.md", metavar="FILE", help="write the page (docs/study.md)"
+    )
+    sub.add_argument("--smoke", action="store_true", help="apply the study's `smoke:` section, which makes it short")
     sub = command("generate", generate, "answer one prompt, or each line of standard input")
     sub.add_argument("model", help="hub id, directory or package:NAME")
     sub.add_argument("--prompt", help="the prompt; without it, lines of standard input")
@@ -218,14 +293,15 @@ def _user_errors() -> tuple[type[Exception], ...]:
     return ConfigError, DataError, PackageError, CheckpointError, FileNotFoundError, FloatingPointError
 
 
-def _open(source: str, head: str) -> Any:
+def _open(source: str, settings: "Model") -> Any:
     """A model on the accelerator, where there is one."""
     from accelerate import PartialState
 
     from minillm.models import load_model
     from minillm.vocabulary import CausalLM
 
-    return CausalLM(load_model(source).to(PartialState().device), head)
+    model = load_model(source, settings.dtype, settings.attn).to(PartialState().device)
+    return CausalLM(model, settings.head)
 
 
 def _quiet() -> None:

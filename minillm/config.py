@@ -71,6 +71,8 @@ class Data:
     """`error`, or `drop` to leave prompts longer than the limit out."""
     empty_answers: str = "error"
     """`error`, or `drop` to leave records out whose answer is empty, where answers are learnt from."""
+    teacher_answers: str = ""
+    """seqkd: JSONL file of the teacher's answers, written where it does not exist; empty: one in the run directory."""
     packing: bool = False
     """Several sequences of a micro-batch share a row, each attending to itself alone; never changes the gradient."""
 
@@ -207,7 +209,7 @@ class Validation:
 @dataclass(frozen=True)
 class Eval:
     prompts: int = 64
-    """Prompts evaluated."""
+    """Prompts evaluated; 0: all."""
     max_prompt_length: int = 256
     """Longer prompts are left out of the evaluation."""
     samples: int = 2
@@ -263,9 +265,9 @@ def check(config: Config) -> None:
     one_of("optim.schedule", config.optim.schedule, ("constant", "linear", "cosine"))
     one_of("data.overlong_prompts", config.data.overlong_prompts, ("error", "drop"))
     one_of("data.empty_answers", config.data.empty_answers, ("error", "drop"))
-    one_of("model.head", config.model.head, ("fused", "logits"))
-    one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
-    for section, key in (
+    check_evaluation(config)
+    _at_least_one(
+        config,
         ("rollout", "batch_size"),
         ("rollout", "max_new_tokens"),
         ("rollout", "epochs"),
@@ -273,21 +275,11 @@ def check(config: Config) -> None:
         ("optim", "steps"),
         ("optim", "batch_size"),
         ("optim", "micro_batch_size"),
-        ("data", "max_prompt_length"),
-        ("data", "max_response_length"),
-        ("eval", "prompts"),
-        ("eval", "samples"),
-        ("eval", "max_new_tokens"),
-        ("eval", "rouge_new_tokens"),
-        ("eval", "batch_size"),
         ("log", "every"),
         ("log", "checkpoints_kept"),
         ("validation", "prompts"),
         ("validation", "max_new_tokens"),
-    ):
-        value = getattr(getattr(config, section), key)
-        if value < 1:
-            raise ConfigError(f"{section}.{key} is {value}; it must be at least 1")
+    )
     if not config.data.train:
         raise ConfigError("data.train is empty: name a JSONL file or package:NAME to train on")
     if not config.model.teacher and (config.method != "sft" or config.model.drop_layers is not None):
@@ -310,15 +302,39 @@ def check(config: Config) -> None:
             raise ConfigError(f"{section}.{key} is {value}; it lies in [0, 1]")
     if config.objective.reward_scaling <= 0:
         raise ConfigError(f"objective.reward_scaling is {config.objective.reward_scaling}; rewards are divided by it")
-    template = config.data.prompt_template
-    if template not in ("chat", "alpaca") and "{prompt}" not in template:
-        raise ConfigError("data.prompt_template must be `chat`, `alpaca` or a text that contains {prompt}")
     if config.rollout.on_policy_step and not 0 < config.validation.every < config.optim.steps:
         raise ConfigError("rollout.on_policy_step follows the validation loss: set validation.every below optim.steps")
     if config.lora.rank < 0:
         raise ConfigError(f"lora.rank is {config.lora.rank}; give a rank, or 0 for no adapters")
     if config.method == "minillm":
         _check_minillm(config)
+
+
+def check_evaluation(config: Config) -> None:
+    """Refuse what evaluation alone, of any model, cannot use."""
+    one_of("model.head", config.model.head, ("fused", "logits"))
+    one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
+    _at_least_one(
+        config,
+        ("data", "max_prompt_length"),
+        ("data", "max_response_length"),
+        ("eval", "samples"),
+        ("eval", "max_new_tokens"),
+        ("eval", "rouge_new_tokens"),
+        ("eval", "batch_size"),
+    )
+    if config.eval.prompts < 0:
+        raise ConfigError(f"eval.prompts is {config.eval.prompts}; give a number, or 0 for all")
+    template = config.data.prompt_template
+    if template not in ("chat", "alpaca") and "{prompt}" not in template:
+        raise ConfigError("data.prompt_template must be `chat`, `alpaca` or a text that contains {prompt}")
+
+
+def _at_least_one(config: Config, *keys: tuple[str, str]) -> None:
+    for section, key in keys:
+        value = getattr(getattr(config, section), key)
+        if value < 1:
+            raise ConfigError(f"{section}.{key} is {value}; it must be at least 1")
 
 
 def _check_minillm(config: Config) -> None:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 FORMS = (
     '{"messages": [{"role": …, "content": …}, …]}, {"prompt": …, "completion": …} or '
-    '{"instruction": …, "input": …, "output": …}; the answer may be absent where only prompts are needed'
+    '{"instruction": …, "input": …, "output": …}; the answer may be absent where only prompts are needed, or a list '
+    'of equally right ones, of which training takes the first; "options" are answers to choose from'
 )
 ALPACA = (  # of the paper, for records without and with input
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -38,6 +39,15 @@ class Record(NamedTuple):
     """The source and number it came from, for messages."""
     input: str = ""
     """What the prompt ends with, where the source keeps instruction and input apart."""
+    alternatives: tuple[str, ...] = ()
+    """Other answers that are as right."""
+    options: tuple[str, ...] = ()
+    """Answers to choose from, the right one among them."""
+
+    @property
+    def references(self) -> list[str]:
+        """All right answers."""
+        return [] if self.answer is None else [self.answer, *self.alternatives]
 
     @property
     def prompt(self) -> str:
@@ -258,20 +268,28 @@ class Shuffled:
 
 
 def _record(row: dict[str, Any], where: str) -> Record:
+    extra = ""
     if "messages" in row:
-        messages = row["messages"]
+        messages, answer = row["messages"], None
         if not messages or not all({"role", "content"} <= message.keys() for message in messages):
             raise DataError(f"{where}: `messages` must be a list of objects with `role` and `content`")
         if messages[-1]["role"] == "assistant":
-            return Record(messages[:-1], messages[-1]["content"], where)
-        return Record(messages, None, where)
-    extra = ""
-    if "instruction" in row:
-        prompt, extra, answer = row["instruction"], row.get("input") or "", row.get("output")
-    elif "prompt" in row:
-        prompt, answer = row["prompt"], row.get("completion")
+            messages, answer = messages[:-1], messages[-1]["content"]
     else:
-        raise DataError(f"{where}: found the columns {sorted(row)}; expected {FORMS}")
-    if not isinstance(prompt, str) or not isinstance(extra, str) or not isinstance(answer, str | None):
-        raise DataError(f"{where}: prompt and answer must be text; conversations go into `messages`")
-    return Record([{"role": "user", "content": f"{prompt}\n\n{extra}" if extra else prompt}], answer, where, extra)
+        if "instruction" in row:
+            prompt, extra, answer = row["instruction"], row.get("input") or "", row.get("output")
+        elif "prompt" in row:
+            prompt, answer = row["prompt"], row.get("completion")
+        else:
+            raise DataError(f"{where}: found the columns {sorted(row)}; expected {FORMS}")
+        if not isinstance(prompt, str) or not isinstance(extra, str):
+            raise DataError(f"{where}: prompt and answer must be text; conversations go into `messages`")
+        messages = [{"role": "user", "content": f"{prompt}\n\n{extra}" if extra else prompt}]
+    answers, options = answer if isinstance(answer, list) else [answer], row.get("options") or []
+    if not answers or not all(isinstance(text, str) for text in answers if answers != [None]):
+        raise DataError(f"{where}: prompt and answer must be text, or the answer a list of texts")
+    if not isinstance(options, list) or not all(isinstance(option, str) and option for option in options):
+        raise DataError(f"{where}: `options` must be a list of texts to choose the answer from")
+    if options and (len(set(options)) < 2 or answers[0] not in options):
+        raise DataError(f"{where}: `options` must be at least two, and hold the answer {answers[0]!r}")
+    return Record(messages, answers[0], where, extra, tuple(map(str, answers[1:])), tuple(options))

@@ -9,7 +9,7 @@ from minillm.evaluate import ROUGE, Evaluation, evaluate, held_out
 from minillm.evaluate.rouge import greedy_answers, rouge_l
 from minillm.models import check_same_tokenizer, load_model, load_student, load_tokenizer
 from minillm.recipe import Recipe
-from minillm.report import card, changes, report, samples
+from minillm.report.summary import card, changes, report, samples
 from minillm.run import Run
 from minillm.train import prepare, train
 from minillm.vocabulary import CausalLM
@@ -95,7 +95,7 @@ def run_recipe(recipe: Recipe, command: str, with_evaluation: bool = True, resum
         teacher_answers = greedy_answers(
             teacher, tokenizer, prompts, config.eval.rouge_new_tokens, config.eval.batch_size
         )
-        score = rouge_l(teacher_answers, [example.record.answer or "" for example in examples])
+        score = rouge_l(teacher_answers, [example.record.references for example in examples])
         summary["teacher"][ROUGE] = score.to_dict()
         seconds["evaluation, teacher"] = time.perf_counter() - began
     summary["evaluations"] = {

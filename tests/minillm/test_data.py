@@ -32,6 +32,13 @@ def test_forms_that_are_recognised(tmp_path, line, prompt, answer):
     assert (record.prompt, record.answer) == (prompt, answer)
 
 
+def test_several_right_answers_and_options(tmp_path):
+    line = '{"instruction": "Yes?", "output": ["yes", "yeah"], "options": ["no", "yes"]}'
+    (record,) = read_records(write(tmp_path, line))
+    assert record.answer == "yes" and record.references == ["yes", "yeah"] and record.options == ("no", "yes")
+    assert Record([], None).references == []
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -43,6 +50,11 @@ def test_forms_that_are_recognised(tmp_path, line, prompt, answer):
         ('{"prompt": [{"role": "user", "content": "Hi"}]}', "must be text; conversations go into `messages`"),
         ('{"prompt": "a", "completion": 3}', "must be text"),
         ('{"messages": [{"role": "user"}]}', "must be a list of objects"),
+        ('{"prompt": "a", "completion": []}', "the answer a list of texts"),
+        ('{"prompt": "a", "completion": ["b", 3]}', "the answer a list of texts"),
+        ('{"prompt": "a", "completion": "b", "options": "b"}', "`options` must be a list of texts"),
+        ('{"prompt": "a", "completion": "b", "options": ["c", "d"]}', "at least two, and hold the answer 'b'"),
+        ('{"prompt": "a", "completion": "b", "options": ["b"]}', "at least two"),
     ],
 )
 def test_anything_else_is_an_error_that_says_what_was_found(tmp_path, text, message):

@@ -8,7 +8,6 @@ from minillm.data import DataError, encode, read_records
 from minillm.evaluate import evaluate, held_out
 from minillm.evaluate.divergence import own_samples, references
 from minillm.evaluate.estimate import Estimate, difference
-from minillm.evaluate.rouge import rouge_l
 from minillm.recipe import load_recipe
 from minillm.vocabulary import CausalLM
 
@@ -57,17 +56,17 @@ def world(files, make_llama, tokenizer):
 
 
 @torch.no_grad()
-def test_reverse_kl_on_references_against_plain_torch(world):
+def test_divergences_on_references_against_plain_torch(world):
     _, student, teacher, _, examples = world
-    found = references(student, teacher, examples, Eval(batch_size=8))
+    reverse, forward = references(student, teacher, examples, Eval(batch_size=8))
     for i, example in enumerate(examples):
         ids = torch.tensor([example.prompt + example.response])
         log_q, log_p = (
             m.model(ids).logits[0, len(example.prompt) - 1 : -1].double().log_softmax(-1) for m in (student, teacher)
         )
-        kl = (log_q.exp() * (log_q - log_p)).sum()
-        assert found.totals[i].item() == pytest.approx(kl.item(), rel=1e-4)
-        assert found.counts[i] == len(example.response)
+        assert reverse.totals[i].item() == pytest.approx((log_q.exp() * (log_q - log_p)).sum().item(), rel=1e-4)
+        assert forward.totals[i].item() == pytest.approx((log_p.exp() * (log_p - log_q)).sum().item(), rel=1e-4)
+        assert reverse.counts[i] == forward.counts[i] == len(example.response)
 
 
 def test_own_samples_do_not_depend_on_the_batch(world):
@@ -85,11 +84,6 @@ def test_a_student_that_is_the_teacher_has_no_divergence(world):
     assert own_samples(teacher, teacher, examples, Eval(max_new_tokens=4), 0).mean == pytest.approx(0, abs=1e-5)
 
 
-def test_rouge_l():
-    score = rouge_l(["the cat sat", "no"], ["the cats sat down", "no"])
-    assert score.totals.tolist() == pytest.approx([100 * 2 * 1.0 * 0.75 / 1.75, 100.0])  # stems: cats → cat
-
-
 def test_held_out_prompts_are_not_those_trained_on(world, files):
     config, _, _, tokenizer, _ = world
     examples = held_out(config, tokenizer)
@@ -102,6 +96,12 @@ def test_held_out_prompts_are_not_those_trained_on(world, files):
     flags = [f"--data.eval={both}", "--eval.prompts=7"]
     with pytest.raises(DataError, match=r"has 6 held-out prompts.*eval.prompts asks for 7"):
         held_out(load_recipe(files / "recipe.yaml", flags).first, tokenizer)
+
+
+def test_zero_prompts_are_all(world, files):
+    _, _, _, tokenizer, _ = world
+    config = load_recipe(files / "recipe.yaml", ["--eval.prompts=0"]).first
+    assert len(held_out(config, tokenizer)) == 6
 
 
 def test_evaluating_changes_nothing(world):

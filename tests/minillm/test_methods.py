@@ -60,6 +60,18 @@ def test_seqkd_learns_from_the_teachers_text_and_samples_it_once(make, tmp_path)
     assert learnt(METHODS["seqkd"](training, tmp_path).step(1)) == learnt(method.step(1))
 
 
+def test_several_runs_share_the_teachers_answers(make, tmp_path):
+    flag = f"--data.teacher_answers={tmp_path / 'kept' / 'answers.jsonl'}"
+    first = METHODS["seqkd"](make("seqkd", flag), tmp_path / "a")
+    training = make("seqkd", flag)
+    training.teacher.model.lm_head = None  # sampling again would fail
+    second = METHODS["seqkd"](training, tmp_path / "b")
+    assert learnt(second.step(1)) == learnt(first.step(1)) and not (tmp_path / "b").exists()
+    training.examples.reverse()
+    with pytest.raises(DataError, match=r"answers other prompts.*data.teacher_answers"):
+        METHODS["seqkd"](training, tmp_path / "c")
+
+
 def test_gkd_takes_its_own_samples_for_a_share_of_the_steps(make, tmp_path):
     training = make("gkd", "--rollout.on_policy=0.3")
     method = METHODS["gkd"](training, tmp_path)

@@ -93,5 +93,26 @@ def test_what_pip_said_is_passed_on(cache, registry):
 def test_unknown_names_list_the_known():
     with pytest.raises(PackageError, match="known: package:smollm2-135m-instruct"):
         packages.model_directory("gpt5")
-    with pytest.raises(PackageError, match="known: package:alpaca, package:wikipedia, package:alpaca-eval"):
+    with pytest.raises(
+        PackageError, match="known: package:alpaca, package:alpaca-train, package:alpaca-held-out, package:wiki"
+    ):
         packages.data_file("dolly")
+
+
+def test_every_alpaca_prompt_is_on_one_side_of_the_split():
+    rows = [{"instruction": f"Task {i}", "input": "x" * (i % 2)} for i in range(1000)]
+    rows += [dict(row, output="again") for row in rows[:50]]
+    train, held_out = (
+        packages.DATA[name][2](io.BytesIO(json.dumps(rows).encode())) for name in ("alpaca-train", "alpaca-held-out")
+    )
+    prompts = [{(row["instruction"], row["input"]) for row in part} for part in (train, held_out)]
+    assert len(train) + len(held_out) == len(rows) and not prompts[0] & prompts[1]
+    assert 60 < len(held_out) < 150  # a tenth; binomial deviation 10
+
+
+def test_the_papers_sets_are_chosen_by_name():
+    rows = json.dumps(
+        [{"dataset": name, "instruction": name} for name in ("vicuna", "selfinstruct", "koala")]
+    ).encode()
+    assert [row["dataset"] for row in packages.DATA["selfinst"][2](io.BytesIO(rows))] == ["selfinstruct"]
+    assert [row["dataset"] for row in packages.DATA["vicuna"][2](io.BytesIO(rows))] == ["vicuna"]

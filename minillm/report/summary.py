@@ -61,10 +61,7 @@ def report(summary: dict[str, Any]) -> str:
                 change = summary["changes"].get(last, {}).get(name)
                 row.append(f"{_pm(change, sign=True)}  ({change['relative']:+.1%})" if change else "")
                 rows.append(row)
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines += [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
+        lines.append(_aligned(rows))
     times = ", ".join(f"{phase} {duration(value)}" for phase, value in summary["seconds"].items())
     return "\n".join([*lines, "", f"time: {times}"])
 
@@ -103,8 +100,53 @@ def card(recipe: Recipe, command: str, summary: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _pm(value: dict[str, float], sign: bool = False) -> str:
-    return f"{value['mean']:{'+' if sign else ''}.3f} ± {value['standard_error']:.3f}"
+def evaluation_text(result: dict[str, Any]) -> str:
+    """The JSON of `minillm evaluate` as a table: means ± standard errors over prompts, [± deviations over seeds]."""
+    rows = [["", "greedy", "sampled"]]
+    for name, title in (("rouge_l", "ROUGE-L"), ("exact_match", "exact match, %")):
+        sampled = result[name]["sampled"]
+        deviation = f"  [± {sampled['standard_deviation']:.3f} over {len(sampled['by_seed'])} seeds]"
+        rows.append([title, _pm(result[name]["greedy"]), _pm(sampled) + deviation])
+    for name, part in result["by_reference_length"].items():
+        if part["prompts"]:
+            title = f"ROUGE-L, {part['prompts']} references of {name} tokens"
+            rows.append([title, *(_pm(part[f"rouge_l/{way}"]) for way in ("greedy", "sampled"))])
+    rows.append(["answer length, tokens", *(f"{result['length'][way]['mean']:.1f}" for way in ("greedy", "sampled"))])
+    for n, value in result["distinct"].items():
+        rows.append([f"distinct-{n}, %", "", _number(value["mean"], 2)])
+    rows.append(["", "references", "own samples"])
+    rows.append(["loss, nats per token", _pm(result["loss"]), ""])
+    if "reverse_kl" in result:
+        reverse, forward = result["reverse_kl"], result["forward_kl"]
+        rows.append(["reverse KL, nats per token", _pm(reverse["references"]), _pm(reverse["own_samples"])])
+        rows.append(["forward KL, nats per token", _pm(forward["references"]), ""])
+        bias = result["exposure_bias"]
+        at = [i for i in range(len(bias["length"])) if i in (3, 15, 63, len(bias["length"]) - 1)]
+        for i in at:
+            value = f"{bias['exaccerr'][i]:+.1f} ± {_number(bias['standard_error'][i], 1)}"
+            rows.append([f"ExAccErr at {bias['length'][i]} tokens, %", "", value])
+    for name, part in result["calibration"].items():
+        if part:
+            title = f"calibration, {name.replace('_', ' ')}: ECE (accuracy)"
+            rows.append([title, f"{part['ece']:.3f} ({part['accuracy']:.3f})", ""])
+    rows.append(["greedy decoding", f"{result['tokens_per_second']:.0f} tokens per second", ""])
+    return _aligned(rows)
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _pm(value: dict[str, Any], sign: bool = False) -> str:
+    """Mean ± standard error, which one prompt alone does not have."""
+    return f"{_number(value['mean'], 3, sign)} ± {_number(value['standard_error'], 3)}"
+
+
+def _number(value: float | None, digits: int, sign: bool = False) -> str:
+    return "?" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
 def _one_line(text: str) -> str:

@@ -1,0 +1,81 @@
+"""Samples of one model, and at every position how far it and another one are apart there.
+
+Both decode side by side, the first alone drawing, so the divergences come from the states that decoding made: no
+forward pass is added.
+
+Legend: P prompts, S samples of each, B = P·S sequences (those of one prompt are neighbours), T positions.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minillm.config import Eval
+from minillm.data import Example
+from minillm.evaluate.estimate import Estimate
+from minillm.rollout import draw_uniforms, sample
+from minillm.vocabulary import CausalLM, Output, common_vocabulary, distill_stats
+
+
+class Samples(NamedTuple):
+    """B sequences; divergences in nats, exact over the vocabulary, [B, T] float64 on the CPU, 0 beyond the end."""
+
+    token_ids: list[list[int]]
+    lengths: Tensor
+    """[B] tokens, end-of-sequence included."""
+    per_prompt: int
+    to_other: Tensor
+    """KL(author‖other) of the next-token laws; all 0 where there is no other model."""
+    from_other: Tensor
+    """KL(other‖author)."""
+
+    def mean(self, values: Tensor) -> Estimate:
+        """Mean per token of values [B, T]."""
+        by_prompt = (-1, self.per_prompt)
+        return Estimate(values.sum(1).view(by_prompt).sum(1), self.lengths.double().view(by_prompt).sum(1))
+
+
+@torch.no_grad()
+def draw(
+    author: CausalLM, other: CausalLM | None, examples: Sequence[Example], settings: Eval, eos_token_id: int
+) -> Samples:
+    """`eval.samples` responses of `author` to each prompt, at eval.temperature, from the whole vocabulary.
+
+    Sample number s of every prompt draws from the uniforms of seed eval.seed + s, whatever the model and the batch:
+    two students, or one before and after training, are compared on paired draws.
+    """
+    seeds = range(settings.seed, settings.seed + settings.samples)
+    uniforms = torch.stack([draw_uniforms(seed, settings.max_new_tokens, len(examples)) for seed in seeds], dim=2)
+    vocab_size = common_vocabulary(author, other) if other is not None else None
+    at_once = max(1, settings.batch_size // settings.samples)
+    token_ids, lengths, to_other, from_other = [], [], [], []
+    for start in range(0, len(examples), at_once):
+        part = examples[start : start + at_once]
+        rollout = sample(
+            author,
+            other,
+            [example.prompt for example in part],
+            max_new_tokens=settings.max_new_tokens,
+            eos_token_id=eos_token_id,
+            alpha=0.0,
+            temperature=settings.temperature,
+            samples_per_prompt=settings.samples,
+            uniforms=uniforms[:, start : start + at_once].flatten(1, 2),
+            vocab_size=vocab_size,
+        )
+        token_ids += rollout.responses()
+        lengths.append(rollout.lengths.cpu())
+        mask = rollout.mask
+        tables = torch.zeros(2, len(mask), settings.max_new_tokens, dtype=torch.float64)
+        if other is not None:
+            assert rollout.student_hidden is not None and rollout.teacher_hidden is not None
+            ours = Output(rollout.student_hidden[mask], author.head)
+            theirs = Output(rollout.teacher_hidden[mask], other.head)
+            stats = distill_stats(ours, theirs, rollout.token_ids[mask], vocab_size=vocab_size)
+            for table, values in zip(tables, (stats.reverse_kl, stats.forward_kl), strict=True):
+                table[:, : mask.shape[1]][mask.cpu()] = values.double().cpu()
+        to_other.append(tables[0])
+        from_other.append(tables[1])
+    return Samples(token_ids, torch.cat(lengths), settings.samples, torch.cat(to_other), torch.cat(from_other))

@@ -1,0 +1,209 @@
+"""One HTML file that needs no other, and its figures as PNG beside it."""
+
+import base64
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minillm.evaluate import OWN, REFERENCES, ROUGE
+from minillm.packages import write_atomically
+from minillm.report import figures
+from minillm.report.read import Result, Source, read_sources
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CSS = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd } p.note { color: #555; max-width: 52rem }
+table { border-collapse: collapse; font-size: 14px } .wide { overflow-x: auto }
+th, td { text-align: left; vertical-align: top; padding: .25rem .7rem; border-bottom: 1px solid #eee }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.samples td { min-width: 11rem; white-space: pre-wrap } img { max-width: 100% } code { font-size: 13px }
+"""
+
+
+def write_report(paths: Sequence[str], out: str) -> Path:
+    """Write out/index.html and out/*.png; returns the page's path.
+
+    Raises FileNotFoundError or DataError for what is no run, ConfigError where matplotlib is missing.
+    """
+    sources, folder = read_sources(paths), Path(out)
+    figures.new_figure(1, 1)  # before any work
+    page = folder / "index.html"
+    write_atomically(page, html(sources, folder))
+    return page
+
+
+def html(sources: Sequence[Source], folder: Path) -> str:
+    results = {label: result for source in sources for label, result in source.results.items()}
+    metrics = {source.name: source.metrics for source in sources if source.metrics}
+    parts = [
+        "<h1>Distillation report</h1>",
+        _list([f"<b>{escape(s.name)}</b>: {_command(s)}" for s in sources]),
+        *_methods(results),
+        *_stages(sources),
+        *_figure(
+            "Learning curves",
+            "curves",
+            figures.learning_curves(metrics),
+            folder,
+            "From metrics.jsonl. Faint: each logged step; strong: running mean of nine.",
+        ),
+    ]
+    if results:
+        bias = next((r["exposure_bias"]["definition"] for r in results.values() if "exposure_bias" in r), "")
+        note = f"{bias}. Zero: the student errs on its own text as on its teacher's. Band: ± one standard error."
+        parts += _figure("Exposure bias", "exposure", figures.exposure(results), folder, note)
+        note = "Along the reference answers, ten bins; on the diagonal a model is right as often as it is sure."
+        parts += _figure("Calibration of next tokens", "reliability", figures.reliability(results), folder, note)
+        note = "The choice among each question's options, by the probability of its label words."
+        choice = figures.reliability(results, "options")
+        parts += _figure("Calibration of answers", "reliability-options", choice, folder, note)
+        note = (
+            "ROUGE-L of sampled answers, prompts grouped by the tokens of their reference; bars: ± one standard error."
+        )
+        parts += _figure("By length of the reference", "lengths", figures.buckets(results), folder, note)
+        parts += _samples(results)
+        parts += _generation(results)
+    parts += _environment(sources)
+    body = "\n".join(parts)
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    return (
+        f"<!doctype html>\n<html lang=en>{head}<title>Distillation report</title><style>{CSS}</style>{body}</html>\n"
+    )
+
+
+# ---- tables
+
+
+def numbers(result: Result) -> dict[str, str]:
+    """The numbers of one evaluation, by title."""
+    sampled, bias = result["rouge_l"]["sampled"], result.get("exposure_bias")
+    row = {
+        "ROUGE-L, sampled": f"{sampled['mean']:.2f} ± {sampled['standard_deviation']:.2f}",
+        "ROUGE-L, greedy": f"{result['rouge_l']['greedy']['mean']:.2f}",
+        "exact match, greedy, %": f"{result['exact_match']['greedy']['mean']:.1f}",
+        "loss on references": f"{result['loss']['mean']:.3f}",
+    }
+    if "reverse_kl" in result:
+        row["reverse KL, own text"] = f"{result['reverse_kl']['own_samples']['mean']:.3f}"
+        row["reverse KL, references"] = f"{result['reverse_kl']['references']['mean']:.3f}"
+        row["forward KL, teacher's text"] = f"{result['forward_kl']['teacher_samples']['mean']:.3f}"
+    if bias and bias["length"]:
+        row[f"ExAccErr({bias['length'][-1]}), %"] = f"{bias['exaccerr'][-1]:.1f}"
+    for what, title in (("next_token", "ECE, next token"), ("options", "ECE, options")):
+        if result["calibration"].get(what):
+            row[title] = f"{result['calibration'][what]['ece']:.3f}"
+    distinct = result["distinct"]["4"]["mean"]
+    row["distinct-4, %"] = "?" if distinct is None else f"{distinct:.1f}"
+    row["length"] = f"{result['length']['sampled']['mean']:.1f}"
+    return row | {"tokens/s": f"{result['tokens_per_second']:.0f}"}
+
+
+def _methods(results: Mapping[str, Result]) -> Iterator[str]:
+    if not results:
+        return
+    rows = {label: numbers(result) for label, result in results.items()}
+    titles = list(dict.fromkeys(title for row in rows.values() for title in row))
+    yield "<h2>Evaluations</h2>"
+    data = {f"{r['prompts']} prompts of {r.get('data', 'unknown data')}" for r in results.values()}
+    warning = " <b>They differ: these evaluations are not comparable.</b>" if len(data) > 1 else ""
+    yield _note(f"{escape('; '.join(sorted(data)))}.{warning}")
+    yield _table(["", *rows], [[title, *(row.get(title, "") for row in rows.values())] for title in titles])
+    yield _note(
+        "Means; of sampled ROUGE-L ± the deviation over the sampling seeds. Loss and divergences in nats per token; "
+        "length in tokens of sampled answers, end-of-sequence included; tokens/s of greedy decoding on this machine."
+    )
+
+
+def _stages(sources: Sequence[Source]) -> Iterator[str]:
+    """What the runs measured around their stages."""
+    titles = {OWN: "reverse KL, own text", REFERENCES: "reverse KL, references", ROUGE: "ROUGE-L, greedy"}
+    rows = [
+        [source.name, stage, *(f"{v[n]['mean']:.3f} ± {v[n]['standard_error']:.3f}" if n in v else "" for n in titles)]
+        for source in sources
+        for stage, v in source.summary.get("evaluations", {}).items()
+    ]
+    if rows:
+        yield "<h2>After each stage</h2>"
+        yield _table(["", "stage", *titles.values()], rows, text_columns=2)
+        yield _note("Means ± standard errors over the held-out prompts of the run (section eval of its config.yaml).")
+
+
+def _samples(results: Mapping[str, Result]) -> Iterator[str]:
+    answers: dict[str, dict[str, str]] = {}
+    references: dict[str, str] = {}
+    for label, result in results.items():
+        for sample in result["samples"]:
+            answers.setdefault(sample["prompt"], {})[label] = sample["answer"]
+            references[sample["prompt"]] = _cut(sample["references"][0])
+    if answers:
+        yield "<h2>Answers side by side</h2>" + _note("Greedy, to the token limit of the evaluation.")
+        rows = [[p, *(found.get(label, "") for label in results), references[p]] for p, found in answers.items()]
+        yield _table(["prompt", *results, "reference"], rows, text_columns=len(results) + 2, style="samples")
+
+
+def _generation(results: Mapping[str, Result]) -> Iterator[str]:
+    settings: dict[str, list[str]] = {}
+    for label, result in results.items():
+        settings.setdefault(json.dumps(result["generation"], ensure_ascii=False), []).append(label)
+    yield "<h2>Generation settings</h2>"
+    if len(settings) > 1:
+        yield _note("<b>They differ: these evaluations are not comparable.</b>")
+    yield _list([f"{escape(', '.join(labels))}: <code>{escape(text)}</code>" for text, labels in settings.items()])
+
+
+def _environment(sources: Sequence[Source]) -> Iterator[str]:
+    found = {source.name: _flat(source.environment) for source in sources if source.environment}
+    if found:
+        keys = list(dict.fromkeys(key for environment in found.values() for key in environment))
+        rows = [[key, *(environment.get(key, "") for environment in found.values())] for key in keys]
+        yield "<h2>Environment</h2>" + _table(["", *found], rows, text_columns=len(found) + 1)
+
+
+# ---- pieces
+
+
+def _figure(title: str, name: str, figure: "Figure | None", folder: Path, note: str) -> list[str]:
+    if figure is None:
+        return []
+    data = base64.b64encode(figures.save(figure, folder / f"{name}.png").read_bytes()).decode()
+    image = f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">'
+    return [f"<h2>{escape(title)}</h2>", _note(escape(note)), image]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1, style: str = "") -> str:
+    def cells(row: Sequence[str], tag: str) -> str:
+        kinds = ["" if i < text_columns else " class=number" for i in range(len(row))]
+        return "".join(f"<{tag}{kind}>{escape(text)}</{tag}>" for kind, text in zip(kinds, row, strict=True))
+
+    lines = [f"<tr>{cells(header, 'th')}</tr>", *(f"<tr>{cells(row, 'td')}</tr>" for row in rows)]
+    return f'<div class=wide><table class="{style}">\n' + "\n".join(lines) + "\n</table></div>"
+
+
+def _cut(text: str, limit: int = 400) -> str:
+    return text if len(text) <= limit else text[:limit].rsplit(maxsplit=1)[0] + " …"
+
+
+def _list(items: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
+
+
+def _note(text: str) -> str:
+    return f"<p class=note>{text}</p>"
+
+
+def _command(source: Source) -> str:
+    commands = [source.summary.get("command"), *(result.get("command") for result in source.results.values())]
+    return "; ".join(f"<code>{escape(command)}</code>" for command in commands if command) or escape(str(source.path))
+
+
+def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, str]:
+    rows: dict[str, str] = {}
+    for key, value in tree.items():
+        name = f"{path}{key}"
+        rows |= _flat(value, f"{name}: ") if isinstance(value, dict) else {name: str(value)}
+    return rows

@@ -1,0 +1,134 @@
+"""Run one cell of a study: train, evaluate, write its JSON. Whatever stops it, the same command goes on."""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minillm.config import Config, Model
+from minillm.data import Example, Shuffled, encode, read_records
+from minillm.distill import run_recipe
+from minillm.evaluate import held_out
+from minillm.evaluate.measure import measure, measure_answers
+from minillm.methods import METHODS
+from minillm.models import load_model, load_tokenizer
+from minillm.packages import write_atomically
+from minillm.recipe import Recipe
+from minillm.run import environment
+from minillm.study.plan import REFERENCE, START, TEACHER, Cell, Study
+from minillm.train import prepare
+from minillm.vocabulary import CausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+KEPT = ("stage", "step", "loss", "kl/reverse", "reward/mean", "completions/mean_length", "entropy", "clip_fraction",
+        "grad_norm", "loss/pt", "tokens_per_second")  # fmt: skip
+
+
+def run_cell(study: Study, cell: Cell, command: str) -> Path:
+    """Returns the path of the JSON written. Interrupted by SIGTERM, raises Interrupted after a checkpoint."""
+    started = time.perf_counter()
+    record: dict[str, Any] = {"cell": cell._asdict(), "command": command}
+    if cell.name == TEACHER:
+        answer(study)
+        source = study.base["model"]["teacher"]
+    else:
+        record |= train(study, cell, command)
+        source = str(study.work / cell.path / "model")
+    trained = time.perf_counter()
+    record |= evaluations(study, source, cell.name != TEACHER)
+    spent = record["training"]["seconds"] if "training" in record else trained - started  # over all resumptions
+    record["seconds"] = {"training": spent, "evaluation": time.perf_counter() - trained}
+    record["environment"] = environment()
+    target = study.result(cell)
+    write_atomically(target, json.dumps(rounded(record), ensure_ascii=False) + "\n")
+    if cell.name not in (TEACHER, START):
+        shutil.rmtree(study.work / cell.path)  # half a gigabyte each; other cells begin from `start` alone
+    return target
+
+
+def train(study: Study, cell: Cell, command: str) -> dict[str, Any]:
+    """The training of a cell, gone on with where a checkpoint is left of it."""
+    config = study.config(cell)
+    if study.matched(cell):
+        reference = study.result(Cell(cell.size, REFERENCE, cell.seed))
+        budget = json.loads(reference.read_text())["training"]["num_tokens"]
+        config = study.config(cell, steps_to_reach(budget, lengths(study, config), config))
+    recipe = Recipe(cell.name, {cell.name: config})
+    folder = study.work / cell.path
+    if not (folder / "summary.json").exists():
+        run_recipe(recipe, command, with_evaluation=False, resume="auto")
+    summary = json.loads((folder / "summary.json").read_text())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "parameters": summary["student"]["parameters"],
+        "config": recipe.to_dict()["stages"][cell.name],
+        "training": summary["stages"][cell.name],
+        "metrics": [{key: row[key] for key in KEPT if key in row} for row in rows],
+    }
+
+
+def steps_to_reach(budget: float, tokens: Sequence[int], config: Config) -> int:
+    """The fewest steps whose sequences, prompts included, have at least `budget` tokens: of examples with these
+    numbers of tokens, in the order that training takes them."""
+    order, size, steps, seen = Shuffled(len(tokens), config.seed), config.optim.batch_size, 0, 0
+    while seen < budget:
+        seen += sum(tokens[i] for i in order.take(steps * size, size))
+        steps += 1
+    return steps
+
+
+def lengths(study: Study, config: Config) -> list[int]:
+    """Tokens of the sequences that a method learns from, per example."""
+    examples = examples_of(config, load_tokenizer(config.model.teacher))
+    responses = [example.response for example in examples]
+    if config.method == "seqkd":
+        responses = [json.loads(line)["token_ids"] for line in study.answers.read_text().splitlines()]
+    return [len(e.prompt) + len(response) for e, response in zip(examples, responses, strict=True)]
+
+
+def examples_of(config: Config, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
+    answers = config.method not in ("minillm", "seqkd")
+    return encode(read_records(config.data.train), tokenizer, config.data, config.data.train, answers).examples
+
+
+def answer(study: Study) -> None:
+    """The teacher's answers to the prompts trained on: what seqkd learns from, sampled once for all seeds."""
+    seqkd = [name for name, tree in study.methods.items() if tree.get("method") == "seqkd"]
+    if seqkd and not study.answers.exists():
+        size = next(iter(study.sizes))
+        config = study.config(Cell(size, seqkd[0], 0))
+        teacher = CausalLM(load_model(config.model.teacher))
+        training = prepare(config, teacher, teacher, load_tokenizer(config.model.teacher))
+        METHODS["seqkd"](training, study.work)
+
+
+def evaluations(study: Study, source: str, against_teacher: bool) -> dict[str, Any]:
+    """Of one model on every data set of the study; the divergences on the first."""
+    teacher_source = study.base["model"]["teacher"]
+    tokenizer, settings = load_tokenizer(source), Model()
+    model = CausalLM(load_model(source, settings.dtype))
+    teacher = CausalLM(load_model(teacher_source, settings.dtype)) if against_teacher else None
+    found: dict[str, Any] = {}
+    for i, name in enumerate(study.evaluate):
+        config = study.evaluation(name)
+        examples = held_out(config, tokenizer)
+        print(f"evaluating on {len(examples)} prompts of {config.data.eval}", flush=True)
+        if i == 0:
+            found[name] = measure(model, teacher, tokenizer, examples, config)
+        else:
+            examples.sort(key=lambda example: len(example.prompt))  # less padding in a batch
+            found[name] = measure_answers(model, tokenizer, examples, config)
+    return {"evaluations": found}
+
+
+def rounded(tree: Any) -> Any:
+    """Floats to six digits: what is committed stays small and readable."""
+    if isinstance(tree, dict):
+        return {key: rounded(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [rounded(value) for value in tree]
+    return float(f"{tree:.6g}") if isinstance(tree, float) else tree

@@ -1,0 +1,263 @@
+"""The study's page, docs/study.md: tables, figures and verdicts, from the JSON of the cells that are done.
+
+Numbers are means over the training seeds ± their standard deviation. A claim is judged by the differences within a
+seed, of one start and paired draws: it *holds* where the 95 % interval of their mean (Student's t) lies on the side
+claimed, *fails* where it lies on the other, and is *open* otherwise.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+from minillm.config import ConfigError
+from minillm.packages import write_atomically
+from minillm.report import figures
+from minillm.study.plan import REFERENCE, START, TEACHER, Cell, Study
+
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Student's t of a 95 % interval, by the number of seeds."""
+Record = dict[str, Any]
+
+
+class Metric(NamedTuple):
+    title: str
+    read: Callable[[Record], float]
+    digits: int
+    better: int
+    """+1: higher is better, -1: lower, 0: neither."""
+
+
+def _at(*path: str) -> Callable[[Record], float]:
+    def read(record: Record) -> float:
+        value: Any = record["evaluations"]
+        for key in path:
+            value = value[key]
+        return math.nan if value is None else float(value)
+
+    return read
+
+
+def metrics(study: Study, records: Mapping[Cell, Record]) -> dict[str, Metric]:
+    """The columns of the tables, in order; ExAccErr at the longest response that every cell's curve reaches."""
+    first, *others = study.evaluate
+    curves = [r["evaluations"][first]["exposure_bias"] for c, r in records.items() if c.name != TEACHER]
+    longest = min((len(curve["length"]) for curve in curves), default=0)
+
+    def exposure(record: Record) -> float:
+        curve = record["evaluations"][first].get("exposure_bias")
+        return curve["exaccerr"][longest - 1] if curve and longest else math.nan
+
+    def optional(*path: str) -> Callable[[Record], float]:
+        return lambda record: _at(*path)(record) if path[1] in record["evaluations"][first] else math.nan
+
+    return {
+        "rouge": Metric(f"ROUGE-L, {first}", _at(first, "rouge_l", "sampled", "mean"), 2, 1),
+        "greedy": Metric("greedy", _at(first, "rouge_l", "greedy", "mean"), 2, 1),
+        **{f"rouge {n}": Metric(f"ROUGE-L, {n}", _at(n, "rouge_l", "sampled", "mean"), 2, 1) for n in others},
+        "rkl": Metric("reverse KL, own text", optional(first, "reverse_kl", "own_samples", "mean"), 3, -1),
+        "fkl": Metric("forward KL, teacher's text", optional(first, "forward_kl", "teacher_samples", "mean"), 3, -1),
+        "exposure": Metric(f"ExAccErr({longest}), %", exposure, 1, -1),
+        "ece": Metric("ECE", _at(first, "calibration", "next_token", "ece"), 3, -1),
+        "distinct": Metric("distinct-4, %", _at(first, "distinct", "4", "mean"), 1, 0),
+        "length": Metric("length", _at(first, "length", "sampled", "mean"), 1, 0),
+    }
+
+
+def write_document(study: Study, page: Path, command: str) -> Path:
+    """Write docs/study.md and its figures. Raises ConfigError where no cell that trained is done."""
+    records = {
+        cell: json.loads(study.result(cell).read_text()) for cell in study.cells() if study.result(cell).exists()
+    }
+    if not any(cell.name not in (TEACHER, START) for cell in records):
+        raise ConfigError(f"{study.results} holds no finished cell yet: run some with `{command}` without --report")
+    columns, left = metrics(study, records), study.unfinished()
+    state = f"{len(left)} of {len(study.cells())} cells are not done yet." if left else "All cells are done."
+    parts = [
+        "# The paper's claims, measured at a small size",
+        f"Made by `{command}` from the JSON in `{study.results}`; do not edit. {state}",
+        setup(study, records),
+        "## Verdicts",
+        str(__doc__).partition("\n\n")[2].strip(),
+        verdicts(study, records, columns),
+        "## Tables",
+        *[table(study, records, columns, size) for size in study.sizes],
+        "ROUGE-L of answers sampled at temperature 1. KL in nats per token; ECE of next tokens on reference answers. "
+        "Tokens: what the student was trained on, prompts and text included.",
+        "## Ablations",
+        ablations(study, records, columns),
+        "## Figures",
+        *draw(study, records, page.parent / page.stem),
+        "## Cost",
+        cost(records),
+    ]
+    write_atomically(page, "\n\n".join(part for part in parts if part) + "\n")
+    return page
+
+
+def setup(study: Study, records: Mapping[Cell, Record]) -> str:
+    first = next(iter(study.evaluate))
+    sizes = {c.size: r["parameters"] for c, r in records.items() if "parameters" in r}
+    steps = {c.size: r["config"]["optim"]["steps"] for c, r in records.items() if c.name == START}
+    students = "; ".join(f"{size}, {count / 1e6:.0f} M parameters" for size, count in sizes.items())
+    starts = ", ".join(f"{count} for {size}" for size, count in steps.items())
+    prompts = {n: r["prompts"] for r in records.values() for n, r in r["evaluations"].items()}
+    sets = ", ".join(f"{n} ({count} prompts)" for n, count in prompts.items())
+    return (
+        f"Teacher: {study.base['model']['teacher']}. Students, cut from it: {students}. Every method goes on from "
+        f"one start per size and seed (steps of {study.start.get('method')}: {starts}) and takes "
+        f"as many steps as reach {REFERENCE}'s tokens. Trained on {study.base['data']['train']}; evaluated on {sets}, "
+        f"the divergences on {first}. Seeds: {', '.join(map(str, study.seeds))}. All else stands in the study's YAML."
+    )
+
+
+# ---- tables
+
+
+def table(study: Study, records: Mapping[Cell, Record], columns: Mapping[str, Metric], size: str) -> str:
+    names = [START, *(name for name in study.methods if name != REFERENCE), REFERENCE]
+    return _table(f"**{size}**", records, columns, [(size, name) for name in names], teacher=True)
+
+
+def ablations(study: Study, records: Mapping[Cell, Record], columns: Mapping[str, Metric]) -> str:
+    rows = [(study.ablated_size, name) for name in (REFERENCE, *study.ablations)]
+    return _table(f"**{study.ablated_size}**", records, columns, rows)
+
+
+def _table(
+    corner: str,
+    records: Mapping[Cell, Record],
+    columns: Mapping[str, Metric],
+    rows: Sequence[tuple[str, str]],
+    teacher: bool = False,
+) -> str:
+    lines = [[corner, "seeds", "tokens", *(metric.title for metric in columns.values())]]
+    for size, name in rows:
+        found = [r for c, r in records.items() if (c.size, c.name) == (size, name)]
+        if found:
+            tokens = fmean(r["training"]["num_tokens"] for r in found)
+            lines.append([name, str(len(found)), f"{tokens:,.0f}", *(_cell(m, found) for m in columns.values())])
+    found = [r for c, r in records.items() if c.name == TEACHER]
+    if found and teacher:
+        lines.append([TEACHER, "", "", *(_cell(m, found) for m in columns.values())])
+    return _markdown(lines) if len(lines) > 1 else ""
+
+
+def _cell(metric: Metric, found: Sequence[Record]) -> str:
+    values = [value for value in map(metric.read, found) if not math.isnan(value)]
+    if not values:
+        return ""
+    spread = f" ± {stdev(values):.{metric.digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{metric.digits}f}{spread}"
+
+
+def cost(records: Mapping[Cell, Record]) -> str:
+    seconds = {part: sum(r["seconds"][part] for r in records.values()) for part in ("training", "evaluation")}
+    machines = sorted({f"{r['environment']['cpu']}, {r['environment']['threads']} threads" for r in records.values()})
+    longest = max(sum(r["seconds"].values()) for r in records.values())
+    return (
+        f"{len(records)} cells, {seconds['training'] / 3600:.1f} h of training and "
+        f"{seconds['evaluation'] / 3600:.1f} h of evaluation on {'; '.join(machines)}; "
+        f"the longest cell {longest / 60:.0f} minutes."
+    )
+
+
+# ---- verdicts
+
+
+def verdicts(study: Study, records: Mapping[Cell, Record], columns: Mapping[str, Metric]) -> str:
+    """One row per claim of the paper and size, one column per rival; then the ablations."""
+    rivals = [name for name in study.methods if name != REFERENCE]
+    claims = [*(key for key in columns if key.startswith("rouge")), "rkl", "exposure", "ece", "distinct"]
+    lines = [[f"{REFERENCE} minus", "size", *rivals]]
+    for key in claims:
+        metric = columns[key]
+        claim = {1: "claimed higher", -1: "claimed lower", 0: "claimed close to 0"}[metric.better]
+        for size in study.sizes:
+            found = [_difference(records, size, rival, metric) for rival in rivals]
+            if any(found):
+                lines.append([f"{metric.title} ({claim})", size, *found])
+    text = [_markdown(lines)]
+    lines = [[f"{REFERENCE} minus", *study.ablations]]
+    for key in (k for k in claims if k.startswith("rouge")):
+        found = [_difference(records, study.ablated_size, name, columns[key]) for name in study.ablations]
+        if any(found):
+            lines.append([columns[key].title, *found])
+    text.append(
+        f"Without one of its parts, {study.ablated_size} (each is claimed to raise ROUGE-L):\n\n{_markdown(lines)}"
+    )
+    judged = "\n".join(text).count("**")  # two a verdict
+    text.append(
+        f"{judged // 2} differences are judged; of as many that are truly zero, one in twenty would not come out open."
+    )
+    return "\n\n".join(text)
+
+
+def _difference(records: Mapping[Cell, Record], size: str, rival: str, metric: Metric) -> str:
+    pairs = [
+        (record, records[Cell(size, rival, cell.seed)])
+        for cell, record in records.items()
+        if cell[:2] == (size, REFERENCE) and Cell(size, rival, cell.seed) in records
+    ]
+    differences = [metric.read(ours) - metric.read(theirs) for ours, theirs in pairs]
+    if not differences or any(map(math.isnan, differences)):
+        return ""
+    low, high = interval(differences)
+    within = f" [{low:+.{metric.digits}f}, {high:+.{metric.digits}f}]" if math.isfinite(low) else ""
+    verdict = f" **{judge(low, high, metric.better)}**" if metric.better else ""
+    return f"{fmean(differences):+.{metric.digits}f}{within}{verdict}"
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    text = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([text[0], "|" + "---|" * len(lines[0]), *text[1:]])
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of their mean; all numbers where there are too few."""
+    if len(differences) not in T95:
+        return -math.inf, math.inf
+    half = T95[len(differences)] * stdev(differences) / math.sqrt(len(differences))
+    return fmean(differences) - half, fmean(differences) + half
+
+
+def judge(low: float, high: float, better: int) -> str:
+    """Of a difference whose 95 % interval is [low, high], where `better` is the side claimed."""
+    if better < 0:
+        low, high = -high, -low
+    return "holds" if low > 0 else "fails" if high < 0 else "open"
+
+
+# ---- figures
+
+
+def draw(study: Study, records: Mapping[Cell, Record], folder: Path) -> list[str]:
+    """PNG files in `folder`, of the first seed that is done of each size; returns Markdown."""
+    first, seed = next(iter(study.evaluate)), study.seeds[0]
+    images = []
+    for size in study.sizes:
+        names = [START, *(n for n in study.methods if n != REFERENCE), REFERENCE]
+        found = {n: records[Cell(size, n, seed)] for n in names if Cell(size, n, seed) in records}
+        results = {name: record["evaluations"][first] for name, record in found.items()}
+        if not results:
+            continue
+        for name, title, figure in (
+            ("exposure", "Exposure bias", figures.exposure(results)),
+            ("reliability", "Calibration of next tokens", figures.reliability(results)),
+            ("lengths", "ROUGE-L by length of the reference", figures.buckets(results)),
+        ):
+            images.append(_image(f"{title}, {size}, seed {seed}", figure, folder / f"{name}-{size}.png"))
+    names = [REFERENCE, *study.ablations]
+    curves = {n: records[c]["metrics"] for n in names if (c := Cell(study.ablated_size, n, seed)) in records}
+    title = f"Learning curves of {REFERENCE} and its ablations, {study.ablated_size}, seed {seed}"
+    images.append(_image(title, figures.learning_curves(curves), folder / "curves.png"))
+    return [image for image in images if image]
+
+
+def _image(title: str, figure: Any, path: Path) -> str:
+    if figure is None:
+        return ""
+    figures.save(figure, path)
+    return f"{title}:\n\n![{title}]({path.parent.name}/{path.name})"
