@@ -1,5 +1,9 @@
-"""What every test starts from: a fixed seed; torch's thread count is given back afterwards."""
+"""What every test starts from: a fixed seed; torch's thread count is given back afterwards. And the CUDA kernels,
+compiled for the host."""
 
+from contextlib import nullcontext
+
+import host_build
 import pytest
 import torch
 
@@ -10,3 +14,23 @@ def reproducible():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def host_cuda_kernels():
+    """csrc/cuda compiled by g++ (tests/host_build.py)."""
+    if reason := host_build.missing():
+        pytest.skip(reason)
+    return host_build.module()
+
+
+@pytest.fixture
+def cuda_on_host(host_cuda_kernels, monkeypatch):
+    """The backend "cuda" takes CPU tensors and runs the host build of its kernels."""
+    from minillm_kernels.backends import compiled, cuda
+
+    monkeypatch.setattr(cuda._operations, "module", host_cuda_kernels)
+    monkeypatch.setattr(cuda._operations, "stream_of", lambda x: nullcontext(0))
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "refusal", lambda x: compiled.refusal(x, "cpu"))
+    return host_cuda_kernels

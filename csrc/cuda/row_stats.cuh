@@ -1,97 +1,155 @@
-// defines: row_stats_kernel
+// defines: row_stats_kernel, row_stats_finish_kernel
 //
-// One block a row: each thread keeps a RowState (rowmath/state.h) of its columns, a tree merges the threads' states in a
-// fixed order, and thread 0 writes the statistics. One read of the pair: 2V elements a row. No atomics, so the same bits
-// every time. Plain CUDA: no torch, no Python.
+// Every statistic of a row (pair) in one read: 2V elements, two exponentials an element. Each thread keeps the RowState
+// (rowmath/state.h) of its columns; shuffles, then shared memory, merge the block's in a fixed order; a second kernel merges
+// those of a row's parts and forms the statistics.
+//
+// A chunk is first summed as if all its columns were in the support, from the origins that the thread already has: no masks,
+// no search for the maximum. Its sums tell whether that was right: a column of -inf, NaN, a value outside exp2's range makes
+// one of them NaN or infinite, a logit more than 2^8 above its origin makes Z large. Then the chunk, still in registers, is
+// summed again with masks and from its own maxima, which become the origins. Rare, but for a thread's first chunk. fp32
+// throughout: a chunk adds 16 terms, a thread a few dozen chunks; the statistics are formed in double from the merged state.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <float.h>
-
-#include "../rowmath/state.h"
+#include "rows.cuh"
 
 namespace minillm::cuda {
 
-__device__ inline float widen(float x) { return x; }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float widen(__half x) { return __half2float(x); }
+constexpr float MAX_SUM = 256.0f;
 
-constexpr int STATS_THREADS = 256;
-constexpr int STATS_COLUMNS = 4;  // columns a thread takes at a time, so that their loads are in flight together
+template <class T>
+__device__ bool acceptable(const PairSums<float>& x) {
+    if constexpr (std::is_same_v<T, NoTeacher>) return x.Zs < MAX_SUM && fabsf(x.B) <= FLT_MAX;
+    return x.Zs < MAX_SUM && x.Zt < MAX_SUM && fabsf(x.A + x.B + x.C) <= FLT_MAX;
+}
 
-// (z - m) log2(e)/T, kept finite: 2^x of it is 0 where it overflows or where the column is outside the support.
-__device__ inline float relative(float z, float origin, float scale, bool outside) {
-    return outside ? -FLT_MAX : fmaxf((z - origin) * scale, -FLT_MAX) + 0.0f * z;  // the last term keeps NaN
+// The state of n columns whose logits are a(i), b(i), by masks and from their own maxima.
+template <int N, class T, class A, class B>
+__device__ RowState<float> masked_state(const A& a, const B& b, float k) {
+    constexpr bool pair = !std::is_same_v<T, NoTeacher>;
+    float ms = -INFINITY, mt = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const bool out = pair ? outside(a(i), b(i)) : a(i) == -INFINITY;
+        ms = max_of(out ? -INFINITY : a(i), ms);
+        if constexpr (pair) mt = max_of(out ? -INFINITY : b(i), mt);
+    }
+    PairSums<float> sums = {};
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        if constexpr (pair) {
+            const bool out = outside(a(i), b(i));
+            sums.add(relative(a(i), ms, k, out), relative(b(i), mt, k, out));
+        } else {
+            sums.add_student(relative(a(i), ms, k, a(i) == -INFINITY));
+        }
+    }
+    return RowState<float>::of(ms, mt, sums);
 }
 
 template <class S, class T>
-__device__ RowState<float> thread_state(const S* s, const T* t, int64_t V, float inv_T) {
+__device__ RowState<float> part_state(const S* s, const T* t, const Columns<S, T>& c, const Part& part, float inv_T) {
+    constexpr bool pair = !std::is_same_v<T, NoTeacher>;
+    constexpr int W = Columns<S, T>::WIDTH;
+    const float k = inv_T * float(LOG2E);
+    const auto student_row = c.row(s);
+    const auto teacher_row = c.row(t);
     RowState<float> state = RowState<float>::empty();
-    const float scale = inv_T * float(LOG2E);
-    for (int64_t base = threadIdx.x; base < V; base += int64_t(STATS_THREADS) * STATS_COLUMNS) {
-        float a[STATS_COLUMNS], b[STATS_COLUMNS];
-        bool out[STATS_COLUMNS];
-        float ms = -INFINITY, mt = -INFINITY;
-#pragma unroll
-        for (int i = 0; i < STATS_COLUMNS; ++i) {
-            const int64_t v = base + int64_t(i) * STATS_THREADS;
-            a[i] = v < V ? widen(s[v]) : -INFINITY;
-            b[i] = t == nullptr ? a[i] : v < V ? widen(t[v]) : -INFINITY;
-            out[i] = 0.5f * a[i] + 0.5f * b[i] == -INFINITY;
-            ms = out[i] ? ms : fmaxf(ms, a[i]);
-            mt = out[i] ? mt : fmaxf(mt, b[i]);
-        }
+    for (int chunk = part.first; chunk < part.last; ++chunk) {
+        const Chunk<S, T, CHUNK> columns(c, student_row, teacher_row, chunk);
+        const auto student = [&](int i) { return columns.s[i / W][i % W]; };
+        const auto teacher = [&](int i) { return columns.t[i / W][i % W]; };
         PairSums<float> sums = {};
 #pragma unroll
-        for (int i = 0; i < STATS_COLUMNS; ++i)
-            sums.add(relative(a[i], ms, scale, out[i]), relative(b[i], mt, scale, out[i]));
-        state = merge(state, RowState<float>::of(ms, mt, sums), inv_T);
+        for (int i = 0; i < CHUNK; ++i) {
+            if constexpr (pair)
+                sums.add((student(i) - state.ms) * k, (teacher(i) - state.mt) * k);
+            else
+                sums.add_student((student(i) - state.ms) * k);
+        }
+        if (acceptable<T>(sums)) {
+            state.Zs += sums.Zs;
+            state.Zt += sums.Zt;
+            state.A += float(LN2) * sums.A;
+            state.B += float(LN2) * sums.B;
+            state.C += float(LN2) * sums.C;
+        } else {
+#pragma unroll
+            for (int j = 0; j < c.UNITS; ++j) {
+                const auto s_j = [&](int i) { return student(j * W + i); };
+                const auto t_j = [&](int i) { return teacher(j * W + i); };
+                state = merge(state, masked_state<W, T>(s_j, t_j, k), inv_T);
+            }
+        }
+    }
+    const int v = part.is_last ? c.single() : -1;
+    if (v >= 0) {
+        const float x = student_row[v], y = teacher_row[v];
+        state = merge(state, masked_state<1, T>([&](int) { return x; }, [&](int) { return y; }, k), inv_T);
     }
     return state;
 }
 
-struct StatsParams {
-    const void *student, *teacher;
-    int64_t student_stride, teacher_stride, N, V;
+__device__ inline RowState<double> widen(const RowState<float>& x) { return {x.ms, x.mt, x.Zs, x.Zt, x.A, x.B, x.C}; }
+
+// One thread: the statistics of a row.
+__device__ inline void write_stats(const StatsArgs& a, int64_t row, const RowState<float>& state) {
+    const RowState<double> x = widen(state);
+    double out[STATISTICS];
+    finish(x, a.inv_T, bool(a.teacher), out);
+    if (a.token_ids != nullptr) {
+        const int64_t y = a.token_ids[row];
+        double logprob_s = NAN, logprob_t = NAN;  // no synchronisation to raise an error for a token that does not exist
+        if (0 <= y && y < a.V) {
+            const float s = value_at(a.student, row, y), t = a.teacher ? value_at(a.teacher, row, y) : s;
+            const bool is_outside = outside(s, t) && !x.is_empty();
+            logprob_s = is_outside ? -INFINITY : (double(s) - x.ms) * a.inv_T - out[STUDENT_LOGZ];
+            logprob_t = is_outside ? -INFINITY : (double(t) - x.mt) * a.inv_T - out[TEACHER_LOGZ];
+        }
+        out[STUDENT_LOGPROB] = logprob_s;
+        if (a.teacher) out[TEACHER_LOGPROB] = logprob_t;
+    }
+#pragma unroll
+    for (int i = 0; i < STATISTICS; ++i) store_one(a.stats + i * a.N + row, float(out[i]));
+}
+
+struct MergeStates {
     float inv_T;
-    const uint8_t* mask;
-    const int64_t* token_ids;
-    float* stats;
+    __device__ RowState<float> operator()(const RowState<float>& a, const RowState<float>& b) const {
+        return merge(a, b, inv_T);
+    }
 };
 
+// states: [N, splits].
 template <class S, class T>
-__global__ void __launch_bounds__(STATS_THREADS) row_stats_kernel(StatsParams p) {
-    __shared__ RowState<float> states[STATS_THREADS];
-    for (int64_t row = blockIdx.x; row < p.N; row += gridDim.x) {
-        const S* s = static_cast<const S*>(p.student) + row * p.student_stride;
-        const T* t = p.teacher == nullptr ? nullptr : static_cast<const T*>(p.teacher) + row * p.teacher_stride;
-        const bool unread = p.mask != nullptr && p.mask[row] == 0;
-        if (!unread) states[threadIdx.x] = thread_state(s, t, p.V, p.inv_T);
-        for (int half = STATS_THREADS / 2; half > 0; half /= 2) {
-            __syncthreads();  // the states that this round reads are written
-            if (!unread && threadIdx.x < half)
-                states[threadIdx.x] = merge(states[threadIdx.x], states[threadIdx.x + half], p.inv_T);
+__global__ void __launch_bounds__(THREADS, BLOCKS) row_stats_kernel(StatsArgs a, int splits, RowState<float>* states) {
+    const float inv_T = float(a.inv_T);
+    for (int64_t index = blockIdx.x; index < a.N * splits; index += gridDim.x) {
+        const int64_t row = index / splits;
+        if (unread(a.mask, row)) continue;
+        const S* s = row_of<S>(a.student, row);
+        const T* t = row_of<T>(a.teacher, row);
+        const Columns<S, T> c(a.V);
+        const Part part(c, int(index % splits), splits);
+        const RowState<float> state = block_reduce(part_state(s, t, c, part, inv_T), MergeStates{inv_T});
+        if (threadIdx.x == 0) states[index] = state;
+    }
+}
+
+// A warp a row.
+static __global__ void __launch_bounds__(THREADS, BLOCKS)
+    row_stats_finish_kernel(StatsArgs a, int splits, const RowState<float>* states) {
+    const int lane = threadIdx.x % WARP;
+    const MergeStates merge_states = {float(a.inv_T)};
+    for (int64_t row = int64_t(blockIdx.x) * WARPS + threadIdx.x / WARP; row < a.N; row += int64_t(gridDim.x) * WARPS) {
+        if (unread(a.mask, row)) {
+            for (int i = lane; i < STATISTICS; i += WARP) store_one(a.stats + i * a.N + row, 0.0f);
+            continue;
         }
-        if (threadIdx.x == 0) {
-            float out[STATISTICS] = {};
-            if (!unread) {
-                const RowState<float> x = states[0];
-                finish(x, p.inv_T, t != nullptr, out);
-                const int64_t y = p.token_ids == nullptr ? -1 : p.token_ids[row];
-                if (p.token_ids != nullptr && y >= 0 && y < p.V) {
-                    const float a = widen(s[y]), b = t == nullptr ? a : widen(t[y]);
-                    const bool outside = 0.5f * a + 0.5f * b == -INFINITY && !x.is_empty();
-                    out[STUDENT_LOGPROB] = outside ? -INFINITY : (a - x.ms) * p.inv_T - out[STUDENT_LOGZ];
-                    if (t != nullptr)
-                        out[TEACHER_LOGPROB] = outside ? -INFINITY : (b - x.mt) * p.inv_T - out[TEACHER_LOGZ];
-                } else if (p.token_ids != nullptr) {  // no synchronisation to raise an error: NaN
-                    out[STUDENT_LOGPROB] = out[TEACHER_LOGPROB] = NAN;
-                }
-            }
-            for (int i = 0; i < STATISTICS; ++i) p.stats[i * p.N + row] = out[i];
-        }
-        __syncthreads();  // before the next row overwrites the states
+        RowState<float> state = RowState<float>::empty();
+        for (int64_t i = lane; i < splits; i += WARP) state = merge_states(state, states[row * splits + i]);
+        state = warp_reduce(state, merge_states);
+        if (lane == 0) write_stats(a, row, state);
     }
 }
 

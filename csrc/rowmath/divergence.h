@@ -27,7 +27,8 @@ struct DivergenceTerm {
     F q, value, slope;  // f(q_v, p_v) and h_v
 };
 
-// s, t relative to the origins and in units of ln 2 (state.h), so log2 q = s - log2Zs. Where m underflows both probabilities are below 1e-38 and add nothing.
+// s, t relative to the origins and in units of ln 2 (state.h), so log2 q = s - log2Zs. Where m underflows both probabilities are
+// below 1e-38 / beta and add nothing.
 template <Divergence D, class F>
 MINILLM_HD DivergenceTerm<F> divergence_term(F s, F t, F log2Zs, F log2Zt, F beta) {
     const F zero(0.0f), one(1.0f), half(0.5f);
@@ -39,17 +40,18 @@ MINILLM_HD DivergenceTerm<F> divergence_term(F s, F t, F log2Zs, F log2Zt, F bet
         return {q, d * slope, slope};
     } else {
         const F alpha = D == Divergence::skew_reverse_kl ? one - beta : beta;  // weight of p in m
-        const F m = alpha * p + (one - alpha) * q;
-        const auto underflow = m < F(FLT_MIN);
-        const F lm = log2_fast(select(underflow, one, m)), ln2{float(LN2)};
-        const F log_p_m = select(underflow, zero, ln2 * (lp - lm)), log_q_m = select(underflow, zero, ln2 * (lq - lm));
-        // 0 * log 0: lq is finite (the support is), so q = 0 gives 0 by itself.
+        const F mixture = alpha * p + (one - alpha) * q, smallest{FLT_MIN};
+        const F m = select(mixture < smallest, smallest, mixture);  // NaN stays
+        const F lm = log2_fast(m), ln2{float(LN2)};
+        // 0 * log 0: lq and lp are finite (the support is), so q = 0 and p = 0 give 0 by themselves.
         if constexpr (D == Divergence::jsd) {
-            return {q, beta * p * log_p_m + (one - beta) * q * log_q_m, (one - beta) * log_q_m};
+            const F slope = (one - beta) * ln2 * (lq - lm);
+            return {q, beta * ln2 * p * (lp - lm) + q * slope, slope};
         } else if constexpr (D == Divergence::skew_forward_kl) {
-            return {q, p * log_p_m, zero - (one - beta) * p / select(underflow, one, m)};
+            return {q, ln2 * p * (lp - lm), zero - (one - beta) * p / m};
         } else {
-            return {q, q * log_q_m, log_q_m + one - beta * q / select(underflow, one, m)};
+            const F log_q_m = ln2 * (lq - lm);
+            return {q, q * log_q_m, log_q_m + one - beta * q / m};
         }
     }
 }

@@ -1,4 +1,4 @@
-// defines: PairSums, RowState, merge, Statistic, RowStatistics, finish
+// defines: outside, PairSums, RowState, merge, Statistic, finish
 //
 // What one read of a row of student logits z_s and teacher logits z_t leaves behind. Everything is kept relative to origins
 // m_s, m_t at or near the maxima (subtract first, then scale by 1/T), so a common offset of the logits costs no precision:
@@ -15,6 +15,13 @@
 #include "scalar.h"
 
 namespace minillm {
+
+// A column is outside the support when -inf in one model and not NaN or +inf in the other (those are never hidden): the
+// halves, because the sum of two finite numbers may overflow.
+template <class F>
+MINILLM_HD auto outside(F s, F t) {
+    return F(0.5f) * s + F(0.5f) * t == F(-INFINITY);
+}
 
 // The sums over some columns that share one pair of origins, with s and t in units of ln 2: s = (z_s - m_s) log2(e)/T, so that
 // e^s is one exp2. s and t are finite: a column outside the support (-inf in one of the models) comes as s = t = -FLT_MAX

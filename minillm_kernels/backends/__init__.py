@@ -2,8 +2,8 @@
 
 A backend is a module with `row_stats`, `row_grad`, `row_divergence`, `row_divergence_grad`, `row_sample` (the
 signatures of `minillm_kernels.reference`), `unavailable()`: why it does not run here, or None, and `refusal(tensor)`:
-why it cannot take a tensor, or None. CPU tensors take cpu, then reference. The backend is chosen at the forward pass
-and kept for the backward pass.
+why it cannot take a tensor, or None. CPU tensors take cpu, then reference; CUDA tensors cuda, then triton, then
+reference. The backend is chosen at the forward pass and kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import cpu
+from . import cpu, cuda
 
 _logger = logging.getLogger("minillm_kernels")
-_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
-_ABSENT = {name: "not part of this version; CUDA tensors run on the reference" for name in ("cuda", "triton")}
-_ORDER = {"cpu": ("cpu", "reference")}  # by device, first that can; other devices: reference
+_BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "cpu": cpu, "reference": reference}
+_ABSENT = {"triton": "not part of this version; CUDA tensors run on cuda or the reference"}
+# By device, the first that can; other devices: reference.
+_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")}
 _forced: list[str] = []
 _state = {"last": "none"}
 _logged: set[str] = set()
