@@ -43,6 +43,7 @@ def missing() -> str | None:
 
 
 def flags(csrc: Path = ROOT / "csrc") -> list[str]:
+    """For the kernels in that folder."""
     # Rows of 16-bit numbers are read as words; the device compiler knows no type-based aliasing.
     return [
         *("-std=c++17", "-fno-strict-aliasing", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"),
@@ -56,19 +57,24 @@ def compile_all(folder: Path, sources: list[Path], *extra: str) -> list[Path]:
     def one(source: Path) -> Path:
         target = folder / f"{source.stem}{source.suffix.replace('.', '_')}.o"
         language = ["-x", "c++"] if source.suffix == ".cu" else []
-        subprocess.run(["g++", *flags(), *extra, *language, "-c", source, "-o", target], check=True, timeout=600)
+        subprocess.run(
+            ["g++", *flags(), f"-I{HARNESS}", *extra, *language, "-c", source, "-o", target], check=True, timeout=600
+        )
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(one, sources))
 
 
+def sources() -> list[Path]:
+    """Of the launchers, and the harness."""
+    return [*(ROOT / "csrc" / "cuda" / f"{name}.cu" for name in OPERATIONS), HARNESS / "host_cuda.cpp"]
+
+
 def module() -> ModuleType:
     """host_cuda_kernels; built once for each state of the sources, in build/."""
     import pybind11
 
-    sources = [ROOT / "csrc" / "cuda" / f"{name}.cu" for name in OPERATIONS]
-    sources += [ROOT / "csrc" / "cuda" / "bindings.cpp", HARNESS / "host_cuda.cpp", HARNESS / "host_module.cpp"]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     state = hashlib.sha256(suffix.encode())
     for path in sorted([*(ROOT / "csrc").rglob("*"), *HARNESS.glob("host_*"), Path(__file__)]):
@@ -80,7 +86,8 @@ def module() -> ModuleType:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         includes = [f"-I{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
-        objects = compile_all(folder, sources, "-O1", "-fvisibility=hidden", *includes)
+        bindings = [ROOT / "csrc" / "cuda" / "bindings.cpp", HARNESS / "host_module.cpp"]
+        objects = compile_all(folder, [*bindings, *sources()], "-O1", "-fvisibility=hidden", *includes)
         temporary = library.with_suffix(".tmp")
         subprocess.run(["g++", "-shared", *objects, "-o", temporary], check=True, timeout=600)
         temporary.rename(library)

@@ -1,8 +1,8 @@
 // defines: what nvcc supplies, for g++: threadIdx, __syncthreads, __shfl_down_sync, ..., and host_cuda::launch
 //
 // The kernels of csrc/cuda, the very same source, run block by block on the CPU. Each thread of a block is a fiber; a barrier
-// or a warp collective is a rendezvous of the threads that it names. Which of the threads that can run goes next is drawn
-// from a seed, so a missing barrier shows as results that differ from seed to seed. Shared memory is fresh for each block and
+// or a warp collective is a rendezvous of the threads that it names. Which of the threads that can run goes next follows from
+// a seed, so a missing barrier shows as results that differ from seed to seed. Shared memory is fresh for each block and
 // filled with NaN. Found and reported instead of executed: a deadlock, a collective that its lanes do not agree on or that
 // reads from a lane it does not name, a global access that is misaligned or outside of the memory that was allowed.
 #pragma once
