@@ -20,7 +20,7 @@ std::string launch(const char* name, const Pair& rows, const Launch& l, void (*k
     const std::string error = status == cudaSuccess ? "" : cudaGetErrorString(status);
 #else
     (void)l;
-    const std::string error = host_cuda::launch(kernel, grid, THREADS, dynamic_shared, arguments...);
+    const std::string error = host_cuda::launch(name, kernel, grid, THREADS, dynamic_shared, arguments...);
 #endif
     if (error.empty()) return "";
     return std::string(name) + "<<<" + std::to_string(grid) + ", " + std::to_string(THREADS) + ", " +

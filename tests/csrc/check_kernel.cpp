@@ -30,9 +30,9 @@ static std::vector<float> run(const std::vector<float>& s, const std::vector<flo
     host_cuda::allow(s.data(), N * V * 4);
     host_cuda::allow(t.data(), N * V * 4);
     host_cuda::allow(stats.data(), STATISTICS * N * 4);
-    std::string error = host_cuda::launch(row_stats_kernel<float, float>, 2, THREADS, 0, a, splits, states.data());
+    std::string error = host_cuda::launch("", row_stats_kernel<float, float>, 2, THREADS, 0, a, splits, states.data());
     require(error.empty(), error);
-    error = host_cuda::launch(row_stats_finish_kernel, 1, THREADS, 0, a, splits, states.data());
+    error = host_cuda::launch("", row_stats_finish_kernel, 1, THREADS, 0, a, splits, states.data());
     require(error.empty(), error);
     return stats;
 }

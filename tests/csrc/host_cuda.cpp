@@ -6,7 +6,6 @@
 
 #include <map>
 #include <unordered_set>
-#include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -21,6 +20,7 @@
 namespace host_cuda {
 
 Settings settings;
+Executor executor;
 Counters counters;
 
 namespace {

@@ -16,6 +16,7 @@
 
 #include <functional>
 #include <string>
+#include <vector>
 
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
@@ -49,10 +50,18 @@ void* shared(const void* key, size_t bytes);
 void* dynamic_shared();
 void touch(const void* p, int bytes, bool store);
 
+// In place of run(), if set: takes the kernel's name and its parameters as a GPU would find them.
+using Executor = std::function<std::string(const char* name, unsigned blocks, unsigned threads, size_t dynamic_shared,
+                                           const std::vector<std::string>& parameters)>;
+extern Executor executor;
+
 // A kernel launch: an empty string, or what went wrong.
 template <class... P, class... A>
-std::string launch(void (*kernel)(P...), unsigned blocks, unsigned threads, size_t dynamic_shared, A... args) {
-    return run([=] { kernel(args...); }, blocks, threads, dynamic_shared);
+std::string launch(const char* name, void (*kernel)(P...), unsigned blocks, unsigned threads, size_t dynamic_shared,
+                   A... args) {
+    if (!executor) return run([=] { kernel(args...); }, blocks, threads, dynamic_shared);
+    const auto bytes = [](const auto& x) { return std::string(reinterpret_cast<const char*>(&x), sizeof x); };
+    return executor(name, blocks, threads, dynamic_shared, {bytes(P(args))...});
 }
 
 template <class T>

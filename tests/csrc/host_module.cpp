@@ -14,6 +14,16 @@ PYBIND11_MODULE(host_cuda_kernels, m) {
     m.def("shared_memory", [](int bytes) { host_cuda::settings.shared_memory = bytes; });
     m.def("allow", [](uintptr_t begin, int64_t bytes) { host_cuda::allow(python::at<void>(begin), bytes); });
     m.def("allow_everything", &host_cuda::allow_everything);
+    m.def("execute_by", [](py::object function) {  // None: by host_cuda.h
+        host_cuda::executor = nullptr;
+        if (function.is_none()) return;
+        host_cuda::executor = [function](const char* name, unsigned blocks, unsigned threads, size_t dynamic_shared,
+                                         const std::vector<std::string>& parameters) {
+            py::list bytes;
+            for (const std::string& p : parameters) bytes.append(py::bytes(p));
+            return function(name, blocks, threads, dynamic_shared, bytes).cast<std::string>();
+        };
+    });
     m.def("count", [](bool on) {
         host_cuda::settings.count = on;
         host_cuda::counters = {};
