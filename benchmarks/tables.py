@@ -88,7 +88,24 @@ def demo_table() -> str:
     return markdown(["held-out prompts", *stages, f"change in stage {stages[-1]}"], rows) + "\n\n" + note
 
 
-TABLES = {"demo": demo_table, "cpu": cpu_table}
+def cuda_table() -> str:
+    """What the CUDA kernels cost on two generations, from their disassembly."""
+    results = json.loads((RESULTS / "gpu-static.json").read_text())["cuda"]
+    of = {(x["kernel"], x["architecture"]): x for x in results}
+    rows = []
+    for kernel in dict.fromkeys(x["kernel"] for x in results):
+        a100, h100 = of[kernel, 80], of[kernel, 90]
+        bounds = [f"{x['headroom']:.2f} ({x['bound_by']})" for x in (a100, h100)]
+        rows.append([kernel, f"{h100['instructions_per_column']:.1f}", str(h100["registers"]), *bounds])
+    header = ["kernel", "instructions a column", "registers", "of an A100's bandwidth", "of an H100's bandwidth"]
+    note = (
+        "Instructions and registers of sm_90. Bandwidth: how much the busiest pipe allows; above 1 memory is the "
+        "limit. Counted in the disassembly by `python -m benchmarks.gpu_static.cuda_kernels`, not measured on a card."
+    )
+    return markdown(header, rows) + "\n\n" + note
+
+
+TABLES = {"demo": demo_table, "cpu": cpu_table, "cuda": cuda_table}
 
 
 def render(readme: str) -> str:

@@ -1,0 +1,63 @@
+"""The backend "cuda" where it does not run: why, in words, and what runs instead."""
+
+import logging
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minillm_kernels import backends
+from minillm_kernels.backends import compiled, cuda
+
+
+def core(architectures: str = "90", driver: int = 13000, runtime: int = 13000) -> SimpleNamespace:
+    return SimpleNamespace(CUDA_ARCHITECTURES=architectures, cuda_versions=lambda: (driver, runtime))
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (core(architectures=""), "built without nvcc; put nvcc on PATH .* install again with MINILLM_CUDA=1"),
+        (core(driver=0), "there is no CUDA driver"),
+        (
+            core(driver=12040),
+            r"driver is too old: it supports CUDA 12\.4, the core was built with 13\.0; update the driver",
+        ),
+    ],
+)
+def test_why_it_does_not_run_here(monkeypatch, module, reason):
+    monkeypatch.setattr(compiled, "core", module)
+    monkeypatch.setattr(cuda, "_core", module)
+    assert re.search(reason, cuda.unavailable() or "")
+
+
+def test_an_older_driver_of_the_same_generation_is_no_reason(monkeypatch):
+    """CUDA is compatible inside a major version; what is left is that this torch has no device."""
+    module = core(driver=12020, runtime=12090)
+    monkeypatch.setattr(compiled, "core", module)
+    monkeypatch.setattr(cuda, "_core", module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cuda.unavailable() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch sees no CUDA device" in cuda.unavailable()
+
+
+def test_cuda_tensors_take_the_next_backend_and_the_reason_is_logged_once(caplog, monkeypatch):
+    monkeypatch.setattr(backends, "_logged", set())
+    monkeypatch.setattr(cuda, "unavailable", lambda: "there is no CUDA driver on this machine")
+    tensor = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    with caplog.at_level(logging.WARNING, logger="minillm_kernels"):
+        for _ in range(3):
+            assert backends.resolve("auto", tensor) in ("triton", "reference")
+    passed_over = [r.message for r in caplog.records if "'cuda'" in r.message]
+    assert passed_over == ["backend 'cuda' is passed over: there is no CUDA driver on this machine"]
+
+
+def test_it_takes_cuda_tensors_of_three_types():
+    cpu_tensor = torch.zeros(2, 3)
+    assert cuda.refusal(cpu_tensor) == "it takes CUDA tensors, not cpu"
+    on_cuda = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert cuda.refusal(on_cuda) is None
+    on_cuda.dtype = torch.float64
+    assert cuda.refusal(on_cuda) == "it takes float32, bfloat16 and float16, not float64"
