@@ -31,10 +31,10 @@ int64_t row_stats_workspace(int64_t N, int64_t V);
 int64_t row_divergence_workspace(int64_t N, int64_t V);
 int64_t row_sample_workspace(int64_t N, int64_t V);
 
-// Into how many parts a row is divided: enough blocks for any card, each with at least one chunk a thread. Depends on N and V
-// alone (determinism).
+// Into how many parts a row is divided: enough blocks for any card, each with two chunks a thread (with fewer, merging its
+// states takes longer than making them). Depends on N and V alone (determinism).
 inline int splits(int64_t N, int64_t V) {
-    constexpr int64_t enough_blocks = 1024, smallest_part = 4096;
+    constexpr int64_t enough_blocks = 1024, smallest_part = 8192;
     const int64_t wanted = N >= enough_blocks ? 1 : (enough_blocks + N - 1) / (N > 0 ? N : 1);
     const int64_t possible = (V + smallest_part - 1) / smallest_part;
     return int(wanted < possible ? wanted : possible);

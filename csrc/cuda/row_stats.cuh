@@ -7,8 +7,9 @@
 // A chunk is first summed as if all its columns were in the support, from the origins that the thread already has: no masks,
 // no search for the maximum. Its sums tell whether that was right: a column of -inf, NaN, a value outside exp2's range makes
 // one of them NaN or infinite, a logit more than 2^8 above its origin makes Z large. Then the chunk, still in registers, is
-// summed again with masks and from its own maxima, which become the origins. Rare, but for a thread's first chunk. fp32
-// throughout: a chunk adds 16 terms, a thread a few dozen chunks; the statistics are formed in double from the merged state.
+// summed again from its own maxima, which become the origins (a thread's first chunk begins there), and if that fails too,
+// with masks. fp32 throughout: a chunk adds 16 terms, a thread a few dozen chunks; the statistics are formed in double from
+// the merged state.
 #pragma once
 
 #include "rows.cuh"
@@ -21,6 +22,20 @@ template <class T>
 __device__ bool acceptable(const PairSums<float>& x) {
     if constexpr (std::is_same_v<T, NoTeacher>) return x.Zs < MAX_SUM && fabsf(x.B) <= FLT_MAX;
     return x.Zs < MAX_SUM && x.Zt < MAX_SUM && fabsf(x.A + x.B + x.C) <= FLT_MAX;
+}
+
+// Of a chunk whose logits are a(i), b(i), as if all were in the support.
+template <class T, class A, class B>
+__device__ PairSums<float> plain_sums(const A& a, const B& b, float ms, float mt, float k) {
+    PairSums<float> sums = {};
+#pragma unroll
+    for (int i = 0; i < CHUNK; ++i) {
+        if constexpr (std::is_same_v<T, NoTeacher>)
+            sums.add_student((a(i) - ms) * k);
+        else
+            sums.add((a(i) - ms) * k, (b(i) - mt) * k);
+    }
+    return sums;
 }
 
 // The state of n columns whose logits are a(i), b(i), by masks and from their own maxima.
@@ -59,27 +74,31 @@ __device__ RowState<float> part_state(const S* s, const T* t, const Columns<S, T
         const Chunk<S, T, CHUNK> columns(c, student_row, teacher_row, chunk);
         const auto student = [&](int i) { return columns.s[i / W][i % W]; };
         const auto teacher = [&](int i) { return columns.t[i / W][i % W]; };
-        PairSums<float> sums = {};
-#pragma unroll
-        for (int i = 0; i < CHUNK; ++i) {
-            if constexpr (pair)
-                sums.add((student(i) - state.ms) * k, (teacher(i) - state.mt) * k);
-            else
-                sums.add_student((student(i) - state.ms) * k);
-        }
-        if (acceptable<T>(sums)) {
-            state.Zs += sums.Zs;
-            state.Zt += sums.Zt;
-            state.A += float(LN2) * sums.A;
-            state.B += float(LN2) * sums.B;
-            state.C += float(LN2) * sums.C;
-        } else {
-#pragma unroll
-            for (int j = 0; j < c.UNITS; ++j) {
-                const auto s_j = [&](int i) { return student(j * W + i); };
-                const auto t_j = [&](int i) { return teacher(j * W + i); };
-                state = merge(state, masked_state<W, T>(s_j, t_j, k), inv_T);
+        PairSums<float> sums;
+        if (!state.is_empty()) {
+            sums = plain_sums<T>(student, teacher, state.ms, state.mt, k);
+            if (acceptable<T>(sums)) {
+                state = added(state, RowState<float>::of(state.ms, state.mt, sums));
+                continue;
             }
+        }
+        float ms = student(0), mt = teacher(0);
+#pragma unroll
+        for (int i = 1; i < CHUNK; ++i) {
+            ms = max_of(student(i), ms);
+            if constexpr (pair) mt = max_of(teacher(i), mt);
+        }
+        if constexpr (!pair) mt = -INFINITY;
+        sums = plain_sums<T>(student, teacher, ms, mt, k);
+        if (acceptable<T>(sums)) {
+            state = merge(state, RowState<float>::of(ms, mt, sums), inv_T);
+            continue;
+        }
+#pragma unroll
+        for (int j = 0; j < c.UNITS; ++j) {
+            const auto s_j = [&](int i) { return student(j * W + i); };
+            const auto t_j = [&](int i) { return teacher(j * W + i); };
+            state = merge(state, masked_state<W, T>(s_j, t_j, k), inv_T);
         }
     }
     const int v = part.is_last ? c.single() : -1;
@@ -113,6 +132,15 @@ __device__ inline void write_stats(const StatsArgs& a, int64_t row, const RowSta
     for (int i = 0; i < STATISTICS; ++i) store_one(a.stats + i * a.N + row, float(out[i]));
 }
 
+// In lane 0: all lanes' states, rebased to the warp's maxima and added.
+__device__ inline RowState<float> warp_merge(RowState<float> x, float inv_T) {
+    const auto larger = [](float a, float b) { return max_of(a, b); };
+    const float ms = __shfl_sync(ALL_LANES, warp_reduce(x.ms, larger), 0);
+    const float mt = __shfl_sync(ALL_LANES, warp_reduce(x.mt, larger), 0);
+    x = rebased(x, ms, mt, inv_T);
+    return warp_reduce(x, [](const RowState<float>& a, const RowState<float>& b) { return added(a, b); });
+}
+
 struct MergeStates {
     float inv_T;
     __device__ RowState<float> operator()(const RowState<float>& a, const RowState<float>& b) const {
@@ -131,7 +159,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) row_stats_kernel(StatsArgs a,
         const T* t = row_of<T>(a.teacher, row);
         const Columns<S, T> c(a.V);
         const Part part(c, int(index % splits), splits);
-        const RowState<float> state = block_reduce(part_state(s, t, c, part, inv_T), MergeStates{inv_T});
+        const RowState<float> state = across_warps(warp_merge(part_state(s, t, c, part, inv_T), inv_T), MergeStates{inv_T});
         if (threadIdx.x == 0) states[index] = state;
     }
 }
@@ -148,7 +176,7 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
         RowState<float> state = RowState<float>::empty();
         for (int64_t i = lane; i < splits; i += WARP) state = merge_states(state, states[row * splits + i]);
-        state = warp_reduce(state, merge_states);
+        state = warp_merge(state, merge_states.inv_T);
         if (lane == 0) write_stats(a, row, state);
     }
 }

@@ -1,5 +1,5 @@
-// defines: NoTeacher, load_one, store_one, value_at, Raw, Row, Columns, Part, relative, warp_reduce, block_reduce: what the
-// kernels share
+// defines: NoTeacher, load_one, store_one, value_at, Raw, Row, Columns, Chunk, Part, relative, warp_reduce, across_warps,
+// block_reduce: what the kernels share
 //
 // A block of THREADS works on one part of one row at a time: the whole row, or one of `splits` runs of chunks when there are
 // fewer rows than blocks that the card holds. In a chunk a thread takes CHUNK columns, as UNITS vectors of 16 bytes (of 8
@@ -312,11 +312,10 @@ struct OfWarps {
     X x[WARPS];
 };
 
-// In thread 0. All threads of the block must call it; the next call may follow at once.
+// In thread 0, of what the lanes 0 hold. All threads of the block must call it; the next call may follow at once.
 template <class X, class Combine>
-__device__ X block_reduce(X x, const Combine& combine) {
+__device__ X across_warps(X x, const Combine& combine) {
     MINILLM_SHARED(OfWarps<X>, warps);
-    x = warp_reduce(x, combine);
     if (threadIdx.x % WARP == 0) warps.x[threadIdx.x / WARP] = x;
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -325,6 +324,10 @@ __device__ X block_reduce(X x, const Combine& combine) {
     }
     __syncthreads();  // before a next call overwrites what thread 0 reads
     return x;
+}
+template <class X, class Combine>
+__device__ X block_reduce(const X& x, const Combine& combine) {
+    return across_warps(warp_reduce(x, combine), combine);
 }
 
 }  // namespace minillm::cuda

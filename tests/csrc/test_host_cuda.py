@@ -205,14 +205,14 @@ MUTATIONS = {
     ),
     "a wrong mask": ("rows.cuh", "ALL_LANES = ~0u", "ALL_LANES = 0x7fffffffu", "mask (does not name it|.* not name)"),
     "a lane that is missing": (
-        "rows.cuh",
-        "    x = warp_reduce(x, combine);",
-        "    if (threadIdx.x != 5) x = warp_reduce(x, combine);",
+        "row_stats.cuh",
+        "    x = rebased(x, ms, mt, inv_T);",
+        "    x = rebased(x, ms, mt, inv_T);\n    if (threadIdx.x == 5) return x;",
         "different collectives|has returned|deadlock",
     ),
     "half a warp": ("rows.cuh", "int lanes = WARP / 2;", "int lanes = WARP / 4;", "wrong"),
     "the last columns": ("row_stats.cuh", "part.is_last ? c.single() : -1", "-1", "wrong"),
-    "an origin": ("row_stats.cuh", "(teacher(i) - state.mt)", "(teacher(i) - state.ms)", "wrong"),
+    "an origin": ("row_stats.cuh", "(b(i) - mt) * k", "(b(i) - ms) * k", "wrong"),
 }
 
 
