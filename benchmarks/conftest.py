@@ -30,19 +30,20 @@ def median_seconds(fn: Callable[[], object], rounds: int = ROUNDS) -> float:
     return statistics.median(times)
 
 
+def resident_bytes(field: str = "VmRSS") -> int:
+    """Resident memory of this process, or "VmHWM": its peak since it was last reset."""
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field))
+
+
 def extra_peak_bytes(fn: Callable[[], object]) -> int | None:
     """How far one call raises this process's resident memory, at its peak; None where the kernel does not tell."""
-
-    def status(field: str) -> int:
-        with open("/proc/self/status") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field))
-
     try:
         with open("/proc/self/clear_refs", "w") as f:
             f.write("5")  # resets the peak
-        before = status("VmRSS")
+        before = resident_bytes()
         keep = fn()
-        peak = status("VmHWM")
+        peak = resident_bytes("VmHWM")
         del keep
         return peak - before
     except OSError:

@@ -67,6 +67,28 @@ def cpu_table() -> str:
     return markdown(header, rows) + "\n\n" + note
 
 
+def linear_table() -> str:
+    """The losses of hidden states and head weights, each beside eager."""
+    results = json.loads((RESULTS / "cpu.json").read_text())
+    rows = []
+    for group in sorted({b["group"] for b in results["benchmarks"] if b["group"].startswith("linear ")}):
+        found = rows_of(results, group)
+        for name, row in found.items():
+            ratio = row["ms"] / found["eager"]["ms"]
+            memory = [f"{row[key]:.0f} MiB" if key in row else "" for key in ("working_MiB", "extra_MiB")]
+            size = group.partition("-")[2].replace("x", " × ")
+            rows.append([size, name, f"{row['ms'] / 1e3:.2f} s", f"{ratio:.2f}×", *memory])
+    header = [
+        "rows × hidden × vocabulary",
+        "implementation",
+        "time",
+        "of eager's",
+        "working memory",
+        "with the gradient",
+    ]
+    return markdown(header, rows)
+
+
 def demo_table() -> str:
     """What the demo distillation did to the student: its summary.json."""
     summary = json.loads((RESULTS / "demo.json").read_text())
@@ -105,7 +127,35 @@ def cuda_table() -> str:
     return markdown(header, rows) + "\n\n" + note
 
 
-TABLES = {"demo": demo_table, "cpu": cpu_table, "cuda": cuda_table}
+def triton_table() -> str:
+    """What the compiled Triton kernels cost on bf16 rows, and the bandwidth that their instructions allow."""
+    results = json.loads((RESULTS / "gpu-static.json").read_text())
+    traffic = {x["kernel"]: x["of_minimum"] for x in results["triton_traffic"]}
+    found = {(x["kernel"], x["architecture"]): x for x in results["triton"]}
+    rows = []
+    for kernel in traffic:
+        if not kernel.endswith("bf16"):
+            continue
+        a100, h100 = found[kernel, 80], found[kernel, 90]
+        row = [kernel.removesuffix(" bf16"), f"{traffic[kernel]:.3f}"]
+        for x in (a100, h100):
+            row += [
+                str(x["registers"]),
+                f"{x['instructions_per_column']:.1f}",
+                f"{x['headroom']:.2f}× ({x['bound_by']})",
+            ]
+        rows.append(row)
+    header = ["kernel", "bytes, of the least"]
+    for gpu in ("A100", "H100"):
+        header += [f"{gpu}: registers", "instructions a column", "bandwidth they allow"]
+    note = (
+        f"Counted, not timed: compiled by Triton {results['triton_version']} without a GPU, rows of 151936 bf16 "
+        "columns; made by `python -m benchmarks.gpu_static.triton_kernels`."
+    )
+    return markdown(header, rows) + "\n\n" + note
+
+
+TABLES = {"demo": demo_table, "cpu": cpu_table, "linear": linear_table, "cuda": cuda_table, "triton": triton_table}
 
 
 def render(readme: str) -> str:

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "cpu/memory.h"
 #include "cpu/rows.h"
 #ifdef MINILLM_CUDA
 #include "cuda/launch.h"
@@ -48,6 +49,9 @@ PYBIND11_MODULE(_core, m) {
     m.def("row_divergence", cpu_function(&divergence_args, &cpu::row_divergence));
     m.def("row_divergence_grad", cpu_function(&divergence_grad_args, &cpu::row_divergence_grad));
     m.def("row_sample", cpu_function(&sample_args, &cpu::row_sample));
+    m.def("advise_huge_pages", [](uintptr_t address, size_t bytes) {
+        cpu::advise_huge_pages(at<const char>(address), at<const char>(address) + bytes);
+    });
     m.def("instruction_set", &cpu::instruction_set);
     m.def("use_instruction_set", &cpu::use_instruction_set);
     m.attr("TILE") = cpu::TILE;

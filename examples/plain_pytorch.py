@@ -8,10 +8,10 @@ The second form never holds the logits of the batch, which are the largest tenso
 from collections.abc import Iterable
 
 import torch
-from heads import heads
 from tiny import ragged_batch, tiny_llama
 from torch import Tensor, nn
 
+from minillm.vocabulary import heads, read_head
 from minillm_kernels import fused_linear_rkl_loss, fused_rkl_loss
 
 Batch = dict[str, Tensor]
@@ -51,7 +51,7 @@ def train_without_logits(
             student_hidden=hidden[:, :-1],
             teacher_hidden=teacher_hidden[:, :-1],
             labels=batch["labels"][:, 1:],
-            **heads(student, teacher),
+            **heads(read_head(student), read_head(teacher)),
         )
         loss.backward()
         optimizer.step()

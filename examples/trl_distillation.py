@@ -15,11 +15,11 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # GKDTrainer lives in tr
 
 import torch
 from datasets import Dataset
-from heads import heads
 from tiny import byte_tokenizer, tiny_llama
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
+from minillm.vocabulary import heads, read_head
 from minillm_kernels import fused_divergence_loss, fused_linear_minillm_loss
 
 
@@ -52,7 +52,7 @@ class FusedDistillationTrainer(DistillationTrainer):
             mask=mask,
             normalizer=num_items_in_batch,
             temperature=self.temperature,
-            **heads(student, teacher),
+            **heads(read_head(student), read_head(teacher)),
         )
         return result.loss, result.entropy.sum(), mask.sum()
 

@@ -51,14 +51,14 @@ def evaluate(options: argparse.Namespace, flags: list[str]) -> int:
     config = config_from(tree)
     _quiet()
     from minillm.evaluate import evaluate, held_out
-    from minillm.models import check_same_tokenizer, load_model, load_tokenizer
+    from minillm.models import check_same_tokenizer, load_tokenizer
 
     tokenizer = load_tokenizer(options.model)
     examples = held_out(config, tokenizer)
-    student, teacher = _place(load_model(options.model)), None
+    student, teacher = _open(options.model, config.model.head), None
     if options.teacher:
         check_same_tokenizer(tokenizer, load_tokenizer(options.teacher))
-        teacher = _place(load_model(options.teacher))
+        teacher = _open(options.teacher, config.model.head)
     result = evaluate(student, teacher, tokenizer, examples, config)
     print(json.dumps({name: estimate.to_dict() for name, estimate in result.estimates.items()}, indent=1))
     return 0
@@ -72,10 +72,10 @@ def generate(options: argparse.Namespace, flags: list[str]) -> int:
     _quiet()
     from minillm.config import Data
     from minillm.data import Record, encode
-    from minillm.models import load_model, load_tokenizer
+    from minillm.models import load_tokenizer
     from minillm.rollout import draw_uniforms, sample
 
-    tokenizer, model = load_tokenizer(options.model), _place(load_model(options.model))
+    tokenizer, model = load_tokenizer(options.model), _open(options.model, "logits")  # any model, whatever its head
     data = Data(prompt_template=options.template, max_prompt_length=options.max_prompt_length)
     prompts = [options.prompt] if options.prompt else (line.rstrip("\n") for line in sys.stdin)
     for i, prompt in enumerate(prompts):
@@ -151,11 +151,14 @@ def _user_errors() -> tuple[type[Exception], ...]:
     return ConfigError, DataError, PackageError, FileNotFoundError, FloatingPointError
 
 
-def _place(model: Any) -> Any:
-    """On the accelerator, where there is one."""
+def _open(source: str, head: str) -> Any:
+    """A model on the accelerator, where there is one."""
     from accelerate import PartialState
 
-    return model.to(PartialState().device)
+    from minillm.models import load_model
+    from minillm.vocabulary import CausalLM
+
+    return CausalLM(load_model(source).to(PartialState().device), head)
 
 
 def _quiet() -> None:

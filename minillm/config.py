@@ -37,6 +37,9 @@ class Model:
     """Half-open block [first, last) of teacher layers that the cut student does without."""
     dtype: str = "float32"
     """Dtype in which both models are loaded."""
+    head: str = "fused"
+    """`fused`: losses read final states and head weights, no logits; `logits`: the models' own logits, for a model
+    whose head cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +257,7 @@ def check(config: Config) -> None:
     _one_of("optim.schedule", config.optim.schedule, ("constant", "linear", "cosine"))
     _one_of("data.overlong_prompts", config.data.overlong_prompts, ("error", "drop"))
     _one_of("objective.variant", config.objective.variant, ("paper",))
+    _one_of("model.head", config.model.head, ("fused", "logits"))
     _one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
     for section, key in (
         ("rollout", "batch_size"),

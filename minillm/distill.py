@@ -10,6 +10,7 @@ from minillm.models import check_same_tokenizer, load_model, load_student, load_
 from minillm.report import card, changes, report, samples
 from minillm.run import Run
 from minillm.train import prepare, train
+from minillm.vocabulary import CausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,8 +27,9 @@ def run_recipe(recipe: Recipe, command: str, with_evaluation: bool = True) -> di
     config = recipe.first
     if with_evaluation and not config.data.eval:
         raise ConfigError("data.eval is empty: distill evaluates before and after; `minillm train` does without")
-    teacher = load_model(config.model.teacher, config.model.dtype) if config.model.teacher else None
-    student = load_student(config, teacher)
+    base = load_model(config.model.teacher, config.model.dtype) if config.model.teacher else None
+    student = CausalLM(load_student(config, base), config.model.head)
+    teacher = None if base is None else CausalLM(base, config.model.head)
     tokenizer = load_tokenizer(config.model.student or config.model.teacher)
     if config.model.student and config.model.teacher:
         check_same_tokenizer(tokenizer, load_tokenizer(config.model.teacher))
@@ -35,7 +37,7 @@ def run_recipe(recipe: Recipe, command: str, with_evaluation: bool = True) -> di
     examples = held_out(config, tokenizer) if with_evaluation else []
     run = Run(recipe)
     seconds = {"load": time.perf_counter() - started}
-    print(headline(teacher, student, run), flush=True)
+    print(headline(base, student.model, run), flush=True)
 
     evaluations: dict[str, Evaluation] = {}
     summary: dict[str, Any] = {
@@ -43,8 +45,8 @@ def run_recipe(recipe: Recipe, command: str, with_evaluation: bool = True) -> di
         "command": command,
         "config_hash": recipe.digest(),
         "environment": run.environment,
-        "teacher": {"parameters": teacher.num_parameters()} if teacher is not None else None,
-        "student": {"parameters": student.num_parameters()},
+        "teacher": {"parameters": teacher.model.num_parameters()} if teacher is not None else None,
+        "student": {"parameters": student.model.num_parameters()},
         "stages": {},
     }
 
@@ -63,7 +65,7 @@ def run_recipe(recipe: Recipe, command: str, with_evaluation: bool = True) -> di
         began = time.perf_counter()
         totals = train(training, run, name, step)
         seconds[name] = time.perf_counter() - began
-        run.export(student, tokenizer)  # before the evaluation: what was trained is kept, whatever follows
+        run.export(student.model, tokenizer)  # before the evaluation: what was trained is kept, whatever follows
         step += stage.optim.steps
         summary["stages"][name] = {"method": stage.method, "steps": stage.optim.steps, **totals}
         measure(name)

@@ -1,17 +1,11 @@
-"""Models: loading, cutting a student out of its teacher, and the seam between hidden states and vocabulary.
-
-The vocabulary head is the expensive part of a small model and of every distillation loss, so the base model and the
-head are called apart: only positions whose prediction counts ever reach the head.
-
-Legend: B sequences, T positions, N positions selected over the batch, H hidden, V vocabulary.
-"""
+"""Models: loading, cutting a student out of its teacher, and what must hold between the two and their tokenizers."""
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minillm import packages
 from minillm.config import Config, ConfigError
@@ -25,16 +19,14 @@ PROBE = "In 1984,  the naïve café (№ 7) answered: “2 + 2 = 5”?\n\n\tdef 
 def load_model(source: str, dtype: str = "float32") -> "PreTrainedModel":
     """An AutoModelForCausalLM from a hub id, a directory or `package:NAME`, in eval mode (no dropout).
 
-    Raises ConfigError when nothing can be loaded from `source` or its head cannot be called apart from its base.
+    Raises ConfigError when nothing can be loaded from `source`.
     """
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(_locate(source), dtype=getattr(torch, dtype))
+        return AutoModelForCausalLM.from_pretrained(_locate(source), dtype=getattr(torch, dtype)).eval()
     except (OSError, ValueError) as error:
         raise ConfigError(f"no causal language model could be loaded from {source!r}: {error}") from error
-    check_head(model, source)
-    return model.eval()
 
 
 def load_tokenizer(source: str) -> "PreTrainedTokenizerBase":
@@ -94,53 +86,6 @@ def drop_layers(teacher: "PreTrainedModel", first: int, last: int) -> "PreTraine
     return student.eval()
 
 
-def last_hidden(model: "PreTrainedModel", input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> Tensor:
-    """Final hidden states [B, T, H] of the base model, without any work on the vocabulary."""
-    return model.base_model(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
-
-
-def head(model: "PreTrainedModel", hidden: Tensor) -> Tensor:
-    """Logits [..., V] of hidden states [..., H]."""
-    return model.get_output_embeddings()(hidden)
-
-
-class Predictor(nn.Module):
-    """Logits [N, V] of the selected positions: the one forward pass that is trained.
-
-    A module of its own, because data-parallel wrappers act on `forward`: a base model and a head called beside them
-    would not have their gradients reduced.
-    """
-
-    def __init__(self, model: "PreTrainedModel") -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, predict: Tensor) -> Tensor:
-        """`predict` [B, T] bool: positions whose next token counts; N = predict.sum(), in row-major order."""
-        return head(self.model, last_hidden(self.model, input_ids, attention_mask)[predict])
-
-
-@torch.no_grad()
-def check_head(model: "PreTrainedModel", name: str) -> None:
-    """Refuse a model whose logits are not head(base(x)): soft-caps, logit scales and heads that cannot be found.
-
-    Tried on two tokens rather than looked up in a list of architectures: what is wrong here would train another
-    objective without a word.
-    """
-    output = model.get_output_embeddings()
-    if output is None or model.base_model is model:
-        raise ConfigError(f"{name} ({type(model).__name__}) has no separate base model and vocabulary head")
-    ids = torch.tensor([[1, 2]], device=model.device)
-    ones = torch.ones_like(ids)
-    expected = model(input_ids=ids, attention_mask=ones).logits.float()
-    found = head(model, last_hidden(model, ids, ones)).float()
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-2, atol=1e-2):
-        raise ConfigError(
-            f"{name} ({type(model).__name__}) does something to its logits after the vocabulary head, such as a "
-            "soft-cap or a scale; distilling it needs that step in the loss, which is not supported"
-        )
-
-
 def check_context(model: "PreTrainedModel", tokens: int) -> None:
     """Refuse sequences longer than the model has positions for."""
     limit = getattr(model.config, "max_position_embeddings", None)
@@ -149,12 +94,6 @@ def check_context(model: "PreTrainedModel", tokens: int) -> None:
             f"prompt and answer may reach {tokens} tokens, but {type(model).__name__} has {limit} positions: lower "
             "data.max_prompt_length, data.max_response_length or rollout.max_new_tokens"
         )
-
-
-def common_vocabulary(student: "PreTrainedModel", teacher: "PreTrainedModel") -> int:
-    """The one vocabulary size used everywhere: the smaller head; the rest is padding."""
-    sizes = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
-    return min(sizes)
 
 
 def check_same_tokenizer(student: "PreTrainedTokenizerBase", teacher: "PreTrainedTokenizerBase") -> None:

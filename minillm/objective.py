@@ -11,6 +11,8 @@ by its number of terms; the paper prints one less, which is 0 one token before t
 in place of the product of ratios, and the normalised return, make this a biased estimate of the gradient of KL(q‖p):
 it is exact at α = 0 with plain sums.
 
+Here is what the rollout fixes; `minillm_kernels.minillm_loss` is Single + Long of the student being trained.
+
 Legend: B sequences, T positions, N tokens that exist over the batch.
 """
 
@@ -20,7 +22,6 @@ import torch
 from torch import Tensor
 
 from minillm.rollout import Rollout
-from minillm_kernels import DistillStats
 
 
 class PolicyTerms(NamedTuple):
@@ -32,16 +33,6 @@ class PolicyTerms(NamedTuple):
     """log q(y_t) of the student that sampled."""
     importance_weights: Tensor
     """w_t."""
-
-
-class MiniLLMLoss(NamedTuple):
-    """Sums over tokens, in nats; only `loss` carries a gradient."""
-
-    loss: Tensor
-    policy_loss: Tensor
-    single_step_loss: Tensor
-    clipped: Tensor
-    """Tokens whose clipped branch is strictly the smaller one."""
 
 
 def returns(rewards: Tensor, mask: Tensor, *, length_norm: bool = True, include_current: bool = False) -> Tensor:
@@ -88,23 +79,3 @@ def policy_terms(
 def concatenate(terms: list[PolicyTerms]) -> PolicyTerms:
     """The terms of several sequences, in the order of their tokens in a batch."""
     return PolicyTerms(*(torch.cat(column) for column in zip(*terms, strict=True)))
-
-
-def minillm_loss(
-    stats: DistillStats, terms: PolicyTerms, *, clip_range: float = 0.2, single_step: bool = True
-) -> MiniLLMLoss:
-    """Single + Long, summed over tokens, from the statistics [N] of the student being trained.
-
-    The clip acts on ρ = exp(log q_θ(y) - old_logprobs) · w; clip_range 0 leaves ρ unclipped.
-    """
-    advantages, old_logprobs, weights = terms
-    ratio = torch.exp(stats.student_logprobs - old_logprobs) * weights
-    gain = ratio * advantages
-    clipped = torch.zeros((), dtype=torch.long, device=gain.device)
-    if clip_range > 0:
-        bounded = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
-        clipped = (bounded < gain).sum()
-        gain = torch.minimum(gain, bounded)
-    policy = -gain.sum()
-    single = (weights * stats.reverse_kl).sum() if single_step else torch.zeros_like(policy)
-    return MiniLLMLoss(policy + single, policy.detach(), single.detach(), clipped)

@@ -8,16 +8,13 @@ Legend: B sequences, P longest prompt, T longest response, H hidden.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minillm.models import head, last_hidden
+from minillm.vocabulary import CausalLM
 from minillm_kernels import mixed_sample
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class Rollout(NamedTuple):
@@ -53,8 +50,8 @@ class Rollout(NamedTuple):
 
 @torch.no_grad()  # not inference_mode: the hidden states kept enter a graph later
 def sample(
-    student: "PreTrainedModel",
-    teacher: "PreTrainedModel | None",
+    student: CausalLM,
+    teacher: CausalLM | None,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -128,13 +125,13 @@ def draw_uniforms(seed: int, max_new_tokens: int, sequences: int) -> Tensor:
 class _Decoder:
     """One model with its cache, and the final hidden state [B, H] of its last token."""
 
-    def __init__(self, model: "PreTrainedModel", ids: Tensor, mask: Tensor, copies: int) -> None:
+    def __init__(self, model: CausalLM, ids: Tensor, mask: Tensor, copies: int) -> None:
         from transformers import DynamicCache
 
         self.model = model
-        self.cache = DynamicCache(config=model.config)
+        self.cache = DynamicCache(config=model.model.config)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        hidden = last_hidden(model, ids, mask, position_ids=positions, past_key_values=self.cache, use_cache=True)
+        hidden = model.states(ids, mask, position_ids=positions, past_key_values=self.cache, use_cache=True)
         if copies > 1:
             self.cache.batch_repeat_interleave(copies)
         self.hidden = hidden[:, -1].repeat_interleave(copies, dim=0)
@@ -142,13 +139,12 @@ class _Decoder:
         self.position = self.mask.sum(dim=1, keepdim=True)  # of the next token
 
     def logits(self) -> Tensor:
-        return head(self.model, self.hidden)
+        return self.model.logits(self.hidden)
 
     def append(self, token_ids: Tensor) -> None:
         """Feed one token per sequence. Sequences that have ended go on decoding; what follows is never read."""
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
-        self.hidden = last_hidden(
-            self.model,
+        self.hidden = self.model.states(
             token_ids[:, None],
             self.mask,
             position_ids=self.position,

@@ -1,9 +1,9 @@
 """The training loop: rollout → score → loss → backward → step → log.
 
 Each method is a generator that yields, per optimiser step, the micro-batches to learn from, each with the function
-that turns its logits into summed losses. The loop knows nothing else of the methods: it divides the sums by the number
-of tokens that count, over all micro-batches and processes, so that 1 × 8 sequences, 8 × 1 and 2 processes × 4 give the
-same gradient.
+that turns the student's output into summed losses. The loop knows nothing else of the methods: it divides the sums by
+the number of tokens that count, over all micro-batches and processes, so that 1 × 8 sequences, 8 × 1 and 2 processes
+× 4 give the same gradient.
 """
 
 import math
@@ -19,28 +19,25 @@ from torch import Tensor
 
 from minillm.config import Config, ConfigError
 from minillm.data import Batch, Example, chunk_text, collate, encode, read_records, read_text, shuffled
-from minillm.models import Predictor, check_context, common_vocabulary, head, last_hidden
-from minillm.objective import PolicyTerms, concatenate, minillm_loss, policy_terms, token_rewards
+from minillm.models import check_context
+from minillm.objective import PolicyTerms, concatenate, policy_terms, token_rewards
 from minillm.rollout import Rollout, draw_uniforms, sample
 from minillm.run import Run
-from minillm_kernels import distill_stats, fused_divergence_loss, token_logprobs
+from minillm.vocabulary import CausalLM, Output, Sums, common_vocabulary, divergence, minillm_loss, token_logprobs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Sums = dict[str, Tensor]
-"""Named sums over tokens; "loss" is differentiated, the others are logged."""
+    from transformers import PreTrainedTokenizerBase
 
 
 class Micro(NamedTuple):
-    """Sequences of one forward and backward pass, and how their logits [N, V] become sums.
+    """Sequences of one forward and backward pass, and how the student's output becomes sums.
 
     Micro-batches of one `kind` are normalised together, by the number of their targets.
     """
 
     kind: str
     batch: Batch
-    loss: Callable[[Tensor, Batch], Sums]
+    loss: Callable[[Output, Batch], Sums]
 
 
 class Step(NamedTuple):
@@ -73,8 +70,8 @@ class Training:
 
     config: Config
     accelerator: Accelerator
-    student: "PreTrainedModel"
-    teacher: "PreTrainedModel | None"
+    student: CausalLM
+    teacher: CausalLM | None
     tokenizer: "PreTrainedTokenizerBase"
     examples: list[Example]
     text: list[list[int]]
@@ -92,8 +89,8 @@ class Training:
 
 def prepare(
     config: Config,
-    student: "PreTrainedModel",
-    teacher: "PreTrainedModel | None",
+    student: CausalLM,
+    teacher: CausalLM | None,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> Training:
     """Read and check the data against the models, before any work that could be lost."""
@@ -109,7 +106,7 @@ def prepare(
     answer = config.rollout.max_new_tokens if config.method == "minillm" else config.data.max_response_length
     for model in (student, teacher):
         if model is not None:
-            check_context(model, config.data.max_prompt_length + answer)
+            check_context(model.model, config.data.max_prompt_length + answer)
             model.to(accelerator.device)
     if teacher is not None:
         teacher.requires_grad_(False)
@@ -132,7 +129,7 @@ def train(training: Training, run: Run, stage: str, first_step: int = 0) -> dict
     optimizer = torch.optim.AdamW(
         training.student.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
     )
-    predictor, optimizer = accelerator.prepare(Predictor(training.student), optimizer)
+    predictor, optimizer = accelerator.prepare(training.student, optimizer)
     steps = METHODS[config.method](training)
     started, seen, history = time.perf_counter(), 0.0, []
     totals: dict[str, float] = {}
@@ -192,7 +189,7 @@ def backward(predictor: torch.nn.Module, micros: list[Micro], accelerator: Accel
         batch = micro.batch.to(accelerator.device)
         last = i + 1 == len(micros)
         with nullcontext() if last else accelerator.no_sync(predictor):
-            sums = micro.loss(predictor(batch.input_ids, batch.attention_mask, batch.predict), batch)
+            sums = predictor(batch, micro.loss)
             # gradients are averaged over processes, the token count is global: undo the average
             accelerator.backward(sums["loss"] * accelerator.num_processes / tokens[micro.kind])
         for name, value in sums.items():
@@ -208,8 +205,8 @@ def backward(predictor: torch.nn.Module, micros: list[Micro], accelerator: Accel
 def sft_steps(training: Training) -> Iterator[Step]:
     """Cross entropy with the reference answers."""
 
-    def loss(logits: Tensor, batch: Batch) -> Sums:
-        return {"loss": cross_entropy(logits, batch, training.vocab_size)}
+    def loss(student: Output, batch: Batch) -> Sums:
+        return {"loss": cross_entropy(student, batch, training.vocab_size)}
 
     for batch in answer_batches(training):
         yield Step([Micro("answers", micro, loss) for micro in batch], {})
@@ -220,19 +217,12 @@ def kd_steps(training: Training) -> Iterator[Step]:
     config, teacher, vocab_size = training.config.loss, training.teacher, training.vocab_size
     assert teacher is not None
 
-    def loss(logits: Tensor, batch: Batch) -> Sums:
+    def loss(student: Output, batch: Batch) -> Sums:
         with training.clock("score"), torch.no_grad():
-            teacher_logits = head(teacher, last_hidden(teacher, batch.input_ids, batch.attention_mask)[batch.predict])
-        distill = fused_divergence_loss(
-            logits,
-            teacher_logits,
-            config.divergence,
-            beta=config.beta,
-            temperature=config.temperature,
-            reduction="sum",
-            vocab_size=vocab_size,
-        )
-        label = cross_entropy(logits, batch, vocab_size)
+            target = teacher.output(batch)
+        options = {"beta": config.beta, "temperature": config.temperature, "vocab_size": vocab_size}
+        distill = divergence(student, target, config.divergence, **options)
+        label = cross_entropy(student, batch, vocab_size)
         total = config.distill_weight * distill + config.label_weight * label
         return {"loss": total, "loss/distill": distill, "loss/label": label}
 
@@ -286,7 +276,8 @@ def minillm_steps(training: Training) -> Iterator[Step]:
                     batch = collate([rollout.prompts[i] for i in rows], [responses[i] for i in rows])
                     states = torch.cat([rollout.teacher_hidden[i, : len(responses[i])] for i in rows])
                     constants = concatenate([terms[i] for i in rows])
-                    micros.append(Micro("responses", batch, policy_loss(training, states, constants)))
+                    loss = policy_loss(training, Output(states, teacher.head), constants)
+                    micros.append(Micro("responses", batch, loss))
                 if config.objective.pt_weight > 0:
                     drawn = training.mine([next(passages) for _ in range(config.objective.pt_batch_size)])
                     for rows in chunks(drawn, config.optim.micro_batch_size):
@@ -296,33 +287,39 @@ def minillm_steps(training: Training) -> Iterator[Step]:
                 yield Step(micros, dict(about))
 
 
-def policy_loss(training: Training, states: Tensor, terms: PolicyTerms) -> Callable[[Tensor, Batch], Sums]:
-    """Single + Long on sampled tokens, from the teacher's final states [N, H] and the rollout's constants."""
-    settings, teacher = training.config.objective, training.teacher
-    assert teacher is not None
+def policy_loss(training: Training, teacher: Output, terms: PolicyTerms) -> Callable[[Output, Batch], Sums]:
+    """Single + Long on sampled tokens, from what the rollout kept: the teacher's final states and the constants."""
+    settings = training.config.objective
 
-    def loss(logits: Tensor, batch: Batch) -> Sums:
-        with training.clock("score"), torch.no_grad():
-            teacher_logits = head(teacher, states)
-        stats = distill_stats(logits, teacher_logits, batch.targets, vocab_size=training.vocab_size)
-        result = minillm_loss(stats, terms, clip_range=settings.clip_range, single_step=settings.single_step)
+    def loss(student: Output, batch: Batch) -> Sums:
+        result = minillm_loss(
+            student,
+            teacher,
+            batch.targets,
+            **terms._asdict(),
+            mask=torch.ones_like(batch.targets, dtype=torch.bool),
+            clip_range=settings.clip_range or math.inf,
+            single_step=float(settings.single_step),
+            normalizer=1.0,  # sums: the loop divides
+            vocab_size=training.vocab_size,
+        )
         return {
             "loss": result.loss,
             "loss/policy": result.policy_loss,
             "loss/single_step": result.single_step_loss,
-            "kl/reverse": stats.reverse_kl.sum(),
-            "entropy": stats.student_entropy.sum(),
-            "clip_fraction": result.clipped,
+            "kl/reverse": result.reverse_kl.sum(),
+            "entropy": result.entropy.sum(),
+            "clip_fraction": result.clip_fraction * len(batch.targets),
         }
 
     return loss
 
 
-def text_loss(training: Training) -> Callable[[Tensor, Batch], Sums]:
+def text_loss(training: Training) -> Callable[[Output, Batch], Sums]:
     """L_PT, the language-modelling loss on plain text."""
 
-    def loss(logits: Tensor, batch: Batch) -> Sums:
-        total = cross_entropy(logits, batch, training.vocab_size)
+    def loss(student: Output, batch: Batch) -> Sums:
+        total = cross_entropy(student, batch, training.vocab_size)
         return {"loss": training.config.objective.pt_weight * total, "loss/pt": total}
 
     return loss
@@ -333,11 +330,9 @@ METHODS = {"sft": sft_steps, "kd": kd_steps, "minillm": minillm_steps}
 # ---- helpers
 
 
-def cross_entropy(logits: Tensor, batch: Batch, vocab_size: int | None) -> Tensor:
+def cross_entropy(student: Output, batch: Batch, vocab_size: int | None) -> Tensor:
     """Summed over tokens, in nats."""
-    logprobs = token_logprobs(logits, batch.targets, vocab_size=vocab_size)
-    assert isinstance(logprobs, Tensor)
-    return -logprobs.sum()
+    return -token_logprobs(student, batch.targets, vocab_size).sum()
 
 
 def answer_batches(training: Training) -> Iterator[list[Batch]]:

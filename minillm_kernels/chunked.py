@@ -17,7 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BUFFER_BYTES = 64 << 20  # both models' logits of a chunk together, unless chunk_rows says otherwise
+from .backends.cpu import advise
+
+BUFFER_BYTES = 96 << 20  # both models' logits of a chunk together, unless chunk_rows says otherwise
 
 
 class Head(NamedTuple):
@@ -68,7 +70,7 @@ def empty_gradients(student: Head, needs: list[bool]) -> Gradients:
     accumulator = torch.promote_types(student.weight.dtype, torch.float32)
     none = student.hidden.new_empty(0)
     hidden = torch.zeros_like(student.hidden) if needs[0] else none
-    weight = torch.zeros_like(student.weight, dtype=accumulator) if needs[1] else none
+    weight = advise(torch.empty_like(student.weight, dtype=accumulator)).zero_() if needs[1] else none
     bias = none
     if needs[2] and student.bias is not None:
         bias = torch.zeros_like(student.bias, dtype=accumulator)
@@ -97,10 +99,10 @@ def over_chunks(
     gradients = empty_gradients(student, needs)
     rows = torch.arange(n_rows, device=device) if mask is None else mask.nonzero().squeeze(1)
     size = min(chunk_rows, max(len(rows), 1))
-    student_buffer = torch.empty(size, vocab_size, dtype=student.weight.dtype, device=device)
+    student_buffer = advise(torch.empty(size, vocab_size, dtype=student.weight.dtype, device=device))
     teacher_buffer = None
     if teacher is not None:
-        teacher_buffer = torch.empty(size, vocab_size, dtype=teacher.weight.dtype, device=device)
+        teacher_buffer = advise(torch.empty(size, vocab_size, dtype=teacher.weight.dtype, device=device))
     for chunk in rows.split(size) if len(rows) else ():
         z_s = student.logits(chunk, student_buffer)
         z_t = None if teacher is None or teacher_buffer is None else teacher.logits(chunk, teacher_buffer)

@@ -1,4 +1,5 @@
-"""torch.ops.minillm.linear_*: losses of hidden states and head weights as torch operators, on the chunk driver.
+"""torch.ops.minillm.linear_*: losses of hidden states and head weights as torch operators, on the chunk driver,
+or with chunk_rows = TILED on the tiled one.
 
 Two kinds. `linear_stats` and `linear_divergence` return a value a row; their backward pass forms the logits again,
 since what arrives is not known before. `linear_divergence_loss` and `linear_minillm_loss` return a scalar whose row
@@ -13,10 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import backends, ops
+from . import backends, ops, tiled
 from .chunked import Gradients, Head, empty_gradients, over_chunks
 from .policy import PolicyRows, policy_coefficients, policy_terms
 from .rows import DIFFERENTIABLE, DIFFERENTIABLE_INDEX, MIXTURE_DIVERGENCES, RowStats
+from .tiled import TILED
 
 _library = ops._library
 _STUDENT = "Tensor student_hidden, Tensor student_weight, Tensor? student_bias"
@@ -64,12 +66,14 @@ def _linear_stats(*args):
     tensors, (token_ids, mask, softcap, scale, *settings) = args[:N_HEADS], args[N_HEADS:]
     temperature, vocab_size, chunk_rows, backend = settings
     backend = _resolve(backend, tensors)
+    heads = _heads(tensors, softcap, scale)
+    if chunk_rows == TILED:
+        return tiled.statistics(*heads, token_ids, mask, temperature, vocab_size, backend)
 
     def row_loss(rows, z_s, z_t):
         ids = None if token_ids is None else token_ids[rows]
         return backends.run(backend, "row_stats", z_s, z_t, ids, None, temperature, vocab_size), None
 
-    heads = _heads(tensors, softcap, scale)
     return over_chunks(*heads, mask, vocab_size, chunk_rows, len(RowStats._fields), [False] * 3, row_loss)[0]
 
 
@@ -77,6 +81,9 @@ def _linear_stats_grad(*args):
     tensors, (token_ids, mask, stats, coefficients, needs, softcap, scale, *settings) = args[:N_HEADS], args[N_HEADS:]
     temperature, vocab_size, chunk_rows, backend = settings
     backend = _resolve(backend, tensors)
+    heads = _heads(tensors, softcap, scale)
+    if chunk_rows == TILED:
+        return tuple(tiled.gradients(*heads, token_ids, stats, coefficients, needs, temperature, vocab_size, backend))
 
     def row_loss(rows, z_s, z_t):
         ids = None if token_ids is None else token_ids[rows]
@@ -84,7 +91,6 @@ def _linear_stats_grad(*args):
         return kept[:0], _row_gradient(z_s, z_t, ids, kept, coefficients[:, rows], temperature, backend, softcap[0])
 
     read = (coefficients != 0).any(0)
-    heads = _heads(tensors, softcap, scale)
     mask = read if mask is None else mask & read
     return tuple(over_chunks(*heads, mask, vocab_size, chunk_rows, 0, needs, row_loss)[1])
 
@@ -106,6 +112,12 @@ def _divergence_of(z_s, z_t, name, beta, temperature, backend):
     return stats, backends.run(backend, "row_divergence", *args)
 
 
+def _coefficients(name: str, row_weights: Tensor, stats: Tensor) -> Tensor:
+    coefficients = stats.new_zeros(len(DIFFERENTIABLE), len(row_weights))
+    coefficients[DIFFERENTIABLE.index(name)] = row_weights
+    return coefficients
+
+
 def _linear_divergence(*args):
     tensors, (mask, name, beta, softcap, scale, *settings) = args[:N_HEADS], args[N_HEADS:]
     temperature, vocab_size, chunk_rows, backend = settings
@@ -122,6 +134,12 @@ def _linear_divergence_loss(*args):
     tensors, (row_weights, name, beta, needs, softcap, scale, *settings) = args[:N_HEADS], args[N_HEADS:]
     temperature, vocab_size, chunk_rows, backend = settings
     backend = _resolve(backend, tensors)
+    heads = _heads(tensors, softcap, scale)
+    if chunk_rows == TILED:
+        stats = tiled.statistics(*heads, None, row_weights != 0, temperature, vocab_size, backend)
+        coefficients = _coefficients(name, row_weights, stats)
+        gradients = tiled.gradients(*heads, None, stats, coefficients, needs, temperature, vocab_size, backend)
+        return (stats[RowStats._fields.index(name)] * row_weights).sum(), *gradients
 
     def row_loss(rows, z_s, z_t):
         stats, values = _divergence_of(z_s, z_t, name, beta, temperature, backend)
@@ -129,14 +147,12 @@ def _linear_divergence_loss(*args):
         if not any(needs):
             return values[:1], None
         if name not in MIXTURE_DIVERGENCES:
-            coefficients = torch.zeros(len(DIFFERENTIABLE), len(rows), dtype=stats.dtype, device=stats.device)
-            coefficients[DIFFERENTIABLE.index(name)] = weights
+            coefficients = _coefficients(name, weights, stats)
             return values, _row_gradient(z_s, z_t, None, stats, coefficients, temperature, backend, softcap[0])
         args = (z_s, z_t, stats, values, weights, name, beta, temperature, vocab_size)
         out = () if backend == "reference" else (torch.empty_like(z_s) if softcap[0] else z_s,)
         return values[:1], backends.run(backend, "row_divergence_grad", *args, *out)
 
-    heads = _heads(tensors, softcap, scale)
     outputs, gradients = over_chunks(*heads, row_weights != 0, vocab_size, chunk_rows, 1, needs, row_loss)
     return (outputs[0] * row_weights).sum(), *gradients
 
@@ -148,18 +164,26 @@ def _linear_minillm_loss(*args):
     ]
     temperature, vocab_size, chunk_rows, backend = settings
     backend = _resolve(backend, tensors)
+    heads = _heads(tensors, softcap, scale)
+
+    def coefficients_of(stats: Tensor, rows: Tensor) -> Tensor:
+        policy = PolicyRows(*rows.unbind(0))
+        return policy_coefficients(RowStats(*stats.unbind(0)), policy, clip_range, entropy_coef) * loss_scale
 
     def row_loss(rows, z_s, z_t):
         ids = token_ids[rows]
         stats = backends.run(backend, "row_stats", z_s, z_t, ids, None, temperature, vocab_size)
         if not any(needs):
             return stats, None
-        policy = PolicyRows(*rows_tensor[:, rows].unbind(0))
-        coefficients = policy_coefficients(RowStats(*stats.unbind(0)), policy, clip_range, entropy_coef) * loss_scale
+        coefficients = coefficients_of(stats, rows_tensor[:, rows])
         return stats, _row_gradient(z_s, z_t, ids, stats, coefficients, temperature, backend, softcap[0])
 
-    heads = _heads(tensors, softcap, scale)
-    stats, gradients = over_chunks(*heads, mask, vocab_size, chunk_rows, len(RowStats._fields), needs, row_loss)
+    if chunk_rows == TILED:
+        stats = tiled.statistics(*heads, token_ids, mask, temperature, vocab_size, backend)
+        coefficients = torch.where(mask, coefficients_of(stats, rows_tensor), 0)
+        gradients = tiled.gradients(*heads, token_ids, stats, coefficients, needs, temperature, vocab_size, backend)
+    else:
+        stats, gradients = over_chunks(*heads, mask, vocab_size, chunk_rows, len(RowStats._fields), needs, row_loss)
     terms = policy_terms(RowStats(*stats.unbind(0)), PolicyRows(*rows_tensor.unbind(0)), clip_range, entropy_coef)
     per_row = torch.where(mask, terms.policy + terms.single_step + terms.entropy_bonus, 0)
     return per_row.sum() * loss_scale, stats, *gradients
@@ -188,9 +212,11 @@ def _per_row(fields: int):
     return fake
 
 
-def _fake_gradients(tensors: tuple, needs: list[bool]) -> Gradients:
-    hidden, weight, bias = tensors[:3]
-    return empty_gradients(Head(hidden, weight, bias, 0.0, 1.0), needs)
+def _fake_gradients(args: tuple, needs: list[bool]) -> Gradients:
+    *_, chunk_rows, _backend = args
+    hidden, weight, bias = args[:3]
+    empty = tiled.empty_gradients if chunk_rows == TILED else empty_gradients
+    return empty(Head(hidden, weight, bias, 0.0, 1.0), needs)
 
 
 torch.library.register_fake("minillm::linear_stats", _per_row(len(RowStats._fields)), lib=_library)
@@ -271,6 +297,7 @@ def _divergence_backward(ctx, grad_values):
 
 
 def _loss_context(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # zeros for the other outputs would be as large as the weight
     ctx.n_inputs = len(inputs)
     ctx.save_for_backward(*output[-3:])
     _remember_heads(ctx, inputs[:N_HEADS])
@@ -280,6 +307,8 @@ def _loss_backward(ctx, grad_loss, *_ignored):
     """The gradients are there already, and are scaled in place, since the weight's is as large as the weight: their
     version counter refuses a second backward pass. While a graph is traced, out of place, which the compiler may undo.
     """
+    if grad_loss is None:
+        return (None,) * ctx.n_inputs
     scaled = []
     for g in ctx.saved_tensors:
         scale = grad_loss.to(g.dtype)

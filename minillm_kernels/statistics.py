@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -35,6 +35,28 @@ class DistillStats(NamedTuple):
         )
 
 
+@overload
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = ...,
+    return_entropy: Literal[False] = ...,
+    ignore_index: int = ...,
+    vocab_size: int | None = ...,
+    group: object = ...,
+) -> Tensor: ...
+@overload
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = ...,
+    return_entropy: Literal[True],
+    ignore_index: int = ...,
+    vocab_size: int | None = ...,
+    group: object = ...,
+) -> tuple[Tensor, Tensor]: ...
 def token_logprobs(
     logits: Tensor,
     token_ids: Tensor,

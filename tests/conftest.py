@@ -1,11 +1,16 @@
-"""What every test starts from: a fixed seed; torch's thread count is given back afterwards. And the CUDA kernels,
+"""What every test starts from: a fixed seed; torch's thread count is given back afterwards. Where there is no GPU,
+Triton's kernels run in its interpreter, which must be said before anything imports triton, and the CUDA kernels are
 compiled for the host."""
 
+import os
 from contextlib import nullcontext
 
 import host_build
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

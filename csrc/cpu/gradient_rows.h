@@ -1,10 +1,7 @@
 // defines: for_gradient_rows, clear_outside: what every gradient has in common
 #pragma once
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
+#include "memory.h"
 #include "tile.h"
 
 namespace minillm::cpu::MINILLM_ISA {
@@ -19,24 +16,11 @@ static inline void write_zeros(const Rows& rows, int64_t row, int64_t begin, int
     memset(rows.row(row) + begin * size_of(rows.dtype), 0, (end - begin) * size_of(rows.dtype));
 }
 
-// Faulting in a fresh gradient 4 KiB at a time costs more than computing it, so ask for huge pages before the first write.
-// Advice only: harmless where the pages are there already (a gradient in place) or where the kernel does not follow it.
-static inline void advise_huge_pages(const Rows& rows, int64_t N, int64_t width) {
-#ifdef __linux__
-    constexpr uintptr_t page = 2 << 20;
-    if (N == 0) return;
-    const uintptr_t first = reinterpret_cast<uintptr_t>(rows.row(0));
-    const uintptr_t last = reinterpret_cast<uintptr_t>(rows.row(N - 1)) + width * size_of(rows.dtype);
-    if (last < first + 2 * page) return;
-    const uintptr_t begin = (first + 4095) & ~uintptr_t(4095), end = last & ~uintptr_t(4095);
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 // write(span) writes the columns of a span and returns true, or returns false for a row whose gradient is zero.
 template <class Args, class Write>
 void for_gradient_rows(const Args& a, const Write& write) {
-    if (a.grad.data != a.student.data) advise_huge_pages(a.grad, a.N, a.width);
+    if (a.grad.data != a.student.data && a.N > 0)
+        advise_huge_pages(a.grad.row(0), a.grad.row(a.N - 1) + a.width * size_of(a.grad.dtype));
     const int64_t parts = splits(a.N, a.V);
     parallel_for(a.threads, a.N * parts, [&](int64_t unit) {
         const Span span = span_of(unit, parts, a.V);

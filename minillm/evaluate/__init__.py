@@ -11,9 +11,10 @@ from minillm.data import DataError, Example, encode, read_records
 from minillm.evaluate.divergence import own_samples, references
 from minillm.evaluate.estimate import Estimate
 from minillm.evaluate.rouge import greedy_answers, rouge_l
+from minillm.vocabulary import CausalLM
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 OWN, REFERENCES, ROUGE = "reverse_kl/own_samples", "reverse_kl/references", "rouge_l"
 
@@ -48,8 +49,8 @@ def held_out(config: Config, tokenizer: "PreTrainedTokenizerBase") -> list[Examp
 
 
 def evaluate(
-    student: "PreTrainedModel",
-    teacher: "PreTrainedModel | None",
+    student: CausalLM,
+    teacher: CausalLM | None,
     tokenizer: "PreTrainedTokenizerBase",
     examples: list[Example],
     config: Config,

@@ -7,13 +7,14 @@ import torch
 
 from minillm.evaluate.estimate import Estimate
 from minillm.rollout import sample
+from minillm.vocabulary import CausalLM
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 def greedy_answers(
-    model: "PreTrainedModel",
+    model: CausalLM,
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,

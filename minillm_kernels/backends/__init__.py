@@ -18,26 +18,21 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import cpu, cuda
+from . import cpu, cuda, triton
 
 _logger = logging.getLogger("minillm_kernels")
-_BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "cpu": cpu, "reference": reference}
-_ABSENT = {"triton": "not part of this version; CUDA tensors run on cuda or the reference"}
+_BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}
 # By device, the first that can; other devices: reference.
-_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")}
+_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _forced: list[str] = []
 _state = {"last": "none"}
 _logged: set[str] = set()
 
 
 def _known(name: str) -> str:
-    if name not in _BACKENDS and name not in _ABSENT:
-        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join((*_BACKENDS, *_ABSENT))}")
+    if name not in _BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(_BACKENDS)}")
     return name
-
-
-def _unavailable(name: str) -> str | None:
-    return _ABSENT[name] if name in _ABSENT else _BACKENDS[name].unavailable()
 
 
 if os.environ.get("MINILLM_KERNELS_BACKEND"):
@@ -46,7 +41,7 @@ if os.environ.get("MINILLM_KERNELS_BACKEND"):
 
 def available_backends() -> dict[str, str]:
     """For each backend "ok", or why it does not run here."""
-    return {name: _unavailable(name) or "ok" for name in (*_ABSENT, *_BACKENDS)}
+    return {name: backend.unavailable() or "ok" for name, backend in _BACKENDS.items()}
 
 
 def last_backend() -> str:
@@ -60,7 +55,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises ValueError for an unknown name, RuntimeError when the backend does not run here.
     """
-    reason = _unavailable(_known(name))
+    reason = _BACKENDS[_known(name)].unavailable()
     if reason:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     _forced.append(name)
@@ -80,7 +75,7 @@ def resolve(name: str, *tensors: Tensor | None) -> str:
     given = [x for x in tensors if x is not None]
     if name != "auto":
         for x in given:
-            reason = _unavailable(name) or _BACKENDS[name].refusal(x)
+            reason = _BACKENDS[name].unavailable() or _BACKENDS[name].refusal(x)
             if reason:
                 raise RuntimeError(f"backend {name!r} cannot do this: {reason}")
         return name

@@ -9,19 +9,23 @@ import copy
 import pytest
 import torch
 from families import FAMILIES, V, hidden, logits, pair, rollout
-from heads import heads
 
+from minillm.vocabulary import CausalLM, heads, read_head
 from minillm_kernels import fused_linear_minillm_loss, fused_linear_token_logprobs, minillm_loss
 
 VARIANTS = ("paper", "reference")
 HAS = {"bias": ("phi",), "softcap": ("gemma2", "gemma3"), "logit_scale": ("cohere", "granite")}
 
 
+def both_heads(student, teacher):
+    return heads(read_head(student), read_head(teacher))
+
+
 def fused(student, teacher, sampled):
     with torch.no_grad():
         teacher_hidden = hidden(teacher, sampled)
     states = {"student_hidden": hidden(student, sampled), "teacher_hidden": teacher_hidden}
-    options = {**states, **heads(student, teacher), **sampled.constants}
+    options = {**states, **both_heads(student, teacher), **sampled.constants}
     return fused_linear_minillm_loss(token_ids=sampled.tokens, mask=sampled.mask, chunk_rows=7, **options).loss
 
 
@@ -77,7 +81,8 @@ def test_three_steps(family, variant, dtype, tolerance):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_heads_give_the_models_own_logits(family):
     student, teacher = pair(family)
-    sampled, options = rollout(student, teacher, "paper"), heads(student, teacher)
+    sampled, options = rollout(student, teacher, "paper"), both_heads(student, teacher)
+    CausalLM(student), CausalLM(teacher)  # neither is refused
     for i, (which, model) in enumerate([("student", student), ("teacher", teacher)]):
         steps = {"bias": options[f"{which}_bias"], "softcap": options["softcap"][i]}
         steps["logit_scale"] = options["logit_scale"][i]
@@ -95,7 +100,7 @@ def test_heads_give_the_models_own_logits(family):
 
 
 def test_families_have_what_they_stand_for():
-    options = {family: heads(*pair(family)) for family in FAMILIES}
+    options = {family: both_heads(*pair(family)) for family in FAMILIES}
     assert options["gemma2"]["softcap"] == options["gemma3"]["softcap"] == (2.5, 2.5)
     assert options["cohere"]["logit_scale"] == options["granite"]["logit_scale"] == (0.25, 0.25)
     assert options["phi"]["student_bias"] is not None

@@ -37,7 +37,15 @@ def test_smoke_distillation_then_generate_and_evaluate(files, capsys):
         "--eval.prompts=4", "--eval.max_new_tokens=4", "--eval.rouge_new_tokens=4",
     )  # fmt: skip
     assert status == 0
-    assert json.loads(out)["reverse_kl/own_samples"]["prompts"] == 4
+    found = json.loads(out)
+    assert found["reverse_kl/own_samples"]["prompts"] == 4
+    status, out, _ = run(
+        capsys, "evaluate", model, "--data", files / "eval.jsonl", "--teacher", files / "teacher",
+        "--eval.prompts=4", "--eval.max_new_tokens=4", "--eval.rouge_new_tokens=4", "--model.head=logits",
+    )  # fmt: skip
+    assert status == 0
+    for name, estimate in json.loads(out).items():
+        assert estimate["mean"] == pytest.approx(found[name]["mean"], rel=1e-4, abs=1e-5)
 
 
 def test_train_does_without_evaluation(files, capsys):

@@ -13,6 +13,7 @@ from minillm.config import load_recipe
 from minillm.models import load_model, load_tokenizer
 from minillm.run import Run
 from minillm.train import prepare, train
+from minillm.vocabulary import CausalLM
 
 # one minibatch per pass over the rollouts, so that every process count has the same ones
 FLAGS = ["--log.checkpoint_every=0", "--optim.steps=4", "--optim.batch_size=8"]
@@ -22,7 +23,7 @@ def run_stages(files, output) -> None:
     """Each stage of the recipe on a fresh student; weights and metrics under `output`."""
     for name, config in load_recipe(files / "recipe.yaml", FLAGS).stages.items():
         run = Run(load_recipe(files / "recipe.yaml", [*FLAGS, f"--output={output / name}"]))
-        student, teacher = load_model(config.model.student), load_model(config.model.teacher)
+        student, teacher = (CausalLM(load_model(x)) for x in (config.model.student, config.model.teacher))
         train(prepare(config, student, teacher, load_tokenizer(config.model.student)), run, name)
         torch.save([p.detach() for p in student.parameters()], run.path / "weights.pt")
 

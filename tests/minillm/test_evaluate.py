@@ -9,6 +9,7 @@ from minillm.evaluate import evaluate, held_out
 from minillm.evaluate.divergence import own_samples, references
 from minillm.evaluate.estimate import Estimate, difference
 from minillm.evaluate.rouge import rouge_l
+from minillm.vocabulary import CausalLM
 
 
 def estimate(totals, counts):
@@ -51,7 +52,7 @@ def test_one_prompt_has_no_standard_error():
 def world(files, make_llama, tokenizer):
     config = load_recipe(files / "recipe.yaml").first
     examples = encode(read_records(config.data.eval), tokenizer, config.data, "eval")
-    return config, make_llama(2, seed=1), make_llama(4), tokenizer, examples
+    return config, CausalLM(make_llama(2, seed=1)), CausalLM(make_llama(4)), tokenizer, examples
 
 
 @torch.no_grad()
@@ -61,7 +62,7 @@ def test_reverse_kl_on_references_against_plain_torch(world):
     for i, example in enumerate(examples):
         ids = torch.tensor([example.prompt + example.response])
         log_q, log_p = (
-            m(ids).logits[0, len(example.prompt) - 1 : -1].double().log_softmax(-1) for m in (student, teacher)
+            m.model(ids).logits[0, len(example.prompt) - 1 : -1].double().log_softmax(-1) for m in (student, teacher)
         )
         kl = (log_q.exp() * (log_q - log_p)).sum()
         assert found.totals[i].item() == pytest.approx(kl.item(), rel=1e-4)

@@ -9,6 +9,7 @@ from minillm import packages
 from minillm.evaluate.rouge import greedy_answers
 from minillm.gguf import BLOCK, OUTER, convert
 from minillm.models import load_model, load_tokenizer
+from minillm.vocabulary import CausalLM
 
 CONTROL, NORMAL = 3, 1
 
@@ -101,7 +102,7 @@ def test_what_would_not_convert_exactly_is_refused(tmp_path, make_llama):
 )
 def test_the_packaged_teacher_answers():
     source = "package:smollm2-135m-instruct"
-    model, tokenizer = load_model(source), load_tokenizer(source)
+    model, tokenizer = CausalLM(load_model(source)), load_tokenizer(source)
     assert tokenizer.tokenize("\n\n1. Eat 25") == ["ĊĊ", "1", ".", "ĠEat", "Ġ", "2", "5"]
     prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     assert greedy_answers(model, tokenizer, [tokenizer.encode(prompt)], 16, 1) == ["The capital of France is Paris."]

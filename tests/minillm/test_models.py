@@ -1,18 +1,12 @@
 import pytest
 import torch
-from transformers import GraniteConfig, GraniteForCausalLM, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from minillm.config import ConfigError
-from minillm.data import collate
 from minillm.models import (
-    Predictor,
     check_context,
-    check_head,
     check_same_tokenizer,
-    common_vocabulary,
     drop_layers,
-    head,
-    last_hidden,
     load_model,
     load_tokenizer,
 )
@@ -49,40 +43,6 @@ def test_a_block_that_is_not_there(make_llama, block):
         drop_layers(make_llama(4), *block)
 
 
-@torch.no_grad()
-def test_only_selected_positions_reach_the_head(make_llama):
-    model = make_llama()
-    batch = collate([[1, 2, 3], [4]], [[5, 6], [7, 8, 9, 10]])
-    reached = []
-    handle = model.lm_head.register_forward_hook(lambda _, inputs, __: reached.append(inputs[0].shape[0]))
-    logits = Predictor(model)(batch.input_ids, batch.attention_mask, batch.predict)
-    handle.remove()
-    assert reached == [6]
-    for row, prompt, response, start in ((0, [1, 2, 3], [5, 6], 0), (1, [4], [7, 8, 9, 10], 2)):
-        alone = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        torch.testing.assert_close(logits[start : start + len(response)], alone, rtol=1e-4, atol=1e-4, msg=str(row))
-
-
-@torch.no_grad()
-def test_head_of_hidden_is_the_model(make_llama, make_gpt2):
-    ids = torch.tensor([[5, 6, 7]])
-    for model in (make_llama(), make_gpt2()):
-        found = head(model, last_hidden(model, ids, torch.ones_like(ids)))
-        torch.testing.assert_close(found, model(ids).logits)
-
-
-def test_a_model_that_changes_its_logits_after_the_head_is_refused(make_llama):
-    torch.manual_seed(0)
-    config = GraniteConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, logits_scaling=8.0, initializer_range=0.5,
-    )  # fmt: skip
-    with pytest.raises(ConfigError, match="after the vocabulary head"):
-        check_head(GraniteForCausalLM(config).eval(), "granite")
-    with pytest.raises(ConfigError, match="no separate base model and vocabulary head"):
-        check_head(make_llama().model, "a base model")
-
-
 def test_a_model_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match="no causal language model could be loaded from"):
         load_model(str(tmp_path))
@@ -105,10 +65,6 @@ def test_tokenizers_must_agree(make_tokenizer):
     other.eos_token = "!"
     with pytest.raises(ConfigError, match="the end-of-sequence tokens are '<eos>' and '!'"):
         check_same_tokenizer(ours, other)
-
-
-def test_the_common_vocabulary_is_the_smaller_head(make_llama):
-    assert common_vocabulary(make_llama(vocab_size=300), make_llama(vocab_size=280)) == 280
 
 
 def test_sequences_longer_than_the_positions_are_refused(make_gpt2):

@@ -1,15 +1,16 @@
 """The objective against closed forms in float64, and its gradient against autograd through plain torch."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm.objective import PolicyTerms, concatenate, importance_weights, minillm_loss, policy_terms, returns
+from minillm.objective import PolicyTerms, concatenate, importance_weights, policy_terms, returns
 from minillm.rollout import Rollout
-from minillm_kernels import distill_stats, token_logprobs
+from minillm_kernels import minillm_loss, token_logprobs
 
 
 def make_rollout(lengths, width, seed=0, alpha=0.2, vocab=11) -> Rollout:
@@ -26,6 +27,14 @@ def make_rollout(lengths, width, seed=0, alpha=0.2, vocab=11) -> Rollout:
     hidden = torch.zeros(rows, width, 1)
     rubbish = [value.masked_fill(pad, 1e9) for value in (q, p, mixture)]
     return Rollout([[1]] * rows, ids, lengths, *rubbish, torch.zeros_like(pad), hidden, hidden)
+
+
+def summed(student, teacher, token_ids, terms, *, clip_range=0.2, single_step=True):
+    """Single + Long as the loop asks for them: sums over the tokens; clip_range 0 leaves the ratio unclipped."""
+    return minillm_loss(
+        student, teacher, token_ids, **terms._asdict(), mask=torch.ones_like(token_ids), normalizer=1.0,
+        clip_range=clip_range or math.inf, single_step=float(single_step),
+    )  # fmt: skip
 
 
 def returns_by_loop(rewards, lengths, length_norm, include_current):
@@ -100,23 +109,24 @@ def test_terms_have_the_lengths_of_the_responses_and_ignore_padding():
 def test_clipping_takes_the_pessimistic_branch(ratio, advantage, gain, clipped):
     # two tokens of equal logits: log q(y) = -log 2, so old_logprobs set the ratio; the weight enters it as a factor
     logits = torch.zeros(1, 2, dtype=torch.float64)
-    stats = distill_stats(logits, logits, torch.tensor([0]))
+    first = torch.tensor([0])
     weight = 0.9
     old = torch.tensor([0.5 * weight / ratio], dtype=torch.float64).log()
     terms = PolicyTerms(
         torch.tensor([advantage], dtype=torch.float64), old, torch.tensor([weight], dtype=torch.float64)
     )
-    result = minillm_loss(stats, terms, clip_range=0.2)
+    result = summed(logits, logits, first, terms)
     assert result.policy_loss.item() == pytest.approx(-gain, abs=1e-12)
-    assert result.clipped.item() == clipped
-    assert minillm_loss(stats, terms, clip_range=0.0).policy_loss.item() == pytest.approx(-ratio * advantage)
+    assert result.clip_fraction.item() == clipped
+    unclipped = summed(logits, logits, first, terms, clip_range=0.0)
+    assert unclipped.policy_loss.item() == pytest.approx(-ratio * advantage)
 
 
 def test_a_single_token_response_learns_from_the_single_step_term_alone():
     (terms,) = policy_terms(make_rollout([1], 3))
     g = torch.Generator().manual_seed(3)
     student, teacher = torch.randn(2, 1, 11, dtype=torch.float64, generator=g)
-    result = minillm_loss(distill_stats(student, teacher, torch.tensor([4])), terms)
+    result = summed(student, teacher, torch.tensor([4]), terms)
     q = student.softmax(-1)
     kl = (q * (student.log_softmax(-1) - teacher.log_softmax(-1))).sum()
     assert result.policy_loss == 0
@@ -126,7 +136,7 @@ def test_a_single_token_response_learns_from_the_single_step_term_alone():
 def test_no_tokens_at_all_is_a_zero_loss():
     terms = concatenate(policy_terms(make_rollout([0, 0], 3)))
     empty = torch.zeros(0, 11, dtype=torch.float64, requires_grad=True)
-    result = minillm_loss(distill_stats(empty, empty.detach(), torch.zeros(0, dtype=torch.long)), terms)
+    result = summed(empty, empty.detach(), torch.zeros(0, dtype=torch.long), terms)
     assert result.loss == 0
 
 
@@ -143,7 +153,7 @@ def test_gradient_of_the_whole_loss_against_plain_torch(clip_range, single_step,
     text = torch.randn(7, vocab, dtype=torch.float64, generator=g, requires_grad=True)
     text_ids = torch.randint(vocab, (7,), generator=g)
 
-    result = minillm_loss(distill_stats(student, teacher, ids), terms, clip_range=clip_range, single_step=single_step)
+    result = summed(student, teacher, ids, terms, clip_range=clip_range, single_step=single_step)
     ours = result.loss / count - token_logprobs(text, text_ids).sum() / 7
     found = torch.autograd.grad(ours, (student, text))
 
@@ -189,8 +199,6 @@ def test_expected_gradient_without_mixing_and_normalisation_is_that_of_the_seque
             hidden,
         )
         (terms,) = policy_terms(rollout, length_norm=False, single_step=single_step)
-        loss = minillm_loss(
-            distill_stats(student[rows], teacher[rows], ids), terms, clip_range=0.0, single_step=single_step
-        ).loss
+        loss = summed(student[rows], teacher[rows], ids, terms, clip_range=0.0, single_step=single_step).loss
         surrogate = surrogate + q.detach().sum().exp() * loss
     torch.testing.assert_close(torch.autograd.grad(surrogate, student), torch.autograd.grad(kl, student))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from minillm.models import head
 from minillm.rollout import draw_uniforms, sample
+from minillm.vocabulary import CausalLM
 
 PROMPTS = [[5, 9, 17, 33, 2], [7], [100, 3, 45]]
 NO_EOS = -1
@@ -12,12 +12,12 @@ NO_EOS = -1
 
 @pytest.fixture(params=["make_llama", "make_gpt2"])
 def student(request):
-    return request.getfixturevalue(request.param)()
+    return CausalLM(request.getfixturevalue(request.param)())
 
 
 @pytest.fixture
 def pair(student, make_llama):
-    return student, make_llama(2, seed=7)
+    return student, CausalLM(make_llama(2, seed=7))
 
 
 def roll(student, teacher, prompts=PROMPTS, eos=NO_EOS, tokens=6, seed=0, **settings):
@@ -28,7 +28,7 @@ def roll(student, teacher, prompts=PROMPTS, eos=NO_EOS, tokens=6, seed=0, **sett
 
 def full_logprobs(model, prompt, response):
     ids = torch.tensor([prompt + response])
-    logprobs = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+    logprobs = model.model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
     return logprobs.gather(-1, torch.tensor(response)[:, None])[:, 0]
 
 
@@ -51,7 +51,7 @@ def test_hidden_states_kept_give_the_distributions_again(pair):
         (pair[0], rollout.student_hidden, rollout.student_logprobs),
         (pair[1], rollout.teacher_hidden, rollout.teacher_logprobs),
     ):
-        again = head(model, hidden).log_softmax(-1).gather(-1, rollout.token_ids[..., None])[..., 0]
+        again = model.logits(hidden).log_softmax(-1).gather(-1, rollout.token_ids[..., None])[..., 0]
         torch.testing.assert_close(again, logprobs, rtol=1e-4, atol=1e-4)
 
 
@@ -94,7 +94,7 @@ def test_greedy_is_that_of_transformers(student):
     ours = sample(student, None, PROMPTS, max_new_tokens=8, eos_token_id=0, alpha=0.0, temperature=0.0)
     for prompt, response in zip(PROMPTS, ours.responses(), strict=True):
         ids = torch.tensor([prompt])
-        theirs = student.generate(
+        theirs = student.model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, eos_token_id=0, pad_token_id=0
         )
         assert response == theirs[0, len(prompt) :].tolist()
@@ -118,7 +118,7 @@ def test_without_mixing_the_mixture_is_the_student(pair):
 
 
 def test_unequal_heads_are_sampled_from_the_common_vocabulary(make_llama):
-    student, teacher = make_llama(vocab_size=257), make_llama(2, vocab_size=300, seed=3)
+    student, teacher = CausalLM(make_llama(vocab_size=257)), CausalLM(make_llama(2, vocab_size=300, seed=3))
     rollout = roll(student, teacher, alpha=1.0, vocab_size=257, tokens=12)
     assert rollout.token_ids.max() < 257
     assert torch.isfinite(rollout.student_logprobs).all()

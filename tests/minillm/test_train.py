@@ -14,6 +14,7 @@ from minillm.distill import run_recipe
 from minillm.evaluate.divergence import own_samples
 from minillm.models import load_model, load_tokenizer
 from minillm.run import Run
+from minillm.vocabulary import CausalLM
 
 METRICS = {
     "stage", "step", "loss", "grad_norm", "learning_rate", "num_tokens", "step_time", "tokens_per_second",
@@ -32,7 +33,9 @@ def stage(files, name, **sections):
     config = recipe.stages[name]
     for section, keys in sections.items():
         config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **keys)})
-    student, teacher = load_model(config.model.student), load_model(config.model.teacher)
+    student, teacher = (
+        CausalLM(load_model(x), config.model.head) for x in (config.model.student, config.model.teacher)
+    )
     return loop.prepare(config, student, teacher, load_tokenizer(config.model.student))
 
 
@@ -109,7 +112,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_tokens(files):
             labels = row.clone()
             labels[: start + 1] = -100
             tokens = int((labels != -100).sum())
-            total += training.student(row[None], labels=labels[None]).loss.item() * tokens
+            total += training.student.model(row[None], labels=labels[None]).loss.item() * tokens
             count += tokens
     loop.train(training, new_run(files), "sft")
     assert rows(files / "again" / "metrics.jsonl")[0]["loss"] == pytest.approx(total / count, rel=1e-5)
@@ -156,10 +159,25 @@ def test_each_strategy_can_be_switched_off_alone(files, off):
     assert (last["loss/single_step"] == 0) == ("single_step" in off)
 
 
+@pytest.mark.parametrize("method", ["sft", "kd", "minillm"])
+def test_without_fused_heads_the_same_is_learnt(files, method):
+    """`model.head: logits` goes through the models' own forward, from the rollout to the update."""
+
+    def weights(head):
+        training = stage(
+            files, "minillm" if method == "minillm" else "warm-up", optim={"steps": 2}, model={"head": head}
+        )
+        training.config = dataclasses.replace(training.config, method=method)
+        loop.train(training, new_run(files, head), method)
+        return torch.cat([p.detach().flatten() for p in training.student.parameters()])
+
+    torch.testing.assert_close(weights("logits"), weights("fused"), rtol=1e-4, atol=2e-5)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(files):
     training = stage(files, "warm-up")
     with torch.no_grad():
-        training.student.lm_head.weight[5, 5] = float("nan")
+        training.student.model.lm_head.weight[5, 5] = float("nan")
     before = [p.clone() for p in training.student.parameters()]
     with pytest.raises(FloatingPointError, match=r"warm-up, step 1: loss nan.*not updated"):
         loop.train(training, new_run(files), "warm-up")

@@ -1,5 +1,6 @@
 """The backends under test. "cpu" is one backend compiled for several instruction sets, and each must be right."""
 
+import cases
 import pytest
 import torch
 
@@ -12,6 +13,25 @@ def one_thread(reproducible):
     """Small tensors on shared cores: waiting for a second thread would take most of the time. The results are the same
     bits (test_threads.py)."""
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Triton runs the cases that its interpreter can finish, and is not listed with those that it leaves out."""
+
+    def runs(item) -> bool:
+        params = getattr(item, "callspec", None) and item.callspec.params
+        if not params or "triton" not in (params.get("implementation"), params.get("backend")):
+            return True
+        if item.originalname in cases.NOT_INTERPRETED:
+            return False
+        if any(params.get(k, v[0]) not in v for k, v in cases.INTERPRETED_PARAMETERS.items()):
+            return False
+        case, law = params.get("case"), params.get("law")
+        if law is not None:
+            return law in cases.INTERPRETED_LAWS and (case is None or case in cases.INTERPRETED_MIXTURES)
+        return not isinstance(case, cases.Case) or case in cases.INTERPRETED
+
+    items[:] = [item for item in items if runs(item)]
 
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
@@ -40,7 +60,7 @@ def _make_ready(request, backend: str) -> None:
         request.getfixturevalue("cuda_on_host")
 
 
-@pytest.fixture(params=[*(f"cpu-{name}" for name in INSTRUCTION_SETS), "cuda", "reference"])
+@pytest.fixture(params=[*(f"cpu-{name}" for name in INSTRUCTION_SETS), "cuda", "triton", "reference"])
 def implementation(request):
     """Runs the test on each instruction set of the compiled backend and on the reference."""
     backend, _, instruction_set = request.param.partition("-")
@@ -56,7 +76,7 @@ def implementation(request):
         cpu._core.use_instruction_set(before)
 
 
-@pytest.fixture(params=["cpu", "cuda", "reference"])
+@pytest.fixture(params=["cpu", "cuda", "triton", "reference"])
 def backend(request):
     _make_ready(request, request.param)
     if available_backends()[request.param] != "ok":

@@ -1,12 +1,15 @@
 """fused_linear_*: equal to the same loss on logits in float64, value and every gradient, whatever the chunks."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import minillm_kernels as mk
-from minillm_kernels import linear
+from minillm_kernels import chunked
 from minillm_kernels.losses import DIVERGENCES, REDUCTIONS
 
 # 37 rows in chunks of 5: the last chunk is short. Hidden sizes differ. 1001 and 1010 columns: unequal heads, neither
@@ -259,6 +262,30 @@ def test_bad_input():
 
 def test_default_chunk_bounds_the_buffers():
     for vocab_size, element, models in ((49152, 4, 2), (151936, 2, 2), (50257, 4, 1)):
-        rows = linear.default_chunk_rows(vocab_size, element, models)
+        rows = chunked.default_chunk_rows(vocab_size, element, models)
         assert rows % 16 == 0
-        assert rows * vocab_size * element * models <= 64 << 20 or rows == 16
+        assert rows * vocab_size * element * models <= 96 << 20 or rows == 16
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of resident memory is Linux's")
+@pytest.mark.parametrize("name", ["rkl", "minillm"])
+def test_the_backward_pass_makes_nothing_of_the_weights_size(name):
+    """The gradients are there since the forward pass; zeros for outputs that nobody asked about would be seen here."""
+
+    def resident(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    heads = [torch.randn(shape) for shape in ((4, 256), (131072, 256), (4, 256), (131072, 256))]  # a weight: 128 MiB
+    hidden, weight = (x.requires_grad_() for x in heads[:2])
+    if name == "rkl":
+        loss = mk.fused_linear_rkl_loss(*heads)
+    else:
+        constants = dict.fromkeys(("advantages", "old_logprobs", "mask"), torch.ones(4))
+        loss = mk.fused_linear_minillm_loss(*heads, torch.arange(4), **constants).loss
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = resident("VmRSS")
+    loss.backward()
+    extra = resident("VmHWM") - before
+    assert weight.grad.count_nonzero() > 0 and hidden.grad.count_nonzero() > 0
+    assert extra < weight.nbytes / 4

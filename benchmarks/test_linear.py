@@ -1,0 +1,53 @@
+"""Reverse KL from hidden states and head weights against eager, torch.compile and the peers' chunked losses.
+
+Bound: four matmuls, which no implementation can leave out (a row of its own). Peak memory is that of a process of its
+own; benchmarks/linear_rows.py says what is counted.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from linear_rows import ROWS, problem, step
+
+SHAPES = [(1024, 576, 49152), (256, 1024, 151936)]
+# The second shape, seconds a step, has only the rows that the comparison rests on: all fit in five minutes.
+CASES = [(row, *SHAPES[0]) for row in ROWS] + [(row, *SHAPES[1]) for row in ("minillm", "eager", "four matmuls")]
+NEEDS = {"trl chunked": "trl", "liger chunked": "liger_kernel"}
+
+
+def own_process(row: str, *shape: int) -> dict[str, int]:
+    """The peaks of one row in a process that does nothing else; empty where the kernel does not tell."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        return {}
+    command = [sys.executable, "linear_rows.py", row, *map(str, shape)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, map(os.path.abspath, sys.path)))}
+    folder = Path(__file__).parent
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, env=environment)
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize(("row", "N", "H", "V"), CASES)
+def test_forward_backward(measure, row, N, H, V):
+    if row in NEEDS and importlib.util.find_spec(NEEDS[row]) is None:
+        pytest.skip(f"{NEEDS[row]} is not installed")
+    tensors, info = problem(N, H, V), {}
+    loss = step(row, tensors)
+    if row != "four matmuls":
+        gradients = [x.grad for x in tensors[:2]]
+        truth = step("eager", tensors)
+        assert torch.allclose(loss, truth, rtol=1e-4)
+        for ours, exact in zip(gradients, tensors[:2], strict=True):
+            assert (ours - exact.grad).abs().max() <= 1e-3 * exact.grad.abs().max()
+        del gradients
+        info = {f"{name}_MiB": round(size / 2**20, 1) for name, size in own_process(row, N, H, V).items()}
+    measure(f"linear reverse_kl forward+backward fp32-{N}x{H}x{V}", (N, V), torch.float32)(
+        lambda: step(row, tensors), rounds=3, implementation=row, **info
+    )
