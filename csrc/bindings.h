@@ -54,6 +54,15 @@ inline GradArgs grad_args(const Rows& student, const Rows* teacher, int64_t N, i
     return a;
 }
 
+inline StatsGradArgs stats_grad_args(const Rows& student, const Rows* teacher, int64_t N, int64_t V, double temperature,
+                                     uintptr_t token_ids, uintptr_t coefficients, uintptr_t stats, const Rows& grad,
+                                     int64_t width) {
+    StatsGradArgs a;
+    static_cast<GradArgs&>(a) = grad_args(student, teacher, N, V, temperature, token_ids, 0, coefficients, grad, width);
+    a.stats_out = at<float>(stats);
+    return a;
+}
+
 inline DivergenceArgs divergence_args(const Rows& student, const Rows* teacher, int64_t N, int64_t V, double temperature,
                                       int divergence, float beta, uintptr_t mask, uintptr_t stats, uintptr_t out) {
     DivergenceArgs a = pair_args<DivergenceArgs>(student, teacher, N, V, temperature);

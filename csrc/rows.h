@@ -51,6 +51,11 @@ struct GradArgs : Pair {
     int64_t width = 0;
 };
 
+// Statistics and gradient at once: a row whose coefficients are all 0 is not read, and its statistics are 0.
+struct StatsGradArgs : GradArgs {
+    float* stats_out = nullptr;
+};
+
 // out: [2, N], the divergence and sum_v q_v h_v (divergence.h).
 struct DivergenceArgs : Pair {
     Divergence divergence = Divergence::jsd;

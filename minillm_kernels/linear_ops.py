@@ -98,8 +98,11 @@ def _linear_stats_grad(*args):
 def _row_gradient(z_s, z_t, ids, stats, coefficients, temperature, backend, softcap) -> Tensor:
     """The student's logits turned into their gradient; into another tensor where a soft-cap needs both."""
     args = (z_t, ids, stats, coefficients, temperature, z_s.shape[1])
-    out = () if backend == "reference" else (torch.empty_like(z_s) if softcap else z_s,)
-    return backends.run(backend, "row_grad", z_s, *args, *out)
+    return backends.run(backend, "row_grad", z_s, *args, *_gradient_buffer(z_s, backend, softcap))
+
+
+def _gradient_buffer(z_s: Tensor, backend: str, softcap: float) -> tuple[Tensor, ...]:
+    return () if backend == "reference" else (torch.empty_like(z_s) if softcap else z_s,)
 
 
 def _divergence_of(z_s, z_t, name, beta, temperature, backend):
@@ -112,8 +115,8 @@ def _divergence_of(z_s, z_t, name, beta, temperature, backend):
     return stats, backends.run(backend, "row_divergence", *args)
 
 
-def _coefficients(name: str, row_weights: Tensor, stats: Tensor) -> Tensor:
-    coefficients = stats.new_zeros(len(DIFFERENTIABLE), len(row_weights))
+def _coefficients(name: str, row_weights: Tensor) -> Tensor:
+    coefficients = row_weights.new_zeros(len(DIFFERENTIABLE), len(row_weights))
     coefficients[DIFFERENTIABLE.index(name)] = row_weights
     return coefficients
 
@@ -137,20 +140,20 @@ def _linear_divergence_loss(*args):
     heads = _heads(tensors, softcap, scale)
     if chunk_rows == TILED:
         stats = tiled.statistics(*heads, None, row_weights != 0, temperature, vocab_size, backend)
-        coefficients = _coefficients(name, row_weights, stats)
+        coefficients = _coefficients(name, row_weights)
         gradients = tiled.gradients(*heads, None, stats, coefficients, needs, temperature, vocab_size, backend)
         return (stats[RowStats._fields.index(name)] * row_weights).sum(), *gradients
 
     def row_loss(rows, z_s, z_t):
+        weights, out = row_weights[rows], _gradient_buffer(z_s, backend, softcap[0])
+        if any(needs) and name not in MIXTURE_DIVERGENCES:
+            row = (z_s, z_t, None, _coefficients(name, weights), temperature, vocab_size)
+            stats, gradient = backends.stats_and_gradient(backend, *row, *out)
+            return stats[RowStats._fields.index(name)][None], gradient
         stats, values = _divergence_of(z_s, z_t, name, beta, temperature, backend)
-        weights = row_weights[rows]
         if not any(needs):
             return values[:1], None
-        if name not in MIXTURE_DIVERGENCES:
-            coefficients = _coefficients(name, weights, stats)
-            return values, _row_gradient(z_s, z_t, None, stats, coefficients, temperature, backend, softcap[0])
         args = (z_s, z_t, stats, values, weights, name, beta, temperature, vocab_size)
-        out = () if backend == "reference" else (torch.empty_like(z_s) if softcap[0] else z_s,)
         return values[:1], backends.run(backend, "row_divergence_grad", *args, *out)
 
     outputs, gradients = over_chunks(*heads, row_weights != 0, vocab_size, chunk_rows, 1, needs, row_loss)

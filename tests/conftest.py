@@ -38,4 +38,6 @@ def cuda_on_host(host_cuda_kernels, monkeypatch):
     monkeypatch.setattr(cuda._operations, "stream_of", lambda x: nullcontext(0))
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     monkeypatch.setattr(cuda, "refusal", lambda x: compiled.refusal(x, "cpu"))
-    return host_cuda_kernels
+    yield host_cuda_kernels
+    host_cuda_kernels.processors(132)  # those of an H100
+    host_cuda_kernels.shared_memory(227 << 10)

@@ -15,7 +15,7 @@ from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
 HARNESS = ROOT / "tests" / "csrc"
-OPERATIONS = ("row_stats", "row_grad", "row_divergence", "row_sample")
+OPERATIONS = ("row_stats", "row_grad", "row_stats_grad", "row_divergence", "row_sample")
 
 
 def cuda_headers() -> Path | None:

@@ -36,6 +36,8 @@ void define_bindings(py::module_& m) {
     m.def("cuda_versions", &versions);
     m.def("cuda_row_stats", cuda_function(&stats_args, &row_stats));
     m.def("cuda_row_grad", cuda_function(&grad_args, &row_grad));
+    m.def("cuda_row_stats_grad", cuda_function(&stats_grad_args, &row_stats_grad));
+    m.def("cuda_holds_rows", [](int64_t N, int64_t V, int dtype) { return holds_rows(N, V, static_cast<DType>(dtype)); });
     m.def("cuda_row_divergence", cuda_function(&divergence_args, &row_divergence));
     m.def("cuda_row_divergence_grad", cuda_function(&divergence_grad_args, &row_divergence_grad));
     m.def("cuda_row_sample", cuda_function(&sample_args, &row_sample));

@@ -33,18 +33,18 @@ __device__ void write_zeros_behind(S* g, const C& c, int width, const Part& part
     for (int v = c.V + int(threadIdx.x); v < width; v += THREADS) store_one(g + v, 0.0f);
 }
 
-// of(s, t): the gradient in a column from its logits relative to the origins in units of ln 2; `token` also gets ky.
+// of(s, t): the gradient in a column from (z - m) k + plus of either model, k = log2(e)/T; `token` also gets ky.
 struct GradientOrigins {
-    float ms, mt, k;  // k = log2(e)/T
-    int token;        // -1: none
-    float ky;
+    float ms, mt, k;
+    int token;  // -1: none
+    float ky, plus_s = 0.0f, plus_t = 0.0f;
 };
 
 template <class S, class T, class Of>
 __device__ float masked_gradient(const GradientOrigins& o, float a, float b, const Of& of) {
     constexpr bool pair = !std::is_same_v<T, NoTeacher>;
     const bool out = pair ? outside(a, b) : a == -INFINITY;
-    const float x = of(relative(a, o.ms, o.k, out), pair ? relative(b, o.mt, o.k, out) : 0.0f);
+    const float x = of(relative(a, o.ms, o.k, out, o.plus_s), pair ? relative(b, o.mt, o.k, out, o.plus_t) : 0.0f);
     return out ? 0.0f : x;
 }
 
@@ -66,7 +66,7 @@ __device__ void write_gradient(const S* s, const T* t, S* g, const C& c, const P
             float x[W], check = 0.0f;  // 0 times something that is not finite is NaN
 #pragma unroll
             for (int i = 0; i < W; ++i) {
-                const float p = (a[i] - o.ms) * o.k, q = pair ? (b[i] - o.mt) * o.k : 0.0f;
+                const float p = fmaf(a[i] - o.ms, o.k, o.plus_s), q = pair ? fmaf(b[i] - o.mt, o.k, o.plus_t) : 0.0f;
                 x[i] = of(p, q);
                 check += 0.0f * x[i] + 0.0f * (p - q);
             }

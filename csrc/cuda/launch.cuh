@@ -9,19 +9,30 @@ namespace minillm::cuda {
 // kernel(arguments...) on min(blocks, MAX_BLOCKS) blocks of THREADS; kernels stride over what is left. An error names it.
 template <class... P, class... A>
 std::string launch(const char* name, const Pair& rows, const Launch& l, void (*kernel)(P...), int64_t blocks,
-                   int dynamic_shared, A... arguments) {
+                   int64_t dynamic_shared, A... arguments) {
     constexpr int64_t MAX_BLOCKS = 1 << 20, MAX_COLUMNS = 1 << 30;
     const unsigned grid = unsigned(blocks < MAX_BLOCKS ? blocks : MAX_BLOCKS);
     if (rows.V > MAX_COLUMNS)
         return std::string(name) + ": " + std::to_string(rows.V) + " columns, at most 2^30 are supported in a row";
+    std::string error;
+    constexpr int64_t UNASKED = 48 << 10;  // bytes that a block may have without asking
+    cudaError_t status = cudaSuccess;
+    if (dynamic_shared > UNASKED)
+        status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      int(dynamic_shared));
 #ifdef __CUDACC__
-    kernel<<<grid, THREADS, dynamic_shared, static_cast<cudaStream_t>(l.stream)>>>(arguments...);
-    const cudaError_t status = cudaGetLastError();
-    const std::string error = status == cudaSuccess ? "" : cudaGetErrorString(status);
+    if (status == cudaSuccess) {
+        kernel<<<grid, THREADS, dynamic_shared, static_cast<cudaStream_t>(l.stream)>>>(arguments...);
+        status = cudaGetLastError();
+    }
 #else
     (void)l;
-    const std::string error = host_cuda::launch(name, kernel, grid, THREADS, dynamic_shared, arguments...);
+    if (status == cudaSuccess) error = host_cuda::launch(name, kernel, grid, THREADS, dynamic_shared, arguments...);
 #endif
+    if (status != cudaSuccess) {
+        error = cudaGetErrorString(status);
+        cudaGetLastError();  // or the next launch would find it
+    }
     if (error.empty()) return "";
     return std::string(name) + "<<<" + std::to_string(grid) + ", " + std::to_string(THREADS) + ", " +
            std::to_string(dynamic_shared) + ">>> on " + std::to_string(rows.N) + " x " + std::to_string(rows.V) +

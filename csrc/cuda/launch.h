@@ -23,9 +23,14 @@ struct Launch {
 
 std::string row_stats(const StatsArgs&, const Launch&);
 std::string row_grad(const GradArgs&, const Launch&);
+std::string row_stats_grad(const StatsGradArgs&, const Launch&);
 std::string row_divergence(const DivergenceArgs&, const Launch&);
 std::string row_divergence_grad(const DivergenceGradArgs&, const Launch&);
 std::string row_sample(const SampleArgs&, const Launch&);
+
+// Whether row_stats_grad is the better way: a block of the current device can hold a row pair of that type, and there are
+// enough rows for all multiprocessors.
+bool holds_rows(int64_t N, int64_t V, DType type);
 
 int64_t row_stats_workspace(int64_t N, int64_t V);
 int64_t row_divergence_workspace(int64_t N, int64_t V);

@@ -33,10 +33,16 @@ struct AddSums {
 };
 
 template <Divergence D>
-__device__ void add_term(DivergenceSums& sums, const RowLog& r, float s, float t, float beta) {
-    const auto term = divergence_term<D>(s, t, r.log2Zs, r.log2Zt, beta);
+__device__ void add_term(DivergenceSums& sums, float lq, float lp, float beta) {
+    const auto term = divergence_term<D>(lq, lp, beta);
     sums.value += term.value;
-    sums.slope += term.q * term.slope;
+    sums.slope += term.q_slope;
+}
+
+template <Divergence D>
+__device__ void add_masked_term(DivergenceSums& sums, const RowLog& r, float a, float b, float k, float beta) {
+    const bool out = outside(a, b);
+    add_term<D>(sums, relative(a, r.ms, k, out, -r.log2Zs), relative(b, r.mt, k, out, -r.log2Zt), beta);
 }
 
 template <Divergence D, class S, class T>
@@ -56,28 +62,21 @@ __device__ DivergenceSums part_divergence(const S* s, const T* t, const Divergen
             float check = 0.0f;
 #pragma unroll
             for (int i = 0; i < W; ++i) {
-                const float x = (a[i] - r.ms) * k, y = (b[i] - r.mt) * k;
-                add_term<D>(sums, r, x, y, beta);
-                check += 0.0f * (x - y);  // NaN where one of them is not finite, whatever the term makes of it
+                const float lq = fmaf(a[i] - r.ms, k, -r.log2Zs), lp = fmaf(b[i] - r.mt, k, -r.log2Zt);
+                add_term<D>(sums, lq, lp, beta);
+                check += 0.0f * (a[i] - b[i]);  // NaN where one of them is not finite, whatever the term makes of it
             }
             if (check + 0.0f * (sums.value + sums.slope) != 0.0f) {
                 sums = {0.0f, 0.0f};
 #pragma unroll
-                for (int i = 0; i < W; ++i) {
-                    const bool out = outside(a[i], b[i]);
-                    add_term<D>(sums, r, relative(a[i], r.ms, k, out), relative(b[i], r.mt, k, out), beta);
-                }
+                for (int i = 0; i < W; ++i) add_masked_term<D>(sums, r, a[i], b[i], k, beta);
             }
             total.value += sums.value;
             total.slope += sums.slope;
         }
     }
     const int v = part.is_last ? c.single() : -1;
-    if (v >= 0) {
-        const float a = student_row[v], b = teacher_row[v];
-        const bool out = outside(a, b);
-        add_term<D>(total, r, relative(a, r.ms, k, out), relative(b, r.mt, k, out), beta);
-    }
+    if (v >= 0) add_masked_term<D>(total, r, student_row[v], teacher_row[v], k, beta);
     return total;
 }
 
@@ -102,12 +101,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
 // A thread a row.
 static __global__ void __launch_bounds__(THREADS, BLOCKS)
     row_divergence_finish_kernel(DivergenceArgs a, int splits, const DivergenceSums* sums) {
+    const double of_value = value_unit(a.divergence), of_slope = slope_unit(a.divergence);
     for (int64_t row = int64_t(blockIdx.x) * THREADS + threadIdx.x; row < a.N; row += int64_t(gridDim.x) * THREADS) {
         double value = 0, slope = 0;
         if (!unread(a.mask, row)) {
             for (int i = 0; i < splits; ++i) {
-                value += sums[row * splits + i].value;
-                slope += sums[row * splits + i].slope;
+                value += of_value * sums[row * splits + i].value;
+                slope += of_slope * sums[row * splits + i].slope;
             }
             // An empty support: the sums of nothing, but NaN.
             if (isnan(a.stats[STUDENT_LOGZ * a.N + row])) value = slope = NAN;
@@ -132,11 +132,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) row_divergence_grad_kernel(Di
             continue;
         }
         const RowLog r(a.stats, a.N, row);
-        const float scale = a.scale[row] * float(a.inv_T), mean_slope = a.values[a.N + row], beta = a.beta;
-        const GradientOrigins o = {r.ms, r.mt, float(a.inv_T * LOG2E), -1, 0.0f};
-        write_gradient(s, t, g, c, part, o, [&](float x, float y) {
-            const auto term = divergence_term<D>(x, y, r.log2Zs, r.log2Zt, beta);
-            return scale * term.q * (term.slope - mean_slope);
+        const float scale = a.scale[row] * float(a.inv_T), beta = a.beta;
+        const float of_slope = scale * float(slope_unit(D)), of_q = scale * a.values[a.N + row];
+        const GradientOrigins o = {r.ms, r.mt, float(a.inv_T * LOG2E), -1, 0.0f, -r.log2Zs, -r.log2Zt};
+        write_gradient(s, t, g, c, part, o, [&](float lq, float lp) {
+            const auto term = divergence_term<D>(lq, lp, beta);
+            return of_slope * term.q_slope - of_q * term.q;
         });
     }
 }

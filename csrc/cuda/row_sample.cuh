@@ -37,8 +37,9 @@ struct SampleBuffers {
     __device__ float cutoff(int64_t law) const { return filtered ? cutoffs[law] : -INFINITY; }
 };
 
+// e^((z - max)/T), 0 below the cut-off and for -inf (max is not), NaN for NaN and +inf.
 __device__ inline float weight(float z, float max, float cutoff, float k) {
-    return z < cutoff ? 0.0f : exp2_fast(relative(z, max, k, z == -INFINITY));
+    return z < cutoff ? 0.0f : exp2_fast((z - max) * k);
 }
 
 // Of the n columns from z on; the row ends left_in_row columns behind z.
@@ -48,7 +49,10 @@ __device__ TileMass tile_mass(const E* z, int n, int left_in_row, float cutoff, 
     const int lane = threadIdx.x % WARP;
     const Row<E, W> row(z, left_in_row);
     Raw<E, W> x[UNITS];
-    if (n == TILE) {
+    if (n == TILE && row.aligned()) {  // one branch, so that the loads follow each other
+#pragma unroll
+        for (int j = 0; j < UNITS; ++j) x[j] = row.load_if_aligned(j * WARP + lane);
+    } else if (n == TILE) {
 #pragma unroll
         for (int j = 0; j < UNITS; ++j) x[j] = row.load(j * WARP + lane);
     } else {
@@ -67,13 +71,14 @@ __device__ TileMass tile_mass(const E* z, int n, int left_in_row, float cutoff, 
 #pragma unroll
     for (int j = 0; j < UNITS; ++j)
 #pragma unroll
-        for (int i = 0; i < W; ++i) max = max_of(x[j][i], max);  // NaN ignored
+        for (int i = 0; i < W; ++i) max = fmaxf(x[j][i], max);  // NaN ignored
     max = __shfl_sync(ALL_LANES, warp_reduce(max, [](float a, float b) { return max_of(a, b); }), 0);
+    const float origin = max == -INFINITY ? 0.0f : max;
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < UNITS; ++j)
 #pragma unroll
-        for (int i = 0; i < W; ++i) sum += weight(x[j][i], max, cutoff, k);
+        for (int i = 0; i < W; ++i) sum += weight(x[j][i], origin, cutoff, k);
     return {max, warp_reduce(sum, [](float a, float b) { return a + b; })};
 }
 

@@ -1,4 +1,4 @@
-// defines: NoTeacher, load_one, store_one, value_at, Raw, Row, Columns, Chunk, Part, relative, warp_reduce, across_warps,
+// defines: NoTeacher, load_one, load_raw, store_one, value_at, Raw, Row, Columns, Chunk, Part, relative, warp_reduce, across_warps,
 // block_reduce: what the kernels share
 //
 // A block of THREADS works on one part of one row at a time: the whole row, or one of `splits` runs of chunks when there are
@@ -37,9 +37,13 @@ __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float widen(__half x) { return __half2float(x); }
 
 template <class E>
-__device__ float load_one(const E* p) {
+__device__ E load_raw(const E* p) {
     MINILLM_TOUCH(p, sizeof(E), false);
-    return widen(*p);
+    return *p;
+}
+template <class E>
+__device__ float load_one(const E* p) {
+    return widen(load_raw(p));
 }
 __device__ inline void store_one(float* p, float x) {
     MINILLM_TOUCH(p, 4, true);
@@ -279,9 +283,10 @@ struct Part {
         : first(split * c.chunks() / splits), last((split + 1) * c.chunks() / splits), is_last(split + 1 == splits) {}
 };
 
-// (z - origin) log2(e)/T, kept finite: 2^x of it is 0 where it overflows or where the column is outside the support.
-__device__ inline float relative(float z, float origin, float k, bool is_outside) {
-    const float x = (z - origin) * k;
+// (z - origin) log2(e)/T + plus, kept finite: 2^x of it is 0 where it overflows or where the column is outside the support.
+// One rounding, here and where it stands without the test: a column gives the same bits in a unit and alone.
+__device__ inline float relative(float z, float origin, float k, bool is_outside, float plus = 0.0f) {
+    const float x = fmaf(z - origin, k, plus);
     return is_outside || x < -FLT_MAX ? -FLT_MAX : x;  // NaN stays
 }
 
@@ -299,11 +304,16 @@ __device__ X shuffle_down(const X& x, int lanes) {
     return r;
 }
 
-// In lane 0. Rolled loops: a merge is long, and this is once a row.
+// In lane 0. A large X in a rolled loop: combining is long then, and this is once a row.
 template <class X, class Combine>
 __device__ X warp_reduce(X x, const Combine& combine) {
+    if constexpr (sizeof(X) <= 8) {
+#pragma unroll
+        for (int lanes = WARP / 2; lanes > 0; lanes /= 2) x = combine(x, shuffle_down(x, lanes));
+    } else {
 #pragma unroll 1
-    for (int lanes = WARP / 2; lanes > 0; lanes /= 2) x = combine(x, shuffle_down(x, lanes));
+        for (int lanes = WARP / 2; lanes > 0; lanes /= 2) x = combine(x, shuffle_down(x, lanes));
+    }
     return x;
 }
 

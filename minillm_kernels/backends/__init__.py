@@ -2,8 +2,10 @@
 
 A backend is a module with `row_stats`, `row_grad`, `row_divergence`, `row_divergence_grad`, `row_sample` (the
 signatures of `minillm_kernels.reference`), `unavailable()`: why it does not run here, or None, and `refusal(tensor)`:
-why it cannot take a tensor, or None. CPU tensors take cpu, then reference; CUDA tensors cuda, then triton, then
-reference. The backend is chosen at the forward pass and kept for the backward pass.
+why it cannot take a tensor, or None. It may have `row_stats_grad`, statistics and gradient at once for coefficients
+that are known beforehand, and `holds_rows(student, teacher, vocab_size)`: whether that takes these rows. CPU tensors
+take cpu, then reference; CUDA tensors cuda, then triton, then reference. The backend is chosen at the forward pass and
+kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -100,6 +102,25 @@ def _log_once(name: str, reason: str) -> None:
     if message not in _logged:
         _logged.add(message)
         _logger.warning(message)
+
+
+def stats_and_gradient(
+    name: str,
+    student: Tensor,
+    teacher: Tensor | None,
+    token_ids: Tensor | None,
+    coefficients: Tensor,
+    temperature: float,
+    vocab_size: int,
+    *out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """row_stats and row_grad of rows that all have a coefficient: one launch where the backend can hold a row pair."""
+    holds_rows = getattr(_BACKENDS[name], "holds_rows", None)
+    row, settings = (student, teacher, token_ids), (temperature, vocab_size)
+    if holds_rows is not None and holds_rows(student, teacher, vocab_size):
+        return run(name, "row_stats_grad", *row, coefficients, *settings, *out)
+    stats = run(name, "row_stats", *row, None, *settings)
+    return stats, run(name, "row_grad", *row, stats, coefficients, *settings, *out)
 
 
 def run(name: str, operation: str, *args):

@@ -49,13 +49,13 @@ class Compiled:
         """Runs an operation of the module; args are its own, after those that say how to run it."""
         raise NotImplementedError
 
-    def _run(self, operation: str, student, teacher, temperature: float, vocab_size: int, *args: object) -> None:
+    def run(self, operation: str, student, teacher, temperature: float, vocab_size: int, *args: object) -> None:
         n_rows = student.shape[:-1].numel()
-        teacher = None if teacher is None else self._rows(teacher)
-        pair = (self._rows(student), teacher, n_rows, vocab_size, temperature)
+        teacher = None if teacher is None else self.rows(teacher)
+        pair = (self.rows(student), teacher, n_rows, vocab_size, temperature)
         self.call(operation, student, n_rows, vocab_size, *pair, *args)
 
-    def _rows(self, x: Tensor):
+    def rows(self, x: Tensor):
         """The leading dimensions as (outer, inner) with two strides: no copy for logits[:, :-1]."""
         sizes: list[int] = []
         strides: list[int] = []
@@ -78,45 +78,45 @@ class Compiled:
         return self.module.Rows(x.data_ptr(), DTYPES[x.dtype], max(inner, 1), outer_stride, inner_stride)
 
     def row_stats(self, student, teacher, token_ids, mask, temperature, vocab_size) -> Tensor:
-        ids_at, _ids = _pointer(token_ids, torch.int64)
-        mask_at, _mask = _pointer(mask, torch.bool)
+        ids_at, _ids = pointer(token_ids, torch.int64)
+        mask_at, _mask = pointer(mask, torch.bool)
         stats = student.new_empty((len(RowStats._fields), *student.shape[:-1]), dtype=torch.float32)
-        self._run("row_stats", student, teacher, temperature, vocab_size, mask_at, ids_at, stats.data_ptr())
+        self.run("row_stats", student, teacher, temperature, vocab_size, mask_at, ids_at, stats.data_ptr())
         return stats
 
     def row_grad(self, student, teacher, token_ids, stats, coefficients, temperature, vocab_size, out=None) -> Tensor:
-        ids_at, _ids = _pointer(token_ids, torch.int64)
-        stats_at, _stats = _pointer(stats, torch.float32)
-        coefficients_at, _coefficients = _pointer(coefficients, torch.float32)
+        ids_at, _ids = pointer(token_ids, torch.int64)
+        stats_at, _stats = pointer(stats, torch.float32)
+        coefficients_at, _coefficients = pointer(coefficients, torch.float32)
         grad = student.new_empty(student.shape) if out is None else out
-        args = (ids_at, stats_at, coefficients_at, self._rows(grad), grad.shape[-1])
-        self._run("row_grad", student, teacher, temperature, vocab_size, *args)
+        args = (ids_at, stats_at, coefficients_at, self.rows(grad), grad.shape[-1])
+        self.run("row_grad", student, teacher, temperature, vocab_size, *args)
         return grad
 
     def row_divergence(self, student, teacher, mask, stats, divergence, beta, temperature, vocab_size) -> Tensor:
-        mask_at, _mask = _pointer(mask, torch.bool)
-        stats_at, _stats = _pointer(stats, torch.float32)
+        mask_at, _mask = pointer(mask, torch.bool)
+        stats_at, _stats = pointer(stats, torch.float32)
         out = student.new_empty((2, *student.shape[:-1]), dtype=torch.float32)
         args = (MIXTURE_DIVERGENCES.index(divergence), beta, mask_at, stats_at, out.data_ptr())
-        self._run("row_divergence", student, teacher, temperature, vocab_size, *args)
+        self.run("row_divergence", student, teacher, temperature, vocab_size, *args)
         return out
 
     def row_divergence_grad(
         self, student, teacher, stats, values, scale, divergence, beta, temperature, vocab_size, out=None
     ) -> Tensor:
-        stats_at, _stats = _pointer(stats, torch.float32)
-        values_at, _values = _pointer(values, torch.float32)
-        scale_at, _scale = _pointer(scale, torch.float32)
+        stats_at, _stats = pointer(stats, torch.float32)
+        values_at, _values = pointer(values, torch.float32)
+        scale_at, _scale = pointer(scale, torch.float32)
         grad = student.new_empty(student.shape) if out is None else out
         kind = MIXTURE_DIVERGENCES.index(divergence)
-        args = (kind, beta, stats_at, values_at, scale_at, self._rows(grad), grad.shape[-1])
-        self._run("row_divergence_grad", student, teacher, temperature, vocab_size, *args)
+        args = (kind, beta, stats_at, values_at, scale_at, self.rows(grad), grad.shape[-1])
+        self.run("row_divergence_grad", student, teacher, temperature, vocab_size, *args)
         return grad
 
     def row_sample(
         self, student, teacher, uniforms, alpha, temperature, top_k, top_p, vocab_size
     ) -> tuple[Tensor, Tensor, Tensor]:
-        uniforms_at, _uniforms = _pointer(uniforms, torch.float64)
+        uniforms_at, _uniforms = pointer(uniforms, torch.float64)
         leading = student.shape[:-1]
         token_ids = student.new_empty(leading, dtype=torch.int64)
         logprobs = student.new_empty((3, *leading), dtype=torch.float32)
@@ -124,11 +124,11 @@ class Compiled:
         greedy = temperature == 0
         args = (uniforms_at, alpha, top_k, top_p, greedy)
         outputs = (token_ids.data_ptr(), logprobs.data_ptr(), from_teacher.data_ptr())
-        self._run("row_sample", student, teacher, 1.0 if greedy else temperature, vocab_size, *args, *outputs)
+        self.run("row_sample", student, teacher, 1.0 if greedy else temperature, vocab_size, *args, *outputs)
         return token_ids, logprobs, from_teacher
 
 
-def _pointer(x: Tensor | None, dtype: torch.dtype) -> tuple[int, Tensor | None]:
+def pointer(x: Tensor | None, dtype: torch.dtype) -> tuple[int, Tensor | None]:
     """The address of a small per-row tensor in the type that the core expects, and the tensor that must stay alive."""
     if x is None:
         return 0, None

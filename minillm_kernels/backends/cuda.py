@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..rows import RowStats
 from . import compiled
 
 _core = compiled.core
@@ -46,6 +47,8 @@ def refusal(x: Tensor) -> str | None:
 
 
 class _Cuda(compiled.Compiled):
+    """Beside the operations of every backend `row_stats_grad`, which reads the logits once."""
+
     @contextmanager
     def stream_of(self, x: Tensor) -> Iterator[int]:
         """The current stream of the tensor's device, which is the current device inside."""
@@ -58,6 +61,26 @@ class _Cuda(compiled.Compiled):
         with self.stream_of(student) as stream:
             getattr(self.module, f"cuda_{operation}")(workspace.data_ptr(), stream, *args)
 
+    def holds_rows(self, student: Tensor, teacher: Tensor | None, vocab_size: int) -> bool:
+        """Whether row_stats_grad takes these: a multiprocessor can hold a row pair, and there are rows for all."""
+        if teacher is None or teacher.dtype != student.dtype:
+            return False
+        with self.stream_of(student):
+            n_rows = student.shape[:-1].numel()
+            return self.module.cuda_holds_rows(n_rows, vocab_size, compiled.DTYPES[student.dtype])
+
+    def row_stats_grad(
+        self, student, teacher, token_ids, coefficients, temperature, vocab_size, out=None
+    ) -> tuple[Tensor, Tensor]:
+        """The results of row_stats and row_grad, the same bits; where a row's coefficients are all 0, zeros."""
+        ids_at, _ids = compiled.pointer(token_ids, torch.int64)
+        coefficients_at, _coefficients = compiled.pointer(coefficients, torch.float32)
+        stats = student.new_empty((len(RowStats._fields), *student.shape[:-1]), dtype=torch.float32)
+        grad = student.new_empty(student.shape) if out is None else out
+        args = (ids_at, coefficients_at, stats.data_ptr(), self.rows(grad), grad.shape[-1])
+        self.run("row_stats_grad", student, teacher, temperature, vocab_size, *args)
+        return stats, grad
+
 
 _operations = _Cuda()
 row_stats = _operations.row_stats
@@ -65,3 +88,5 @@ row_grad = _operations.row_grad
 row_divergence = _operations.row_divergence
 row_divergence_grad = _operations.row_divergence_grad
 row_sample = _operations.row_sample
+row_stats_grad = _operations.row_stats_grad
+holds_rows = _operations.holds_rows

@@ -46,6 +46,7 @@ static void run(std::string (*operation)(const Args&, const cuda::Launch&), cons
 }
 static void row_stats(const StatsArgs& a) { run(cuda::row_stats, a, cuda::row_stats_workspace(a.N, a.V)); }
 static void row_grad(const GradArgs& a) { run(cuda::row_grad, a, 0); }
+static void row_stats_grad(const StatsGradArgs& a) { run(cuda::row_stats_grad, a, 0); }
 static void row_divergence(const DivergenceArgs& a) {
     run(cuda::row_divergence, a, cuda::row_divergence_workspace(a.N, a.V));
 }
@@ -129,6 +130,22 @@ static void check(int64_t N, int64_t V, DType student_type, DType teacher_type) 
     g.grad = {out.data(), student_type, N, 0, V};
     g.width = V;
     row_grad(g);
+
+#ifdef HOST_CUDA  // the same bits in one launch
+    if (student_type == teacher_type) {
+        StatsGradArgs f;
+        static_cast<GradArgs&>(f) = g;
+        std::vector<char> out_at_once(out.size());
+        std::vector<float> stats_at_once(stats.size());
+        f.stats = nullptr;
+        f.stats_out = stats_at_once.data();
+        f.grad.data = out_at_once.data();
+        row_stats_grad(f);
+        if (memcmp(out_at_once.data(), out.data(), out.size()) != 0) expect("gradient at once", V, NAN, 0, 0);
+        for (int64_t i = 0; i < N; ++i)
+            if (coefficients[i] != 0.0f) expect("KL at once", V, stats_at_once[REVERSE_KL * N + i], stats[REVERSE_KL * N + i], 0);
+    }
+#endif
 
     DivergenceArgs d;
     static_cast<Pair&>(d) = a;

@@ -1,6 +1,7 @@
-// row_stats_kernel and row_stats_finish_kernel alone, on fp32 pairs, under several orders of the threads: prints "ok" or what
-// is wrong. tests/csrc/test_host_cuda.py compiles it with mutated kernels.
+// row_stats_kernel and row_stats_finish_kernel, and row_stats_grad_kernel, on fp32 pairs, under several orders of the threads:
+// prints "ok" or what is wrong. tests/csrc/test_host_cuda.py compiles it with mutated kernels.
 #include "cuda/row_stats.cuh"
+#include "cuda/row_stats_grad.cuh"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -37,6 +38,25 @@ static std::vector<float> run(const std::vector<float>& s, const std::vector<flo
     return stats;
 }
 
+// By one block, which goes on from row to row. Into stats, and the gradient.
+static void run_fused(const std::vector<float>& s, const std::vector<float>& t, int64_t N, int64_t V, int splits,
+                      std::vector<float>& stats, std::vector<float>& grad) {
+    const std::vector<float> ones(COEFFICIENTS * N, 1.0f);
+    StatsGradArgs a;
+    a.student = {const_cast<char*>(reinterpret_cast<const char*>(s.data())), DType::fp32, N, 0, V};
+    a.teacher = {const_cast<char*>(reinterpret_cast<const char*>(t.data())), DType::fp32, N, 0, V};
+    a.N = N;
+    a.V = a.width = V;
+    a.coefficients = ones.data();
+    a.stats_out = stats.data();
+    a.grad = {reinterpret_cast<char*>(grad.data()), DType::fp32, N, 0, V};
+    host_cuda::allow(grad.data(), N * V * 4);
+    host_cuda::allow(stats.data(), STATISTICS * N * 4);
+    const std::string error =
+        host_cuda::launch("", row_stats_grad_kernel<float, float>, 1, THREADS, 2 * held_bytes(V, 4), a, splits);
+    require(error.empty(), error);
+}
+
 int main() {
     for (int64_t V : {1, 7, 1029, 9001})
         for (int splits : {1, 3}) {
@@ -56,10 +76,17 @@ int main() {
                 kl = kl / Zs - log(Zs) + log(Zt);
                 require(fabs(stats[REVERSE_KL * N + i] - kl) < 3e-6 * (1 + kl), "wrong: " + std::to_string(V) + " columns");
             }
+            std::vector<float> fused(STATISTICS * N, NAN), grad(N * V, NAN);
+            run_fused(s, t, N, V, splits, fused, grad);
+            const size_t bytes = STATISTICS * N * 4;
+            require(memcmp(fused.data(), stats.data(), bytes) == 0, "wrong: statistics with the gradient");
             for (uint64_t seed = 1; seed <= 8; ++seed) {
                 host_cuda::settings.seed = seed;
                 const std::vector<float> again = run(s, t, N, V, splits);
-                const size_t bytes = STATISTICS * N * 4;
+                std::vector<float> grad_again(N * V, NAN);
+                run_fused(s, t, N, V, splits, fused, grad_again);
+                require(memcmp(fused.data(), stats.data(), bytes) == 0 && memcmp(grad_again.data(), grad.data(), N * V * 4) == 0,
+                        "differs with the gradient under order " + std::to_string(seed));
                 require(memcmp(again.data(), stats.data(), bytes) == 0, "differs under order " + std::to_string(seed));
             }
             host_cuda::settings.seed = 0;

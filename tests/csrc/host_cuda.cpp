@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+#include <deque>
 #include <map>
 #include <unordered_set>
 
@@ -45,6 +46,7 @@ struct Fiber : Context {
     unsigned mask = 0;
     uint64_t value = 0;
     int source = 0;
+    std::deque<std::vector<std::pair<void*, const void*>>> copies = {{}};  // groups; the last is open
 };
 
 Fiber fibers[MAX_THREADS];
@@ -57,6 +59,7 @@ const std::function<void()>* body = nullptr;
 uint64_t random_state = 0, priority[MAX_THREADS];
 std::map<const void*, std::pair<void*, size_t>> variables;
 char* dynamic_memory = nullptr;
+size_t dynamic_bytes = 0;
 std::map<uintptr_t, uintptr_t> allowed;  // begin -> end
 std::unordered_set<uintptr_t> loaded, stored;
 
@@ -174,11 +177,18 @@ std::string name_of(unsigned thread) { return "thread " + std::to_string(thread)
     abort();
 }
 
+// Not in start(), whose frame is never left: its variables would stay poisoned for the next fiber on that stack.
+__attribute__((noinline)) void check_copies() {
+    for (const auto& group : fibers[current].copies)
+        if (!group.empty()) fail("returns with copies to shared memory that it did not wait for");
+}
+
 void start() {
 #if SANITIZED
     arrived(nullptr);
 #endif
     (*body)();
+    check_copies();
     fibers[current].state = State::done;
     ++finished;
     switch_to(fibers[current], next(), true);
@@ -252,6 +262,7 @@ std::string run(const std::function<void()>& kernel, unsigned blocks, unsigned t
     for (unsigned b = 0; b < blocks && problem.empty(); ++b) {
         blockIdx = {b, 0, 0};
         ++counters.blocks;
+        dynamic_bytes = dynamic_shared;
         if (dynamic_shared > 0) memset(dynamic_memory = static_cast<char*>(malloc(dynamic_shared)), 0xff, dynamic_shared);
         run_block();
         free(dynamic_memory);
@@ -333,8 +344,9 @@ void allow(const void* begin, int64_t bytes) {
 void allow_everything() { allowed.clear(); }
 
 void touch(const void* p, int bytes, bool store) {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(p);
+    const uintptr_t at = reinterpret_cast<uintptr_t>(p), held = reinterpret_cast<uintptr_t>(dynamic_memory);
     if (at % unsigned(bytes) != 0) fail("misaligned access of " + std::to_string(bytes) + " bytes");
+    if (dynamic_memory != nullptr && held <= at && at + unsigned(bytes) <= held + dynamic_bytes) return;
     if (!allowed.empty()) {
         auto i = allowed.upper_bound(at);
         bool inside = false;
@@ -344,6 +356,19 @@ void touch(const void* p, int bytes, bool store) {
     if (!settings.count) return;
     (store ? counters.stored : counters.loaded) += bytes;
     for (uintptr_t sector = at / 32; sector <= (at + unsigned(bytes) - 1) / 32; ++sector) (store ? stored : loaded).insert(sector);
+}
+
+void copy_async(void* to, const void* from) {
+    if (reinterpret_cast<uintptr_t>(to) % 16 != 0) fail("misaligned copy to shared memory");
+    fibers[current].copies.back().push_back({to, from});
+}
+
+void commit_copies() { fibers[current].copies.emplace_back(); }
+
+void wait_for_copies(size_t groups_left) {
+    auto& copies = fibers[current].copies;
+    for (; copies.size() > groups_left + 1; copies.pop_front())
+        for (const auto& [to, from] : copies.front()) memcpy(to, from, 16);
 }
 
 }  // namespace host_cuda
@@ -359,5 +384,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
     return bytes <= host_cuda::settings.shared_memory ? cudaSuccess : cudaErrorInvalidValue;
 }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
 cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }

@@ -4,7 +4,8 @@
 // or a warp collective is a rendezvous of the threads that it names. Which of the threads that can run goes next follows from
 // a seed, so a missing barrier shows as results that differ from seed to seed. Shared memory is fresh for each block and
 // filled with NaN. Found and reported instead of executed: a deadlock, a collective that its lanes do not agree on or that
-// reads from a lane it does not name, a global access that is misaligned or outside of the memory that was allowed.
+// reads from a lane it does not name, a global access that is misaligned or outside of the memory that was allowed, a copy to
+// shared memory that nobody waited for.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -49,6 +50,11 @@ int lane();
 void* shared(const void* key, size_t bytes);
 void* dynamic_shared();
 void touch(const void* p, int bytes, bool store);
+
+// Copies of 16 bytes that a thread has under way: done when it waits for their group, not before.
+void copy_async(void* to, const void* from);
+void commit_copies();
+void wait_for_copies(size_t groups_left);
 
 // In place of run(), if set: takes the kernel's name and its parameters as a GPU would find them.
 using Executor = std::function<std::string(const char* name, unsigned blocks, unsigned threads, size_t dynamic_shared,

@@ -12,6 +12,7 @@ PYBIND11_MODULE(host_cuda_kernels, m) {
     cuda::define_bindings(m);
     m.def("seed", [](uint64_t seed) { host_cuda::settings.seed = seed; });
     m.def("shared_memory", [](int bytes) { host_cuda::settings.shared_memory = bytes; });
+    m.def("processors", [](int number) { host_cuda::settings.processors = number; });
     m.def("allow", [](uintptr_t begin, int64_t bytes) { host_cuda::allow(python::at<void>(begin), bytes); });
     m.def("allow_everything", &host_cuda::allow_everything);
     m.def("execute_by", [](py::object function) {  // None: by host_cuda.h

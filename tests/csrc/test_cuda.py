@@ -3,60 +3,95 @@ in the binary, and fails well."""
 
 from __future__ import annotations
 
-import os
+import json
 import re
 import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-CSRC = Path(__file__).parents[2] / "csrc"
+from minillm_kernels.backends import cuda
+
+pytest.importorskip("triton", reason="cuobjdump and nvdisasm come with the Triton wheel")
+from benchmarks.gpu_static import cuda_kernels, sass
+
 NVCC = shutil.which("nvcc")
 _core = pytest.importorskip("minillm_kernels._core", reason="the compiled core is missing")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 needs_cuda_build = pytest.mark.skipif(_core.CUDA_ARCHITECTURES == "", reason="the core was built without nvcc")
 
-# The kernels of each file: pairs of types (3 x 3, with "no teacher" 3 x 4) times divergences; those without types.
-KERNELS = {"row_stats": 12 + 1, "row_grad": 12, "row_divergence": 2 * 4 * 9 + 1, "row_sample": 3 * 12 + 1}
+# Pairs of types (3 x 3, with "no teacher" 3 x 4, equal ones 3) times divergences; and kernels without types.
+KERNELS = {"row_stats": 12 + 1, "row_grad": 12, "row_stats_grad": 3, "row_divergence": 2 * 4 * 9 + 1, "row_sample": 37}
 REGISTERS = 128  # two blocks of 256 threads a multiprocessor
 
 
+@needs_cuda_build
+def test_no_kernel_in_the_binary_spills_or_has_a_stack():
+    """Every instantiation, for every architecture that the core was built for."""
+    text = sass._run("cuobjdump", "--dump-resource-usage", Path(_core.__file__).read_bytes())
+    found = Counter()
+    for code in text.split("Fatbin elf code:")[1:]:
+        architecture = re.search(r"arch = sm_(\w+)", code)[1]
+        for name, registers, stack, local in re.findall(
+            r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", code
+        ):
+            assert (stack, local) == ("0", "0") and int(registers) <= REGISTERS, (architecture, name, registers)
+            found[architecture] += 1
+    assert len(found) == len(_core.CUDA_ARCHITECTURES.split(","))
+    assert set(found.values()) == {sum(KERNELS.values())}
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """What benchmarks/results/gpu-static.json counts, and its bf16 kernels on three more architectures."""
+    bf16 = [x for x in cuda_kernels.kernels() if x.label.endswith("bf16")]
+    return cuda_kernels.static(), cuda_kernels.static((86, 89, 120), bf16)
+
+
 @needs_nvcc
-@pytest.mark.parametrize("architecture", ["80", "86", "89", "90", "100", "120"])
-def test_kernels_compile_without_spills_or_local_memory(architecture, tmp_path):
-    def compile_one(operation: str) -> subprocess.CompletedProcess:
-        command = [NVCC, "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", f"-arch=sm_{architecture}"]
-        command += ["-o", tmp_path / operation, CSRC / "cuda" / f"{operation}.cu"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=600)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(compile_one, KERNELS))
-    for operation, result in zip(KERNELS, results, strict=True):
-        log = result.stderr
-        assert result.returncode == 0 and "warning" not in log, log
-        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
-        assert len(frames) == KERNELS[operation]
-        assert set(frames) == {("0", "0", "0")}, operation
-        registers = [int(x) for x in re.findall(r"Used (\d+) registers", log)]
-        assert max(registers) <= REGISTERS, (operation, registers)
+def test_compiled_kernels_keep_within_their_budget(kernels):
+    """No spill, no stack, 16-byte loads alone in the hot path of the main loop (measure() finds none where there is
+    another), and instructions that allow the bandwidth: 128 lanes a clock, 14.5 bytes a clock and multiprocessor on an
+    H100, that is 35 for a bf16 pair."""
+    counted, more = kernels
+    assert {x["architecture"] for x in counted + more} == {80, 86, 89, 90, 100, 120}
+    moved = {x.label: x.read + x.written for x in cuda_kernels.kernels()}
+    for x in counted + more:
+        assert x["registers"] <= REGISTERS and x["stack_bytes"] == x["local_bytes"] == 0, x
+        assert set(x["loads_by_bytes"]) == {"16"} or "mixed_sample" in x["kernel"], x  # it looks for a cut-off
+        assert x["instructions_per_column"] <= 35 * moved[x["kernel"]] / 4, x
+        assert x.get("headroom", 1.0) >= 1.0, x
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_main_loops_read_16_bytes_at_a_time_within_the_budget_of_instructions(architecture):
-    """128 lane-instructions a clock, 14.5 bytes a clock and multiprocessor on an H100: 35 a bf16 pair."""
-    pytest.importorskip("triton", reason="cuobjdump and nvdisasm come with the Triton wheel")
-    from benchmarks.gpu_static import cuda_kernels
+def test_the_committed_counts_are_these(kernels):
+    """Where the same nvcc compiles them."""
+    committed = json.loads(cuda_kernels.RESULTS.read_text())
+    if committed["nvcc_version"] != cuda_kernels.nvcc_version():
+        pytest.skip(f"counted with nvcc {committed['nvcc_version']}, here is {cuda_kernels.nvcc_version()}")
+    assert committed["cuda"] == kernels[0]
 
-    for kernel in cuda_kernels.kernels():
-        x = cuda_kernels.measure(kernel, architecture)  # fails where the loop has no path of 16-byte accesses alone
-        moved = kernel.read + kernel.written
-        assert set(x["loads_by_bytes"]) == {"16"}, (kernel.name, x["loads_by_bytes"])
-        assert x["instructions_per_column"] <= 35 * moved / 4, kernel.name
-        assert x["registers"] <= REGISTERS and x["stack_bytes"] == 0, kernel.name
+
+def test_the_whole_cuda_part_compiles_in_three_minutes_without_a_warning_or_a_stack():
+    """As `python -m benchmarks.gpu_static.cuda_build` recorded it, on two cores."""
+    build = json.loads(cuda_kernels.RESULTS.read_text())["cuda_build"]
+    assert build["seconds"] < 180 and build["warnings"] == 0
+    assert [x["architecture"] for x in build["kernels"]] == [80, 86, 89, 90, 100, 120]
+    for x in build["kernels"]:
+        assert x["kernels"] == sum(KERNELS.values())
+        assert x["registers"] <= REGISTERS and x["stack_bytes"] == x["local_bytes"] == 0
+
+
+def test_each_row_moves_what_it_must():
+    """Within 1 %, the workspace of split rows included; every sector of 32 bytes once."""
+    committed = json.loads(cuda_kernels.RESULTS.read_text())
+    assert len(committed["cuda_traffic"]) == len(cuda_kernels.kernels())
+    for x in committed["cuda_traffic"]:
+        assert 1 <= x["of_minimum"] <= 1.01, x
+        assert 32 * x["sectors_per_row"] <= 1.01 * x["least"], x
 
 
 @needs_cuda_build
@@ -66,12 +101,36 @@ def test_versions_are_readable_without_a_gpu():
     assert driver >= 0  # 0: no driver
 
 
+class _WithoutGpu(cuda._Cuda):
+    """The compiled launchers on CPU tensors: they get as far as a launch does where there is no GPU."""
+
+    def stream_of(self, x):
+        return nullcontext(0)
+
+
+_STATS, _ROWS = torch.zeros(11, 4), torch.zeros(4, 10)
+LAUNCHES = {
+    "row_stats_kernel<<<4, 256, 0>>>": lambda run: run.row_stats(_ROWS, None, None, None, 1.0, 10),
+    "row_grad_kernel<<<4, 256, 0>>>": lambda run: run.row_grad(_ROWS, None, None, _STATS, _STATS[:5], 1.0, 10),
+    "row_stats_grad_kernel<<<4, 256, 128>>>": lambda run: run.row_stats_grad(_ROWS, _ROWS, None, _STATS[:5], 1.0, 10),
+    "row_divergence_kernel<<<4, 256, 0>>>": lambda run: run.row_divergence(
+        _ROWS, _ROWS, None, _STATS, "jsd", 0.5, 1.0, 10
+    ),
+    "row_divergence_grad_kernel<<<4, 256, 0>>>": lambda run: run.row_divergence_grad(
+        _ROWS, _ROWS, _STATS, _STATS[:2], _STATS[0], "jsd", 0.5, 1.0, 10
+    ),
+    "row_sample_mass_kernel<<<1, 256, 0>>>": lambda run: run.row_sample(
+        _ROWS, None, torch.zeros(4, 2).double(), 0.0, 1.0, 0, 1.0, 10
+    ),
+}
+
+
 @needs_cuda_build
-@pytest.mark.skipif(torch.cuda.is_available(), reason="shows the error of a machine without a GPU")
-def test_launch_error_names_kernel_and_shape():
-    rows = _core.Rows(16, 0, 4, 0, 10)
-    with pytest.raises(RuntimeError, match=r"row_stats_kernel<<<4, 256, 0>>> on 4 x 10 logits: "):
-        _core.cuda_row_stats(16, 0, rows, None, 4, 10, 1.0, 0, 0, 16)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows the errors of a machine without a GPU")
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_an_error_names_the_kernel_and_its_launch(launch):
+    with pytest.raises(RuntimeError, match=rf"^{re.escape(launch)} on 4 x 10 logits: \w+"):
+        LAUNCHES[launch](_WithoutGpu())
 
 
 def test_too_long_a_row_is_an_error(host_cuda_kernels):

@@ -42,6 +42,8 @@ def everything(s: torch.Tensor, t: torch.Tensor) -> list[torch.Tensor]:
         for c in (coefficients, coefficients * (torch.arange(5) < 1)[:, None])
     ]
     out.append(cuda.row_grad(s, None, ids, out[1], coefficients, 1.0, V))
+    if s.dtype == t.dtype:
+        out += cuda.row_stats_grad(s, t, ids, coefficients, 0.7, V)
     for divergence in MIXTURE_DIVERGENCES:
         values = cuda.row_divergence(s, t, mask, stats, divergence, 0.3, 0.7, V)
         out += [values, cuda.row_divergence_grad(s, t, stats, values, scale * mask, divergence, 0.3, 0.7, V)]
@@ -97,6 +99,7 @@ def test_nothing_outside_the_rows_is_read_or_written(cuda_on_host, dtype, offset
     try:
         m.cuda_row_stats(*run, *pair, 0, 0, stats.data_ptr())
         m.cuda_row_grad(*run, *pair, 0, stats.data_ptr(), coefficients.data_ptr(), rows[2], V - 5)
+        m.cuda_row_stats_grad(*run, *pair, 0, coefficients.data_ptr(), stats.data_ptr(), rows[2], V - 5)
         for kind in range(4):
             m.cuda_row_divergence(*run, *pair, kind, 0.5, 0, stats.data_ptr(), out.data_ptr())
             m.cuda_row_divergence_grad(
@@ -143,6 +146,57 @@ def test_each_row_is_read_and_written_once(cuda_on_host, types, V):
         if aligned:
             assert bytes_s + bytes_t <= c["loaded"] <= bytes_s + bytes_t + N * per_row, c
         assert c["stored"] == stored, c
+
+
+@pytest.mark.parametrize(("dtype", "V"), [(BF16, 50257), (FP16, 57800), (FP32, 12288), (FP32, 28900)])
+def test_statistics_and_gradient_in_one_launch_read_each_row_once(cuda_on_host, dtype, V):
+    """3V elements instead of 5V. 57800 and 28900 columns are the most that 227 KB hold, to a few."""
+    N = 2
+    s, t = logits(N, V, dtype), logits(N, V, dtype)
+    cuda_on_host.processors(N)
+    assert cuda.holds_rows(s, t, V)
+    c = counted(cuda_on_host, lambda: cuda.row_stats_grad(s, t, None, torch.ones(5, N), 1.0, V))
+    assert c["launches"] == 1
+    assert c["loaded"] == s.nbytes + t.nbytes and c["stored"] == s.nbytes + 11 * 4 * N
+    assert c["sectors_loaded"] <= sum(-(-x.nbytes // 32) + 1 for x in (s, t))
+
+
+def test_which_rows_one_launch_takes(cuda_on_host):
+    """Of one type, no wider than a block holds, as many as there are multiprocessors."""
+    s = torch.empty(132, 50257, dtype=BF16)
+    assert cuda.holds_rows(s, s, 50257)
+    assert not cuda.holds_rows(s[1:], s[1:], 50257)
+    assert not cuda.holds_rows(s, None, 50257)
+    assert not cuda.holds_rows(s, s.float(), 50257)
+    assert not cuda.holds_rows(s.float(), s.float(), 50257)
+    cuda_on_host.shared_memory(163 << 10)  # an A100's
+    assert not cuda.holds_rows(s, s, 50257)
+    assert cuda.holds_rows(s, s, 41000)
+    cuda_on_host.shared_memory(227 << 10)
+    with pytest.raises(RuntimeError, match="row_stats_grad_kernel: takes a student and a teacher of one type"):
+        cuda.row_stats_grad(s, s.float(), None, torch.ones(5, 132), 1.0, 50257)
+    with pytest.raises(RuntimeError, match=r"row_stats_grad_kernel<<<132, 256, 402112>>> on 132 x 50257 logits: "):
+        cuda.row_stats_grad(s.float(), s.float(), None, torch.ones(5, 132), 1.0, 50257)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=NAMES.get)
+@pytest.mark.parametrize(("V", "offset"), [(1, 0), (5, 3), (517, 1), (4100, 0), (4099, 5), (12304, 7)])
+def test_one_launch_gives_the_bits_of_two(cuda_on_host, dtype, V, offset):
+    """Less than a vector; part of a chunk; whole chunks and single columns behind them; rows in two parts, in pieces;
+    none of the rows aligned. Columns outside the support, a row of NaN, one without a coefficient."""
+    N = 5
+    s, t = logits(N, V + 3, dtype, offset)[:, :V], logits(N, V, dtype, 7 - offset)
+    s[0, V // 2] = t[0, V // 3] = s[1, -1] = -torch.inf
+    t[2, V // 2] = torch.nan
+    ids = torch.tensor([0, V - 1, V // 2, V, 0])
+    coefficients = torch.randn(5, N)
+    coefficients[1:, 0] = coefficients[:, 3] = 0
+    stats = cuda.row_stats(s, t, ids, torch.arange(N) != 3, 0.7, V)
+    grad = cuda.row_grad(s, t, ids, stats, coefficients, 0.7, V)
+    one, g = cuda.row_stats_grad(s, t, ids, coefficients, 0.7, V)
+    assert torch.equal(one.nan_to_num(7), stats.nan_to_num(7)) and torch.equal(g.nan_to_num(7), grad.nan_to_num(7))
+    cuda.row_stats_grad(s, t, ids, coefficients, 0.7, V, s)
+    assert torch.equal(s.nan_to_num(7), grad.nan_to_num(7))
 
 
 def test_rows_that_do_not_count_are_not_read(cuda_on_host):
@@ -205,14 +259,38 @@ MUTATIONS = {
     ),
     "a wrong mask": ("rows.cuh", "ALL_LANES = ~0u", "ALL_LANES = 0x7fffffffu", "mask (does not name it|.* not name)"),
     "a lane that is missing": (
-        "row_stats.cuh",
+        "row_state.cuh",
         "    x = rebased(x, ms, mt, inv_T);",
         "    x = rebased(x, ms, mt, inv_T);\n    if (threadIdx.x == 5) return x;",
         "different collectives|has returned|deadlock",
     ),
-    "half a warp": ("rows.cuh", "int lanes = WARP / 2;", "int lanes = WARP / 4;", "wrong"),
-    "the last columns": ("row_stats.cuh", "part.is_last ? c.single() : -1", "-1", "wrong"),
-    "an origin": ("row_stats.cuh", "(b(i) - mt) * k", "(b(i) - ms) * k", "wrong"),
+    "half a warp": (
+        "rows.cuh",
+        "#pragma unroll 1\n        for (int lanes = WARP / 2;",
+        "#pragma unroll 1\n        for (int lanes = WARP / 4;",
+        "wrong",
+    ),
+    "the last columns": ("row_stats.cuh", "if (part.is_last) add_single", "if (false) add_single", "wrong"),
+    "a copy that is not waited for": (
+        "row_stats_grad.cuh",
+        "wait_for_copies<PIECES - 1>();",
+        "",
+        "did not wait|wrong",
+    ),
+    "a piece too few": ("row_stats_grad.cuh", "wait_for_copies<PIECES - 1>();", "wait_for_copies<PIECES>();", "wrong"),
+    "a barrier before the pieces": (
+        "row_stats_grad.cuh",
+        "so that the next call waits for the next piece\n            __syncthreads();",
+        "so that the next call waits for the next piece",
+        "wrong|differs",
+    ),
+    "a barrier behind the rows": (
+        "row_stats_grad.cuh",
+        "__syncthreads();  // before the next row lands",
+        "// before the next row lands",
+        "wrong|differs",
+    ),
+    "an origin": ("row_state.cuh", "(b(i) - mt) * k", "(b(i) - ms) * k", "wrong"),
 }
 
 

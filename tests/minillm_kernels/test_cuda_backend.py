@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import minillm_kernels as mk
 from minillm_kernels import backends
 from minillm_kernels.backends import compiled, cuda
 
@@ -61,3 +62,27 @@ def test_it_takes_cuda_tensors_of_three_types():
     assert cuda.refusal(on_cuda) is None
     on_cuda.dtype = torch.float64
     assert cuda.refusal(on_cuda) == "it takes float32, bfloat16 and float16, not float64"
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_losses_of_hidden_states_read_the_logits_once(cuda_on_host, divergence, softcap):
+    """Their row weights are known beforehand. On a card with more multiprocessors than rows it takes two launches,
+    with the same bits."""
+    hidden, weight = torch.randn(9, 16), torch.randn(4100, 16)
+    results, launches = [], []
+    for processors in (1, 132):
+        cuda_on_host.processors(processors)
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        cuda_on_host.count(True)
+        with mk.use_backend("cuda"):
+            loss = mk.fused_linear_divergence_loss(
+                *leaves, 2 * hidden, weight.flip(0), divergence, softcap=softcap, chunk_rows=5
+            )
+        launches.append(cuda_on_host.counters()["launches"])
+        cuda_on_host.count(False)
+        loss.backward()
+        results.append([loss.detach(), *(x.grad for x in leaves)])
+    assert launches == [2, 6]  # two chunks; statistics, their merge and the gradient
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
