@@ -1,9 +1,11 @@
-"""What only a GPU can show of the CUDA kernels: `pytest -m gpu`. Skipped elsewhere.
+"""What only a GPU can show of the CUDA and Triton kernels: `pytest -m gpu`. Skipped elsewhere.
 
 Under NVIDIA's checker:  compute-sanitizer --tool memcheck python -m pytest -m gpu tests/minillm_kernels/test_gpu.py
 (and --tool racecheck, initcheck, synccheck; set PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that each tensor has its own
 allocation).
 """
+
+from contextlib import nullcontext
 
 import cases
 import oracle
@@ -16,35 +18,39 @@ from minillm_kernels import (
     available_backends,
     distill_stats,
     fused_divergence_loss,
+    fused_linear_rkl_loss,
     fused_rkl_loss,
     last_backend,
     mixed_sample,
     token_logprobs,
     use_backend,
 )
+from minillm_kernels.backends import cuda
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(available_backends()["cuda"] != "ok", reason=available_backends()["cuda"]),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 DIVERGENCES = ("jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 
 
-@pytest.fixture(autouse=True)
-def on_cuda():
-    with use_backend("cuda"):
-        yield
+@pytest.fixture(autouse=True, params=["cuda", "triton"])
+def on_gpu(request):
+    if available_backends()[request.param] != "ok":
+        pytest.skip(available_backends()[request.param])
+    with use_backend(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("case", cases.ALL, ids=str)
-def test_statistics_and_their_gradient(case):
+def test_statistics_and_their_gradient(case, on_gpu):
     s, t = case.logits()
     ids, coefficients = case.token_ids(), case.coefficients(len(oracle.DIFFERENTIABLE))
     leaf, x = s.double().requires_grad_(), s.cuda().requires_grad_()
     truth = oracle.statistics(leaf, t, ids, case.temperature, case.vocab_size)
     plain = oracle.statistics(s.float(), t, ids, case.temperature, case.vocab_size, FP32)
     stats = distill_stats(x, t.cuda(), ids.cuda(), temperature=case.temperature, vocab_size=case.vocab_size)
-    assert last_backend() == "cuda"
+    assert last_backend() == on_gpu
     expected = actual = 0
     for name, c in zip(oracle.DIFFERENTIABLE, coefficients, strict=True):
         expected = expected + torch.where(truth[name].isfinite(), truth[name] * c, 0).sum()
@@ -103,12 +109,13 @@ def _everything(s, t, ids, uniforms):
     return [*stats, jsd, grad, *mixed_sample(s, t, uniforms=uniforms)]
 
 
-def test_the_same_bits_every_time_and_wherever_the_rows_lie():
+def test_the_same_bits_every_time_and_wherever_the_rows_lie(on_gpu):
+    """Triton's tiles start where a row is aligned: elsewhere in memory it adds in another order."""
     s, t = (x.cuda() for x in Case(50257, (9,), BF16, BF16).logits())  # of an odd width: each row aligned otherwise
     ids, uniforms = torch.arange(9).cuda(), torch.rand(9, 2, dtype=torch.float64).cuda()
     shifted = torch.empty(9 * 50257 + 3, dtype=BF16, device="cuda")[3:].view(9, 50257).copy_(s)
     first = _everything(s, t, ids, uniforms)
-    for other in (s, shifted):
+    for other in (s, shifted) if on_gpu == "cuda" else (s, s):
         for a, b in zip(first, _everything(other, t, ids, uniforms), strict=True):
             assert torch.equal(a, b)
 
@@ -142,6 +149,35 @@ def test_cuda_graph():
     graph.replay()
     for a, b in zip(outputs, _everything(s, t, ids, uniforms), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("V", [32000, 50257])
+def test_losses_of_hidden_states_are_those_of_the_reference(V):
+    """bf16 rows that the CUDA backend reads once where shared memory holds them."""
+    hidden, weight = torch.randn(600, 64, device="cuda").bfloat16(), torch.randn(V, 64, device="cuda").bfloat16()
+    results = []
+    for backend in (None, "reference"):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        with use_backend(backend) if backend else nullcontext():
+            loss = fused_linear_rkl_loss(*leaves, hidden.flip(0), weight)
+        loss.backward()
+        results.append([loss.detach(), *(x.grad for x in leaves)])
+    for ours, theirs in zip(*results, strict=True):
+        error = (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()
+        assert error < 2**-6
+
+
+def test_statistics_and_gradient_in_one_launch_have_the_bits_of_two(on_gpu):
+    if on_gpu != "cuda":
+        pytest.skip("of the CUDA backend alone")
+    s, t = (x.cuda() for x in Case(32001, (300,), BF16, BF16).logits())
+    if not cuda.holds_rows(s, t, 32001):
+        pytest.skip("a multiprocessor of this device holds no row pair of 32001 columns")
+    coefficients = torch.randn(5, 300, device="cuda")
+    stats = cuda.row_stats(s, t, None, None, 1.0, 32001)
+    at_once = cuda.row_stats_grad(s, t, None, coefficients, 1.0, 32001)
+    assert torch.equal(at_once[0], stats)
+    assert torch.equal(at_once[1], cuda.row_grad(s, t, None, stats, coefficients, 1.0, 32001))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
