@@ -129,30 +129,33 @@ def demo_table() -> str:
     return markdown(["held-out prompts", *stages, f"change in stage {stages[-1]}"], rows) + "\n\n" + note
 
 
-def triton_table() -> str:
-    """What the compiled Triton kernels cost on bf16 rows, and the bandwidth that their instructions allow."""
+def gpu_table() -> str:
+    """What the compiled kernels of both GPU backends cost on bf16 rows, and the bandwidth that they allow."""
     results = json.loads((RESULTS / "gpu-static.json").read_text())
-    traffic = {x["kernel"]: x["of_minimum"] for x in results["triton_traffic"]}
-    found = {(x["kernel"], x["architecture"]): x for x in results["triton"]}
+    build = results["cuda_build"]
     rows = []
-    for kernel in traffic:
-        if not kernel.endswith("bf16"):
-            continue
-        a100, h100 = found[kernel, 80], found[kernel, 90]
-        row = [kernel.removesuffix(" bf16"), f"{traffic[kernel]:.3f}"]
-        for x in (a100, h100):
-            row += [
-                str(x["registers"]),
-                f"{x['instructions_per_column']:.1f}",
-                f"{x['headroom']:.2f}× ({x['bound_by']})",
-            ]
+    for kernel in (x["kernel"] for x in results["cuda_traffic"] if x["kernel"].endswith("bf16")):
+        row = [kernel.removesuffix(" bf16")]
+        for backend in ("cuda", "triton"):
+            moved = {x["kernel"]: x["of_minimum"] for x in results[f"{backend}_traffic"]}
+            found = {x["architecture"]: x for x in results[backend] if x["kernel"] == kernel}
+            if not found:
+                row += ["–"] * 5
+                continue
+            row += [f"{moved[kernel]:.3f}", str(found[90]["registers"]), f"{found[90]['instructions_per_column']:.1f}"]
+            row += [f"{found[a]['headroom']:.2f}× ({found[a]['bound_by']})" for a in (80, 90)]
         rows.append(row)
-    header = ["kernel", "bytes, of the least"]
-    for gpu in ("A100", "H100"):
-        header += [f"{gpu}: registers", "instructions a column", "bandwidth they allow"]
+    columns = ["bytes, of the least", "registers", "instructions a column", "A100", "H100"]
+    header = [
+        "kernel",
+        *(f"{backend}: {c}" if i == 0 else c for backend in ("CUDA", "Triton") for i, c in enumerate(columns)),
+    ]
     note = (
-        f"Counted, not timed: compiled by Triton {results['triton_version']} without a GPU, rows of 151936 bf16 "
-        "columns; made by `python -m benchmarks.gpu_static.triton_kernels`."
+        "bf16 rows of 151936 columns (row_stats_grad: 50256), registers and instructions of sm_90. A100, H100: the "
+        "bandwidth that the busiest pipe allows, over the card's; above 1× memory is the limit. Counted, not timed: "
+        "`python -m benchmarks.gpu_static.cuda_kernels` and `python -m benchmarks.gpu_static.triton_kernels` "
+        f"(Triton {results['triton_version']}). All of `csrc/cuda` for {build['timed']} compiled in "
+        f"{build['seconds']:.0f} s on {build['cores']} cores (nvcc {build['nvcc_version']})."
     )
     return markdown(header, rows) + "\n\n" + note
 
@@ -210,7 +213,7 @@ TABLES = {
     "linear": linear_table,
     "training": training_table,
     "trl": trl_table,
-    "triton": triton_table,
+    "gpu": gpu_table,
 }
 
 

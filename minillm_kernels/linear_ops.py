@@ -104,15 +104,18 @@ def _linear_stats_grad(*args):
 def _row_gradient(z_s, z_t, ids, stats, coefficients, temperature, backend, softcap) -> Tensor:
     """The student's logits turned into their gradient; into another tensor where a soft-cap needs both."""
     args = (z_t, ids, stats, coefficients, temperature, z_s.shape[1])
-    out = () if backend == "reference" else (torch.empty_like(z_s) if softcap else z_s,)
-    return backends.run(backend, "row_grad", z_s, *args, *out)
+    return backends.run(backend, "row_grad", z_s, *args, *_gradient_buffer(z_s, backend, softcap))
+
+
+def _gradient_buffer(z_s: Tensor, backend: str, softcap: float) -> tuple[Tensor, ...]:
+    return () if backend == "reference" else (torch.empty_like(z_s) if softcap else z_s,)
 
 
 def _sweep(
     heads: tuple[Head, Head | None],
     token_ids: Tensor | None,
     mask: Tensor | None,
-    coefficients_of: Callable[[Tensor, Tensor | slice], Tensor],
+    coefficients: Tensor | Callable[[Tensor, Tensor | slice], Tensor],
     needs: list[bool],
     temperature: float,
     vocab_size: int,
@@ -120,22 +123,25 @@ def _sweep(
     backend: str,
 ) -> tuple[Tensor, Gradients]:
     """Statistics [fields, N] and, from the same logits, the gradients of sum(coefficients * differentiable
-    statistics), where coefficients_of(stats, rows) gives those of some rows."""
+    statistics). The coefficients [5, N] are known beforehand, none of a row that `mask` has all 0; or
+    coefficients(stats, rows) gives those of some rows."""
     if chunk_rows == TILED:
         stats = tiled.statistics(*heads, token_ids, mask, temperature, vocab_size, backend)
-        coefficients = coefficients_of(stats, slice(None))
+        known = coefficients if isinstance(coefficients, Tensor) else coefficients(stats, slice(None))
         if mask is not None:
-            coefficients = torch.where(mask, coefficients, 0)
-        args = (*heads, token_ids, stats, coefficients, needs, temperature, vocab_size, backend)
+            known = torch.where(mask, known, 0)
+        args = (*heads, token_ids, stats, known, needs, temperature, vocab_size, backend)
         return stats, tiled.gradients(*args)
 
     def row_loss(rows, z_s, z_t):
-        ids = None if token_ids is None else token_ids[rows]
+        ids, softcap = None if token_ids is None else token_ids[rows], heads[0].softcap
+        if any(needs) and isinstance(coefficients, Tensor):
+            row = (z_s, z_t, ids, coefficients[:, rows], temperature, vocab_size)
+            return backends.stats_and_gradient(backend, *row, *_gradient_buffer(z_s, backend, softcap))
         stats = backends.run(backend, "row_stats", z_s, z_t, ids, None, temperature, vocab_size)
-        if not any(needs):
+        if not any(needs) or isinstance(coefficients, Tensor):
             return stats, None
-        coefficients = coefficients_of(stats, rows)
-        return stats, _row_gradient(z_s, z_t, ids, stats, coefficients, temperature, backend, heads[0].softcap)
+        return stats, _row_gradient(z_s, z_t, ids, stats, coefficients(stats, rows), temperature, backend, softcap)
 
     return over_chunks(*heads, mask, vocab_size, chunk_rows, len(RowStats._fields), needs, row_loss)
 
@@ -144,9 +150,7 @@ def _linear_stats_loss(*args):
     tensors, (token_ids, mask, coefficients, needs, softcap, scale, *settings) = args[:N_HEADS], args[N_HEADS:]
     *settings, backend = settings
     heads, backend = _heads(tensors, softcap, scale), _resolve(backend, tensors)
-    stats, gradients = _sweep(
-        heads, token_ids, mask, lambda stats, rows: coefficients[:, rows], needs, *settings, backend
-    )
+    stats, gradients = _sweep(heads, token_ids, mask, coefficients, needs, *settings, backend)
     # A statistic that nobody asked about may be infinite: 0 times it is 0.
     terms = torch.where(coefficients != 0, coefficients * stats[DIFFERENTIABLE_INDEX], 0)
     return terms.sum(), stats, *gradients
@@ -183,7 +187,7 @@ def _linear_divergence_loss(*args):
         if not any(needs):
             return values[:1], None
         args = (z_s, z_t, stats, values, row_weights[rows], name, beta, temperature, vocab_size)
-        out = () if backend == "reference" else (torch.empty_like(z_s) if softcap[0] else z_s,)
+        out = _gradient_buffer(z_s, backend, softcap[0])
         return values[:1], backends.run(backend, "row_divergence_grad", *args, *out)
 
     outputs, gradients = over_chunks(*heads, row_weights != 0, vocab_size, chunk_rows, 1, needs, row_loss)

@@ -152,7 +152,7 @@ def fused_linear_distill_loss(
     `student_logprobs=-1 / n`, without a teacher three matmuls; distillation mixed with it costs the four of either
     alone. Rows where `mask` is 0 or every coefficient is 0 are left out of the matmuls, whatever they hold.
 
-    Raises ValueError for a divergence without a teacher, or log-probabilities without token_ids.
+    Raises ValueError for a divergence without a teacher, log-probabilities without token_ids, or no coefficient.
     """
     arguments.check_group(group)
     if (teacher_hidden is None) != (teacher_weight is None):
@@ -170,6 +170,8 @@ def fused_linear_distill_loss(
         value = given[name]
         return not isinstance(value, Tensor) and value == 0
 
+    if all(unused(name) for name in given):
+        raise ValueError("every coefficient is 0: there is no loss; fused_linear_distill_stats gives the statistics")
     for name in ("reverse_kl", "forward_kl"):
         if teacher is None and not unused(name):
             raise ValueError(f"{name} needs a teacher: pass teacher_hidden and teacher_weight")

@@ -1,8 +1,11 @@
 """What every test starts from: a fixed seed; torch's thread count is given back afterwards. Where there is no GPU,
-Triton's kernels run in its interpreter, which must be said before anything imports triton."""
+Triton's kernels run in its interpreter, which must be said before anything imports triton, and the CUDA kernels are
+compiled for the host."""
 
 import os
+from contextlib import nullcontext
 
+import host_build
 import pytest
 import torch
 
@@ -16,3 +19,25 @@ def reproducible():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def host_cuda_kernels():
+    """csrc/cuda compiled by g++ (tests/host_build.py)."""
+    if reason := host_build.missing():
+        pytest.skip(reason)
+    return host_build.module()
+
+
+@pytest.fixture
+def cuda_on_host(host_cuda_kernels, monkeypatch):
+    """The backend "cuda" takes CPU tensors and runs the host build of its kernels."""
+    from minillm_kernels.backends import compiled, cuda
+
+    monkeypatch.setattr(cuda._operations, "module", host_cuda_kernels)
+    monkeypatch.setattr(cuda._operations, "stream_of", lambda x: nullcontext(0))
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "refusal", lambda x: compiled.refusal(x, "cpu"))
+    yield host_cuda_kernels
+    host_cuda_kernels.processors(132)  # those of an H100
+    host_cuda_kernels.shared_memory(227 << 10)

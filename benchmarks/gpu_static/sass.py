@@ -61,6 +61,7 @@ _CLASSES = {
 class Instruction(NamedTuple):
     opcode: str  # with its modifiers: LDG.E.128
     operands: str
+    predicate: str = ""  # @P0, @!UP1: it is issued, but does nothing, where that is false
 
     @property
     def kind(self) -> str:
@@ -122,8 +123,8 @@ def instructions(cubin: bytes, kernel: str) -> tuple[list[Instruction], dict[str
             break
         if label := re.match(r"(\.L_\w+):", line):
             labels[label[1]] = len(found)
-        elif code := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", line):
-            found.append(Instruction(code[1], code[2].strip()))
+        elif code := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", line):
+            found.append(Instruction(code[2], code[3].strip(), (code[1] or "").strip()))
     return found, labels
 
 

@@ -31,28 +31,29 @@ static DivergenceSums divergence_span(const DivergenceArgs& a, const Span& span)
         const float* t = widen_tile(a.teacher, span.row, begin, n, scratch_t);
         F32 value(0.0f), slope(0.0f);
         for_pairs(s, t, n, r.ms, r.mt, float(a.inv_T * LOG2E), [&](int64_t, F32 x, F32 y) {
-            const auto term = divergence_term<D>(x, y, r.log2Zs, r.log2Zt, F32(a.beta));
+            const auto term = divergence_term<D>(x - r.log2Zs, y - r.log2Zt, F32(a.beta));
             value += term.value;
-            slope += term.q * term.slope;
+            slope += term.q_slope;
         });
         sums.value += sum_lanes(value);
         sums.slope += sum_lanes(slope);
     }
-    return sums;
+    return {value_unit(D) * sums.value, slope_unit(D) * sums.slope};
 }
 
 template <Divergence D>
 static void divergence_grad_span(const DivergenceGradArgs& a, const Span& span) {
     Scratch scratch_s, scratch_t, out;
     const RowLog r = RowLog::of(a.stats, a.N, span.row);
-    const F32 scale(a.scale[span.row] * float(a.inv_T)), mean_slope(a.values[a.N + span.row]);
+    const float scale = a.scale[span.row] * float(a.inv_T);
+    const F32 of_slope(scale * float(slope_unit(D))), of_q(scale * a.values[a.N + span.row]);
     for (int64_t tile = span.first_tile; tile < span.last_tile; ++tile) {
         const int64_t begin = tile * TILE, n = a.V - begin < TILE ? a.V - begin : TILE;
         const float* s = widen_tile(a.student, span.row, begin, n, scratch_s);
         const float* t = widen_tile(a.teacher, span.row, begin, n, scratch_t);
         for_pairs(s, t, n, r.ms, r.mt, float(a.inv_T * LOG2E), [&](int64_t i, F32 x, F32 y) {
-            const auto term = divergence_term<D>(x, y, r.log2Zs, r.log2Zt, F32(a.beta));
-            (scale * term.q * (term.slope - mean_slope)).store(out.x + i);
+            const auto term = divergence_term<D>(x - r.log2Zs, y - r.log2Zt, F32(a.beta));
+            (of_slope * term.q_slope - of_q * term.q).store(out.x + i);
         });
         clear_outside(s, t, n, out);
         store_tile(a.grad, span.row, begin, n, out, false);

@@ -7,15 +7,6 @@
 
 namespace minillm::cpu::MINILLM_ISA {
 
-enum class Needs { student, simple_pair, pair };
-
-template <Needs NEEDS>
-MINILLM_HD F32 gradient(const GradientRow<float>& g, F32 s, F32 t) {
-    if constexpr (NEEDS == Needs::student) return g.of_student(s);
-    if constexpr (NEEDS == Needs::simple_pair) return g.of_pair_simple(s, t);
-    return g.of_pair(s, t);
-}
-
 // n columns, a multiple of the register. False: something is not finite, and the masked loop must do it.
 template <Needs NEEDS, DType S, DType T>
 static bool plain_gradient(const GradientRow<float>& g, const char* student, const char* teacher, int64_t n, float scale,

@@ -15,10 +15,7 @@ struct Law {
     double max, Z;
 
     int64_t columns(int64_t tile) const { return V - tile * TILE < TILE ? V - tile * TILE : TILE; }
-    double logprob(int64_t token) const {
-        const float z = value_at(*rows, row, token);
-        return z < cutoff || z == -INFINITY ? -INFINITY : (double(z) - max) * inv_T - log(Z);
-    }
+    double logprob(int64_t token) const { return token_logprob(value_at(*rows, row, token), cutoff, max, Z, inv_T); }
 };
 
 struct TileMass {
@@ -48,7 +45,7 @@ static TileMass tile_mass(const Law& law, int64_t tile) {
 }
 
 static double mass_in_row(const Law& law, const TileMass& t) {
-    return t.sum == 0.0 ? 0.0 : t.sum * exp((double(t.max) - law.max) * law.inv_T);
+    return minillm::mass_in_row(t.sum, t.max, law.max, law.inv_T);
 }
 
 // Normaliser of a law from its tile masses. Z = 0: no column is left; NaN: the row holds NaN or +inf.

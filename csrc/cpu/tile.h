@@ -1,5 +1,5 @@
-// defines: Buffer, parallel_for, Scratch, load, load_two, widen_tile, store_tile, value_at, outside, maximum_of, maxima_of,
-// for_pairs, for_one
+// defines: Buffer, parallel_for, Scratch, load, load_two, widen_tile, store_tile, value_at, maximum_of, maxima_of, for_pairs,
+// for_one
 //
 // A tile is up to TILE columns of one row in fp32. fp32 rows are read in place; other types are widened into scratch memory
 // once, and everything after that is independent of the element type.
@@ -137,14 +137,6 @@ static inline float value_at(const Rows& rows, int64_t row, int64_t column) {
     memcpy(tail, p, sizeof(uint16_t));
     return widen(rows.dtype, tail).v[0];
 }
-
-// A column is outside the support when -inf in one model and not NaN or +inf in the other (those are never hidden): the
-// halves, because the sum of two finite numbers may overflow.
-template <class F>
-MINILLM_HD auto outside(F s, F t) {
-    return F(0.5f) * s + F(0.5f) * t == F(-INFINITY);
-}
-MINILLM_HD bool outside(float s, float t) { return 0.5f * s + 0.5f * t == -INFINITY; }
 
 // (z - m)/T, kept finite where it would overflow or where the column is outside: exp2_fast gives 0 for it, and 0 * x is 0.
 MINILLM_HD F32 finite(F32 x) { return select(x < F32(-FLT_MAX), F32(-FLT_MAX), x); }

@@ -1,15 +1,17 @@
 // The CUDA part of minillm_kernels._core, compiled by the host compiler: versions, and the launchers by address.
+#include "../bindings.h"
+
 #include <cuda_runtime_api.h>
-#include <pybind11/pybind11.h>
 
 #include <stdexcept>
 
 #include "launch.h"
 
-namespace py = pybind11;
-
 namespace minillm::cuda {
 namespace {
+
+namespace py = pybind11;
+using namespace python;
 
 // (driver, runtime), as 1000 * major + 10 * minor; driver 0 = none.
 py::tuple versions() {
@@ -19,29 +21,30 @@ py::tuple versions() {
     return py::make_tuple(driver, runtime);
 }
 
-void row_stats(py::tuple student, py::tuple teacher, int64_t N, int64_t V, float temperature, uintptr_t mask,
-               uintptr_t token_ids, uintptr_t stats, uintptr_t stream) {
-    const auto rows = [](const py::tuple& t) {  // (address, dtype, row stride); address 0 = absent
-        return Rows{reinterpret_cast<const void*>(t[0].cast<uintptr_t>()), t[1].cast<int>(), t[2].cast<int64_t>()};
+// operation(make(...)) as a function of the workspace, the stream, and what `make` takes.
+template <class Args, class... P>
+auto cuda_function(Args (*make)(P...), std::string (*operation)(const Args&, const Launch&)) {
+    return [make, operation](uintptr_t workspace, uintptr_t stream, P... p) {
+        const std::string error = operation(make(p...), Launch{at<void>(workspace), at<void>(stream)});
+        if (!error.empty()) throw std::runtime_error(error);
     };
-    StatsArgs a;
-    a.student = rows(student);
-    a.teacher = rows(teacher);
-    a.N = N;
-    a.V = V;
-    a.inv_T = 1.0f / temperature;
-    a.mask = reinterpret_cast<const uint8_t*>(mask);
-    a.token_ids = reinterpret_cast<const int64_t*>(token_ids);
-    a.stats = reinterpret_cast<float*>(stats);
-    const std::string error = launch_row_stats(a, reinterpret_cast<void*>(stream));
-    if (!error.empty()) throw std::runtime_error(error);
 }
 
 }  // namespace
 
 void define_bindings(py::module_& m) {
     m.def("cuda_versions", &versions);
-    m.def("cuda_row_stats", &row_stats);
+    m.def("cuda_row_stats", cuda_function(&stats_args, &row_stats));
+    m.def("cuda_row_grad", cuda_function(&grad_args, &row_grad));
+    m.def("cuda_row_stats_grad", cuda_function(&stats_grad_args, &row_stats_grad));
+    m.def("cuda_holds_rows", [](int64_t N, int64_t V, int dtype) { return holds_rows(N, V, static_cast<DType>(dtype)); });
+    m.def("cuda_row_divergence", cuda_function(&divergence_args, &row_divergence));
+    m.def("cuda_row_divergence_grad", cuda_function(&divergence_grad_args, &row_divergence_grad));
+    m.def("cuda_row_sample", cuda_function(&sample_args, &row_sample));
+    // Bytes, of N rows and V columns.
+    m.def("cuda_row_stats_workspace", &row_stats_workspace);
+    m.def("cuda_row_divergence_workspace", &row_divergence_workspace);
+    m.def("cuda_row_sample_workspace", &row_sample_workspace);
 }
 
 }  // namespace minillm::cuda

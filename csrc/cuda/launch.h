@@ -1,12 +1,14 @@
-// defines: the arguments and launchers of the CUDA operations, and define_bindings
+// defines: Launch, the launchers of the CUDA row operations, the workspaces that they need, and define_bindings
 //
-// Launchers take device pointers, sizes, strides in elements, a type code and a stream; they never synchronise, and return
-// an empty string or an error that names the kernel and its launch shape.
+// Launchers take the arguments of rows.h with device pointers, and a stream; they allocate nothing, never synchronise, and
+// return an empty string or an error that names the kernel and its launch shape.
 #pragma once
 
 #include <stdint.h>
 
 #include <string>
+
+#include "../rows.h"
 
 namespace pybind11 {
 class module_;
@@ -14,23 +16,34 @@ class module_;
 
 namespace minillm::cuda {
 
-struct Rows {
-    const void* data = nullptr;  // device memory
-    int dtype = 0;               // 0 fp32, 1 bf16, 2 fp16
-    int64_t stride = 0;          // elements between rows
+struct Launch {
+    void* workspace = nullptr;  // device memory of the size that *_workspace() asks for, aligned to 16 bytes
+    void* stream = nullptr;
 };
 
-// As csrc/cpu/rows.h StatsArgs: stats is [STATISTICS, N] on the device, mask and token_ids may be null.
-struct StatsArgs {
-    Rows student, teacher;
-    int64_t N = 0, V = 0;
-    float inv_T = 1.0f;
-    const uint8_t* mask = nullptr;
-    const int64_t* token_ids = nullptr;
-    float* stats = nullptr;
-};
+std::string row_stats(const StatsArgs&, const Launch&);
+std::string row_grad(const GradArgs&, const Launch&);
+std::string row_stats_grad(const StatsGradArgs&, const Launch&);
+std::string row_divergence(const DivergenceArgs&, const Launch&);
+std::string row_divergence_grad(const DivergenceGradArgs&, const Launch&);
+std::string row_sample(const SampleArgs&, const Launch&);
 
-std::string launch_row_stats(const StatsArgs& args, void* stream);
+// Whether row_stats_grad is the better way: a block of the current device can hold a row pair of that type, and there are
+// enough rows for all multiprocessors.
+bool holds_rows(int64_t N, int64_t V, DType type);
+
+int64_t row_stats_workspace(int64_t N, int64_t V);
+int64_t row_divergence_workspace(int64_t N, int64_t V);
+int64_t row_sample_workspace(int64_t N, int64_t V);
+
+// Into how many parts a row is divided: enough blocks for any card, each with two chunks a thread (with fewer, merging its
+// states takes longer than making them). Depends on N and V alone (determinism).
+inline int splits(int64_t N, int64_t V) {
+    constexpr int64_t enough_blocks = 1024, smallest_part = 8192;
+    const int64_t wanted = N >= enough_blocks ? 1 : (enough_blocks + N - 1) / (N > 0 ? N : 1);
+    const int64_t possible = (V + smallest_part - 1) / smallest_part;
+    return int(wanted < possible ? wanted : possible);
+}
 
 void define_bindings(pybind11::module_& m);
 

@@ -1,4 +1,4 @@
-// defines: Divergence, DivergenceTerm, divergence_term
+// defines: Divergence, value_unit, slope_unit, DivergenceTerm, divergence_term
 //
 // Divergences D = sum_v f(q_v, p_v) that the one-pass state of state.h cannot hold, because their mixture m needs both
 // normalisers first. With h_v = dD/dq_v, and q = softmax(z/T):
@@ -22,34 +22,38 @@ namespace minillm {
 
 enum class Divergence { jsd, skew_forward_kl, skew_reverse_kl, tvd };
 
+// What the fields of DivergenceTerm are in units of: base-2 logarithms are left as they come.
+MINILLM_HD constexpr double value_unit(Divergence D) { return D == Divergence::tvd ? 1.0 : LN2; }
+MINILLM_HD constexpr double slope_unit(Divergence D) { return D == Divergence::jsd ? LN2 : 1.0; }
+
 template <class F>
 struct DivergenceTerm {
-    F q, value, slope;  // f(q_v, p_v) and h_v
+    F q, value, q_slope;  // f(q_v, p_v) and q_v h_v
 };
 
-// s, t relative to the origins and in units of ln 2 (state.h), so log2 q = s - log2Zs. Where m underflows both probabilities are below 1e-38 and add nothing.
+// lq, lp: log2 of the probabilities, finite (-FLT_MAX outside the support, where q and p are 0). Where m underflows both
+// probabilities are below 1e-38 / beta and add nothing.
 template <Divergence D, class F>
-MINILLM_HD DivergenceTerm<F> divergence_term(F s, F t, F log2Zs, F log2Zt, F beta) {
+MINILLM_HD DivergenceTerm<F> divergence_term(F lq, F lp, F beta) {
     const F zero(0.0f), one(1.0f), half(0.5f);
-    const F lq = s - log2Zs, lp = t - log2Zt;
     const F q = exp2_fast(lq), p = exp2_fast(lp);
     if constexpr (D == Divergence::tvd) {
         const F d = q - p;
         const F slope = select(d > zero, half, select(d < zero, zero - half, d));  // d: 0 at ties, NaN stays NaN
-        return {q, d * slope, slope};
+        return {q, d * slope, q * slope};
     } else {
         const F alpha = D == Divergence::skew_reverse_kl ? one - beta : beta;  // weight of p in m
-        const F m = alpha * p + (one - alpha) * q;
-        const auto underflow = m < F(FLT_MIN);
-        const F lm = log2_fast(select(underflow, one, m)), ln2{float(LN2)};
-        const F log_p_m = select(underflow, zero, ln2 * (lp - lm)), log_q_m = select(underflow, zero, ln2 * (lq - lm));
-        // 0 * log 0: lq is finite (the support is), so q = 0 gives 0 by itself.
+        const F of_p = alpha * p, of_q = (one - alpha) * q, mixture = of_p + of_q, smallest{FLT_MIN};
+        const F lm = log2_fast(select(mixture < smallest, smallest, mixture));  // NaN stays
+        // 0 * log 0: lq and lp are finite, so q = 0 and p = 0 give 0 by themselves.
         if constexpr (D == Divergence::jsd) {
-            return {q, beta * p * log_p_m + (one - beta) * q * log_q_m, (one - beta) * log_q_m};
+            const F q_slope = of_q * (lq - lm);
+            return {q, of_p * (lp - lm) + q_slope, q_slope};
         } else if constexpr (D == Divergence::skew_forward_kl) {
-            return {q, p * log_p_m, zero - (one - beta) * p / select(underflow, one, m)};
+            return {q, p * (lp - lm), zero - of_q * exp2_fast(lp - lm)};
         } else {
-            return {q, q * log_q_m, log_q_m + one - beta * q / select(underflow, one, m)};
+            const F log_q_m = lq - lm, value = q * log_q_m, ln2{float(LN2)};
+            return {q, value, ln2 * value + (q - of_q * exp2_fast(log_q_m))};
         }
     }
 }

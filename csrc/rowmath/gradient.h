@@ -1,4 +1,4 @@
-// defines: Coefficient, GradientRow
+// defines: Coefficient, GradientRow, Needs, gradient
 //
 // For any loss  c_r KL(q||p) + c_f KL(p||q) + c_y log q(y) + c_h H(q) + c_l LSE_s  of a row
 //
@@ -66,5 +66,15 @@ struct GradientRow {
         return of_q - F(kp) * exp2_fast(t - F(log2Zt));
     }
 };
+
+// What the coefficients of a row ask for; the loops are compiled once for each.
+enum class Needs { student, simple_pair, pair };
+
+template <Needs NEEDS, class F>
+MINILLM_HD F gradient(const GradientRow<float>& g, F s, F t) {
+    if constexpr (NEEDS == Needs::student) return g.of_student(s);
+    if constexpr (NEEDS == Needs::simple_pair) return g.of_pair_simple(s, t);
+    return g.of_pair(s, t);
+}
 
 }  // namespace minillm

@@ -1,4 +1,4 @@
-// defines: ordered_key, from_ordered_key, mixture_logprob
+// defines: mass_in_row, token_logprob, ordered_key, from_ordered_key, mixture_logprob
 //
 // A token of the mixture alpha p + (1 - alpha) q is drawn exactly by one coin for the model and one draw from that model
 // alone. The draw is a two-level inverse CDF: with w_j the probability mass of tile j (left behind by the pass that forms the
@@ -15,6 +15,15 @@
 #include "scalar.h"
 
 namespace minillm {
+
+// The mass of a tile, `sum` of e^((z - tile_max)/T), relative to the row's maximum; 0 stays 0 where that is -inf.
+MINILLM_HD double mass_in_row(double sum, double tile_max, double row_max, double inv_T) {
+    return sum == 0.0 ? 0.0 : sum * exp((tile_max - row_max) * inv_T);
+}
+// ln of e^((z - max)/T) / Z over the columns with z >= cutoff.
+MINILLM_HD double token_logprob(float z, float cutoff, double max, double Z, double inv_T) {
+    return z < cutoff || z == -INFINITY ? -INFINITY : (double(z) - max) * inv_T - log(Z);
+}
 
 // a < b  <=>  ordered_key(a) < ordered_key(b), for all floats but NaN.
 MINILLM_HD uint32_t ordered_key(float x) {

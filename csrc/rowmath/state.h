@@ -1,4 +1,4 @@
-// defines: PairSums, RowState, merge, Statistic, RowStatistics, finish
+// defines: outside, PairSums, RowState, rebased, added, merge, Statistic, finish
 //
 // What one read of a row of student logits z_s and teacher logits z_t leaves behind. Everything is kept relative to origins
 // m_s, m_t at or near the maxima (subtract first, then scale by 1/T), so a common offset of the logits costs no precision:
@@ -15,6 +15,13 @@
 #include "scalar.h"
 
 namespace minillm {
+
+// A column is outside the support when -inf in one model and not NaN or +inf in the other (those are never hidden): the
+// halves, because the sum of two finite numbers may overflow.
+template <class F>
+MINILLM_HD auto outside(F s, F t) {
+    return F(0.5f) * s + F(0.5f) * t == F(-INFINITY);
+}
 
 // The sums over some columns that share one pair of origins, with s and t in units of ln 2: s = (z_s - m_s) log2(e)/T, so that
 // e^s is one exp2. s and t are finite: a column outside the support (-inf in one of the models) comes as s = t = -FLT_MAX
@@ -54,31 +61,35 @@ struct RowState {
     MINILLM_HD bool is_empty() const { return Zs == R(0) && Zt == R(0); }
 };
 
+// The same columns relative to origins that are not below their own. States of equal origins are added field by field.
+template <class R>
+MINILLM_HD RowState<R> rebased(const RowState<R>& x, R ms, R mt, R inv_T) {
+    const R ds = x.ms == ms ? R(0) : (x.ms - ms) * inv_T;  // equal origins, also when both are -inf (one model)
+    const R dt = x.mt == mt ? R(0) : (x.mt - mt) * inv_T;
+    const R f = ds == R(0) ? R(1) : exp2_fast(ds * R(LOG2E));
+    const R g = dt == R(0) ? R(1) : exp2_fast(dt * R(LOG2E));
+    RowState<R> r = {ms, mt, f * x.Zs, g * x.Zt, 0, 0, 0};
+    // What vanishes adds nothing, however large its (finite) differences are.
+    if (f != R(0)) {
+        r.A = f * (x.A + x.Zs * (ds - dt));
+        r.B = f * (x.B + x.Zs * ds);
+    }
+    if (g != R(0)) r.C = g * (x.C + x.Zt * (dt - ds));
+    return r;
+}
+
+template <class R>
+MINILLM_HD RowState<R> added(const RowState<R>& a, const RowState<R>& b) {
+    return {a.ms, a.mt, a.Zs + b.Zs, a.Zt + b.Zt, a.A + b.A, a.B + b.B, a.C + b.C};
+}
+
 // The state of the union of two sets of columns: associative, commutative, empty() is its identity.
 template <class R>
 MINILLM_HD RowState<R> merge(const RowState<R>& a, const RowState<R>& b, R inv_T) {
     if (a.is_empty()) return b;
     if (b.is_empty()) return a;
-    RowState<R> r = RowState<R>::empty();
-    r.ms = max_of(a.ms, b.ms);
-    r.mt = max_of(a.mt, b.mt);
-    const RowState<R>* parts[2] = {&a, &b};
-    for (int i = 0; i < 2; ++i) {
-        const RowState<R>& x = *parts[i];
-        const R ds = x.ms == r.ms ? R(0) : (x.ms - r.ms) * inv_T;  // equal maxima, also when both are -inf (one model)
-        const R dt = x.mt == r.mt ? R(0) : (x.mt - r.mt) * inv_T;
-        const R f = ds == R(0) ? R(1) : exp2_fast(ds * R(LOG2E));
-        const R g = dt == R(0) ? R(1) : exp2_fast(dt * R(LOG2E));
-        // A part that vanishes against the other adds nothing, however large its (finite) differences are.
-        r.Zs += f * x.Zs;
-        r.Zt += g * x.Zt;
-        if (f != R(0)) {
-            r.A += f * (x.A + x.Zs * (ds - dt));
-            r.B += f * (x.B + x.Zs * ds);
-        }
-        if (g != R(0)) r.C += g * (x.C + x.Zt * (dt - ds));
-    }
-    return r;
+    const R ms = max_of(a.ms, b.ms), mt = max_of(a.mt, b.mt);
+    return added(rebased(a, ms, mt, inv_T), rebased(b, ms, mt, inv_T));
 }
 
 // Rows of the [STATISTICS, N] tensor that row_stats returns, in order; minillm_kernels/rows.py names them the same.

@@ -2,8 +2,10 @@
 
 A backend is a module with `row_stats`, `row_grad`, `row_divergence`, `row_divergence_grad`, `row_sample` (the
 signatures of `minillm_kernels.reference`), `unavailable()`: why it does not run here, or None, and `refusal(tensor)`:
-why it cannot take a tensor, or None. CPU tensors take cpu, then reference; CUDA tensors cuda, then triton, then
-reference. The backend is chosen at the forward pass and kept for the backward pass.
+why it cannot take a tensor, or None. It may have `row_stats_grad`, statistics and gradient at once for coefficients
+that are known beforehand, and `holds_rows(student, teacher, vocab_size)`: whether that takes these rows. CPU tensors
+take cpu, then reference; CUDA tensors cuda, then triton, then reference. The backend is chosen at the forward pass and
+kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -18,26 +20,21 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import cpu, triton
+from . import cpu, cuda, triton
 
 _logger = logging.getLogger("minillm_kernels")
-_BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "reference": reference}
-_ABSENT = {"cuda": "not part of this version; CUDA tensors run on Triton or the reference"}
+_BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "reference": reference}
 # By device, the first that can; other devices: reference.
-_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _forced: list[str] = []
 _state = {"last": "none"}
 _logged: set[str] = set()
 
 
 def _known(name: str) -> str:
-    if name not in _BACKENDS and name not in _ABSENT:
-        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join((*_BACKENDS, *_ABSENT))}")
+    if name not in _BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(_BACKENDS)}")
     return name
-
-
-def _unavailable(name: str) -> str | None:
-    return _ABSENT[name] if name in _ABSENT else _BACKENDS[name].unavailable()
 
 
 if os.environ.get("MINILLM_KERNELS_BACKEND"):
@@ -46,7 +43,7 @@ if os.environ.get("MINILLM_KERNELS_BACKEND"):
 
 def available_backends() -> dict[str, str]:
     """For each backend "ok", or why it does not run here."""
-    return {name: _unavailable(name) or "ok" for name in (*_ABSENT, *_BACKENDS)}
+    return {name: backend.unavailable() or "ok" for name, backend in _BACKENDS.items()}
 
 
 def last_backend() -> str:
@@ -60,7 +57,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises ValueError for an unknown name, RuntimeError when the backend does not run here.
     """
-    reason = _unavailable(_known(name))
+    reason = _BACKENDS[_known(name)].unavailable()
     if reason:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     _forced.append(name)
@@ -80,7 +77,7 @@ def resolve(name: str, *tensors: Tensor | None) -> str:
     given = [x for x in tensors if x is not None]
     if name != "auto":
         for x in given:
-            reason = _unavailable(name) or _BACKENDS[name].refusal(x)
+            reason = _BACKENDS[name].unavailable() or _BACKENDS[name].refusal(x)
             if reason:
                 raise RuntimeError(f"backend {name!r} cannot do this: {reason}")
         return name
@@ -105,6 +102,25 @@ def _log_once(name: str, reason: str) -> None:
     if message not in _logged:
         _logged.add(message)
         _logger.warning(message)
+
+
+def stats_and_gradient(
+    name: str,
+    student: Tensor,
+    teacher: Tensor | None,
+    token_ids: Tensor | None,
+    coefficients: Tensor,
+    temperature: float,
+    vocab_size: int,
+    *out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """row_stats and row_grad of rows that all have a coefficient: one launch where the backend can hold a row pair."""
+    holds_rows = getattr(_BACKENDS[name], "holds_rows", None)
+    row, settings = (student, teacher, token_ids), (temperature, vocab_size)
+    if holds_rows is not None and holds_rows(student, teacher, vocab_size):
+        return run(name, "row_stats_grad", *row, coefficients, *settings, *out)
+    stats = run(name, "row_stats", *row, None, *settings)
+    return stats, run(name, "row_grad", *row, stats, coefficients, *settings, *out)
 
 
 def run(name: str, operation: str, *args):

@@ -1,5 +1,5 @@
-// Runs the CPU row operations on small rows and compares them with the definitions in double: statistics, gradient,
-// divergence and its gradient against finite differences, sampling. Exits 1 at the first that differs.
+// Runs the row operations on small rows and compares them with the definitions in double: statistics, gradient, divergence,
+// sampling. Exits 1 at the first that differs. Those of the CPU, or with HOST_CUDA the host build of the CUDA kernels.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -7,10 +7,15 @@
 
 #include <vector>
 
+#include "rows.h"
+#ifdef HOST_CUDA
+#include "cuda/launch.h"
+#include "host_cuda.h"
+#else
 #include "cpu/rows.h"
+#endif
 
 using namespace minillm;
-using namespace minillm::cpu;
 using Vector = std::vector<double>;
 
 static Vector softmax(const Vector& z) {
@@ -27,6 +32,29 @@ static void expect(const char* what, int64_t V, double actual, double wanted, do
     printf("%s, V = %lld: %.9g instead of %.9g\n", what, (long long)V, actual, wanted);
     exit(1);
 }
+
+#ifdef HOST_CUDA
+template <class Args>
+static void run(std::string (*operation)(const Args&, const cuda::Launch&), const Args& a, int64_t workspace_bytes) {
+    cuda::Launch l;
+    l.workspace = malloc(workspace_bytes);  // exactly, so that a sanitizer sees a byte too many
+    const std::string error = operation(a, l);
+    free(l.workspace);
+    if (error.empty()) return;
+    printf("%s\n", error.c_str());
+    exit(1);
+}
+static void row_stats(const StatsArgs& a) { run(cuda::row_stats, a, cuda::row_stats_workspace(a.N, a.V)); }
+static void row_grad(const GradArgs& a) { run(cuda::row_grad, a, 0); }
+static void row_stats_grad(const StatsGradArgs& a) { run(cuda::row_stats_grad, a, 0); }
+static void row_divergence(const DivergenceArgs& a) {
+    run(cuda::row_divergence, a, cuda::row_divergence_workspace(a.N, a.V));
+}
+static void row_divergence_grad(const DivergenceGradArgs& a) { run(cuda::row_divergence_grad, a, 0); }
+static void row_sample(const SampleArgs& a) { run(cuda::row_sample, a, cuda::row_sample_workspace(a.N, a.V)); }
+#else
+using namespace minillm::cpu;
+#endif
 
 static uint32_t seed = 1;
 static double uniform() { return (seed = seed * 1664525u + 1013904223u) / 4294967296.0; }
@@ -103,6 +131,22 @@ static void check(int64_t N, int64_t V, DType student_type, DType teacher_type) 
     g.width = V;
     row_grad(g);
 
+#ifdef HOST_CUDA  // the same bits in one launch
+    if (student_type == teacher_type) {
+        StatsGradArgs f;
+        static_cast<GradArgs&>(f) = g;
+        std::vector<char> out_at_once(out.size());
+        std::vector<float> stats_at_once(stats.size());
+        f.stats = nullptr;
+        f.stats_out = stats_at_once.data();
+        f.grad.data = out_at_once.data();
+        row_stats_grad(f);
+        if (memcmp(out_at_once.data(), out.data(), out.size()) != 0) expect("gradient at once", V, NAN, 0, 0);
+        for (int64_t i = 0; i < N; ++i)
+            if (coefficients[i] != 0.0f) expect("KL at once", V, stats_at_once[REVERSE_KL * N + i], stats[REVERSE_KL * N + i], 0);
+    }
+#endif
+
     DivergenceArgs d;
     static_cast<Pair&>(d) = a;
     d.divergence = Divergence::jsd;
@@ -125,6 +169,45 @@ static void check(int64_t N, int64_t V, DType student_type, DType teacher_type) 
     m.logprobs = logprobs.data();
     m.from_teacher = from_teacher.data();
     row_sample(m);
+
+    // The gradient of jsd adds up to 0 over a row; filtered, a token has a probability; greedy, it is the likeliest.
+    DivergenceGradArgs dg;
+    static_cast<Pair&>(dg) = a;
+    dg.divergence = d.divergence;
+    dg.beta = d.beta;
+    dg.stats = stats.data();
+    dg.values = jsd.data();
+    const std::vector<float> ones(N, 1.0f);
+    dg.scale = ones.data();
+    std::vector<char> jsd_grad(N * V * size_of(student_type));
+    dg.grad = {jsd_grad.data(), student_type, N, 0, V};
+    dg.width = V;
+    row_divergence_grad(dg);
+    for (int64_t i = 0; i < N && student_type == DType::fp32; ++i) {
+        double sum = 0;
+        for (int64_t v = 0; v < V; ++v) {
+            float x;
+            memcpy(&x, jsd_grad.data() + (i * V + v) * 4, 4);
+            sum += x;
+        }
+        expect("sum of a gradient", V, sum, 0, 1e-6);
+    }
+    for (bool greedy : {false, true}) {
+        SampleArgs f = m;
+        f.greedy = greedy;
+        f.alpha = 0;
+        f.top_k = greedy ? 0 : 5;
+        f.top_p = greedy ? 1.0 : 0.9;
+        std::vector<int64_t> kept(N);
+        f.token_ids = kept.data();
+        row_sample(f);
+        for (int64_t i = 0; i < N; ++i) {
+            int64_t above = 0;
+            for (int64_t v = 0; v < V; ++v) above += s.values[i][v] > s.values[i][kept[i]];
+            if (above >= (greedy ? 1 : 5)) expect("rank of a token", V, double(above), 0, 0);
+        }
+        row_sample(m);  // for the checks below
+    }
 
     const double rounding = student_type == DType::fp32 ? 1e-5 : student_type == DType::bf16 ? 8e-3 : 1e-3;
     for (int64_t i = 0; i < N; ++i) {
@@ -168,11 +251,20 @@ static void check(int64_t N, int64_t V, DType student_type, DType teacher_type) 
 }
 
 int main() {
-    const int64_t sizes[] = {1, 2, 3, 15, 16, 17, 31, 33, 127, 2047, 2048, 2049, 5000};  // registers, tiles, and beside
+#ifdef HOST_CUDA
+    const std::vector<int64_t> sizes = {1, 17, 4095, 5000};  // beside a vector, and a block's chunk of an fp32 row
+#else
+    const std::vector<int64_t> sizes = {1, 2, 3, 15, 16, 17, 31, 33, 127, 2047, 2048, 2049, 5000};  // registers, tiles, and beside
+#endif
     const DType types[] = {DType::fp32, DType::bf16, DType::fp16};
     int cases = 0;
+#ifdef HOST_CUDA
+    for (const char* name : {"cuda"}) {
+        host_cuda::settings.seed = 1;
+#else
     for (const char* name : {"baseline", "avx2", "avx512"}) {
         if (!use_instruction_set(name)) continue;
+#endif
         for (int64_t V : sizes)
             for (int64_t N : {1, 3})
                 for (DType s : types)

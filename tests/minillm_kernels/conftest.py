@@ -54,10 +54,17 @@ def core():
     cpu._core.use_instruction_set(chosen)
 
 
-@pytest.fixture(params=[*(f"cpu-{name}" for name in INSTRUCTION_SETS), "triton", "reference"])
+def _make_ready(request, backend: str) -> None:
+    """Without a GPU the CUDA kernels run in their host build."""
+    if backend == "cuda":
+        request.getfixturevalue("cuda_on_host")
+
+
+@pytest.fixture(params=[*(f"cpu-{name}" for name in INSTRUCTION_SETS), "cuda", "triton", "reference"])
 def implementation(request):
     """Runs the test on each instruction set of the compiled backend and on the reference."""
     backend, _, instruction_set = request.param.partition("-")
+    _make_ready(request, backend)
     if available_backends()[backend] != "ok":
         pytest.skip(available_backends()[backend])
     before = cpu._core.instruction_set() if cpu._core else None
@@ -69,8 +76,9 @@ def implementation(request):
         cpu._core.use_instruction_set(before)
 
 
-@pytest.fixture(params=["cpu", "triton", "reference"])
+@pytest.fixture(params=["cpu", "cuda", "triton", "reference"])
 def backend(request):
+    _make_ready(request, request.param)
     if available_backends()[request.param] != "ok":
         pytest.skip(available_backends()[request.param])
     with use_backend(request.param):

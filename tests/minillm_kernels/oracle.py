@@ -153,7 +153,9 @@ def log_law(z: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 
     z = z.double() / temperature
     if top_k:
         z = torch.where(_above(z, torch.ones_like(z)) < top_k, z, -torch.inf)
-    return torch.where(_above(z, z.softmax(-1)) < top_p, z, -torch.inf).log_softmax(-1)
+    if top_p < 1:  # 1 keeps also what has all of the mass above it, to rounding
+        z = torch.where(_above(z, z.softmax(-1)) < top_p, z, -torch.inf)
+    return z.log_softmax(-1)
 
 
 def _above(z: Tensor, mass: Tensor) -> Tensor:

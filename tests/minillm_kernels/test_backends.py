@@ -62,7 +62,7 @@ def test_backward_runs_where_forward_ran():
 
 
 def test_an_unknown_backend_is_an_error():
-    expected = "unknown backend 'gpu': expected one of triton, cpu, reference, cuda"
+    expected = "unknown backend 'gpu': expected one of cuda, triton, cpu, reference"
     with pytest.raises(ValueError, match=expected), use_backend("gpu"):
         pass
 

@@ -160,6 +160,26 @@ def test_dynamic_shapes(fresh_compiler, name):
                 assert torch.equal(a, b)
 
 
+def test_compiled_graphs_run_on_every_backend(fresh_compiler, backend):
+    s, t = Case(60, (4,)).logits()
+    function = FUNCTIONS["distill_stats"]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for a, b in zip(_value_and_gradient(compiled, s, t), _value_and_gradient(function, s, t), strict=True):
+        assert torch.equal(a, b)
+    assert last_backend() == backend
+
+
+def test_rows_beyond_32_bits_of_offset(backend):
+    """The second row starts 2^31 + 14 elements behind the first: 4 GiB of addresses, of which two rows are touched."""
+    if backend == "reference":
+        pytest.skip("plain PyTorch")
+    far = torch.empty(2**31 + 5000, dtype=BF16).as_strided((2, 2101), (2**31 + 14, 1))
+    far.copy_(torch.randn(2, 2101))
+    near, t, ids = far.clone(), torch.randn(2, 2101), torch.tensor([0, 5])
+    for a, b in zip(mk.distill_stats(far, t, ids), mk.distill_stats(near, t, ids), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # Triton starts its tiles where a row is aligned
+
+
 def test_a_compiled_graph_sees_use_backend(fresh_compiler):
     compiled = torch.compile(lambda s, t: mk.fused_rkl_loss(s, t), fullgraph=True, backend="aot_eager")
     s, t = Case(60, (4,)).logits()

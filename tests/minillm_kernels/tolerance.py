@@ -52,11 +52,14 @@ def assert_gradient(actual: Tensor, truth: Tensor, terms: Tensor, what: str = ""
 
 def gradient_terms(log_q: Tensor, log_p: Tensor, coefficients: Tensor, temperature: float, token_ids=None) -> Tensor:
     """The magnitudes of what d(sum of statistics)/dz_v adds up: q_v (|log q| + |log p| + KL + H) + p_v + 1[v = token],
-    where q and p have the relative error of their exponent's rounding, |log q| and |log p|."""
+    where q and p have the relative error of their exponent's rounding, |log q| and |log p|. Below the smallest normal
+    fp32 number q and p are 0, and what they are multiplied by is lost."""
     q, p = log_q.exp().nan_to_num(0), log_p.exp().nan_to_num(0)
     lq, lp = log_q.nan_to_num(0, 0, 0).abs(), log_p.nan_to_num(0, 0, 0).abs()
     typical = (q * (lq + lp)).sum(-1, keepdim=True)  # >= KL and >= H
     terms = q * (1 + lq) * (1 + lq + lp + typical) + p * (1 + lp)
+    underflow = 2.0**-126 / (8 * FP32_EPS)  # assert_gradient's factor makes it 2^-126
+    terms = terms + torch.where(log_q.isfinite() & log_p.isfinite(), underflow * (2 + lq + lp + typical), 0)
     if token_ids is not None:
         terms = terms.scatter_add(-1, token_ids.unsqueeze(-1), torch.ones_like(terms[..., :1]))
     return terms * coefficients.abs().sum(0).unsqueeze(-1) / temperature

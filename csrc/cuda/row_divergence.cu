@@ -1,0 +1,50 @@
+// The launchers of the row_divergence kernels.
+#include "row_divergence.cuh"
+
+#include "launch.cuh"
+
+namespace minillm::cuda {
+
+// body(constant D, S(), T()); there is always a teacher.
+template <class Body>
+static std::string with_divergence(Divergence divergence, const Pair& a, const Body& body) {
+    return with_type(a.student.dtype, [&](auto s) {
+        return with_type(a.teacher.dtype, [&](auto t) {
+            const auto call = [&](auto d) { return body(d, s, t); };
+            switch (divergence) {
+                case Divergence::jsd: return call(std::integral_constant<Divergence, Divergence::jsd>());
+                case Divergence::skew_forward_kl:
+                    return call(std::integral_constant<Divergence, Divergence::skew_forward_kl>());
+                case Divergence::skew_reverse_kl:
+                    return call(std::integral_constant<Divergence, Divergence::skew_reverse_kl>());
+                default: return call(std::integral_constant<Divergence, Divergence::tvd>());
+            }
+        });
+    });
+}
+
+int64_t row_divergence_workspace(int64_t N, int64_t V) { return N * splits(N, V) * int64_t(sizeof(DivergenceSums)); }
+
+std::string row_divergence(const DivergenceArgs& a, const Launch& l) {
+    if (a.N == 0) return "";
+    const int parts = splits(a.N, a.V);
+    auto* sums = static_cast<DivergenceSums*>(l.workspace);
+    const std::string error = with_divergence(a.divergence, a, [&](auto d, auto s, auto t) {
+        return launch("row_divergence_kernel", a, l, row_divergence_kernel<d.value, decltype(s), decltype(t)>, a.N * parts, 0,
+                      a, parts, sums);
+    });
+    if (!error.empty()) return error;
+    return launch("row_divergence_finish_kernel", a, l, row_divergence_finish_kernel, (a.N + THREADS - 1) / THREADS, 0, a,
+                  parts, sums);
+}
+
+std::string row_divergence_grad(const DivergenceGradArgs& a, const Launch& l) {
+    if (a.N == 0) return "";
+    const int parts = splits(a.N, a.V);
+    return with_divergence(a.divergence, a, [&](auto d, auto s, auto t) {
+        return launch("row_divergence_grad_kernel", a, l, row_divergence_grad_kernel<d.value, decltype(s), decltype(t)>,
+                      a.N * parts, 0, a, parts);
+    });
+}
+
+}  // namespace minillm::cuda

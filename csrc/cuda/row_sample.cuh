@@ -1,0 +1,378 @@
+// defines: row_sample_mass_kernel, row_sample_filter_kernel, row_sample_argmax_kernel, row_sample_draw_kernel
+//
+// A token of the mixture alpha p + (1 - alpha) q of two rows, with its log-probability under each (rowmath/sampling.h).
+//
+//     mass     a warp a tile: its maximum and the sum of e^((z - maximum)/T). One read of each row: V elements a row and model
+//     filter   top-k, top-p: a block a row and model, a radix descent for the cut-off logit; three more reads a filter. Then
+//              the masses again. Masses are added as integers (weights in fixed point, 2^45 for 151936 columns), so that
+//              atomics add them in any order to the same bits
+//     argmax   temperature 0: the largest alpha p + (1 - alpha) q of a part of a row; one more read of each
+//     draw     a warp a row: the normalisers from the masses, the tile by a scan of them, the token by a scan of its tile.
+//              Sums over tiles, and over the tokens of the tile, in double and in vocabulary order
+#pragma once
+
+#include "../rowmath/sampling.h"
+#include "rows.cuh"
+
+namespace minillm::cuda {
+
+constexpr int LANE_COLUMNS = 32, TILE = WARP * LANE_COLUMNS;
+
+struct TileMass {
+    float max, sum;  // relative to its maximum
+};
+struct Best {
+    float x;
+    int token;
+};
+
+// In the workspace; a law is a row of one model, student rows first.
+struct SampleBuffers {
+    TileMass* masses;  // [models * N, tiles]
+    float* cutoffs;    // [models * N], when filtered
+    Best* best;        // [N, splits], when greedy
+    int tiles, splits;
+    bool filtered;
+
+    __device__ float cutoff(int64_t law) const { return filtered ? cutoffs[law] : -INFINITY; }
+};
+
+// e^((z - max)/T), 0 below the cut-off and for -inf (max is not), NaN for NaN and +inf.
+__device__ inline float weight(float z, float max, float cutoff, float k) {
+    return z < cutoff ? 0.0f : exp2_fast((z - max) * k);
+}
+
+// Of the n columns from z on; the row ends left_in_row columns behind z.
+template <class E>
+__device__ TileMass tile_mass(const E* z, int n, int left_in_row, float cutoff, float k) {
+    constexpr int W = UNIT<E>, UNITS = LANE_COLUMNS / W;
+    const int lane = threadIdx.x % WARP;
+    const Row<E, W> row(z, left_in_row);
+    Raw<E, W> x[UNITS];
+    if (n == TILE && row.aligned()) {  // one branch, so that the loads follow each other
+#pragma unroll
+        for (int j = 0; j < UNITS; ++j) x[j] = row.load_if_aligned(j * WARP + lane);
+    } else if (n == TILE) {
+#pragma unroll
+        for (int j = 0; j < UNITS; ++j) x[j] = row.load(j * WARP + lane);
+    } else {
+#pragma unroll
+        for (int j = 0; j < UNITS; ++j) {
+            float one[W];
+#pragma unroll
+            for (int i = 0; i < W; ++i) {
+                const int v = (j * WARP + lane) * W + i;
+                one[i] = v < n ? row[v] : -INFINITY;
+            }
+            x[j] = Raw<E, W>::of(one);  // exact
+        }
+    }
+    float max = -INFINITY;
+#pragma unroll
+    for (int j = 0; j < UNITS; ++j)
+#pragma unroll
+        for (int i = 0; i < W; ++i) max = fmaxf(x[j][i], max);  // NaN ignored
+    max = __shfl_sync(ALL_LANES, warp_reduce(max, [](float a, float b) { return max_of(a, b); }), 0);
+    const float origin = max == -INFINITY ? 0.0f : max;
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < UNITS; ++j)
+#pragma unroll
+        for (int i = 0; i < W; ++i) sum += weight(x[j][i], origin, cutoff, k);
+    return {max, warp_reduce(sum, [](float a, float b) { return a + b; })};
+}
+
+template <class S, class T>
+__global__ void __launch_bounds__(THREADS, BLOCKS) row_sample_mass_kernel(SampleArgs a, SampleBuffers buffers) {
+    const float k = float(a.inv_T * LOG2E);
+    const int64_t laws = a.teacher ? 2 * a.N : a.N;
+    const auto mass_of = [&](const auto* row, int64_t law, int tile) {
+        const int begin = tile * TILE, n = min(int(a.V) - begin, TILE);
+        return tile_mass(row + begin, n, int(a.V) - begin, buffers.cutoff(law), k);
+    };
+    for (int64_t index = int64_t(blockIdx.x) * WARPS + threadIdx.x / WARP; index < laws * buffers.tiles;
+         index += int64_t(gridDim.x) * WARPS) {
+        const int64_t law = index / buffers.tiles;
+        const int tile = int(index % buffers.tiles);
+        TileMass mass;
+        if (law < a.N) {
+            mass = mass_of(row_of<const S>(a.student, law), law, tile);
+        } else if constexpr (!std::is_same_v<T, NoTeacher>) {
+            mass = mass_of(row_of<const T>(a.teacher, law - a.N), law, tile);
+        }
+        if (threadIdx.x % WARP == 0) buffers.masses[index] = mass;
+    }
+}
+
+struct Normaliser {
+    double max, Z;  // Z = 0: no column is left; NaN: the row holds NaN or +inf
+};
+
+// By one warp, the same result in every lane.
+__device__ inline Normaliser normaliser(const SampleBuffers& buffers, int64_t law, double inv_T) {
+    const TileMass* mass = buffers.masses + law * buffers.tiles;
+    const int lane = threadIdx.x % WARP;
+    double max = -INFINITY, Z = 0;
+    for (int i = lane; i < buffers.tiles; i += WARP)
+        if (mass[i].sum != 0.0f) max = max_of(double(mass[i].max), max);
+    max = __shfl_sync(ALL_LANES, warp_reduce(max, [](double a, double b) { return max_of(a, b); }), 0);
+    for (int i = lane; i < buffers.tiles; i += WARP) Z += mass_in_row(mass[i].sum, mass[i].max, max, inv_T);
+    return {max, __shfl_sync(ALL_LANES, warp_reduce(Z, [](double a, double b) { return a + b; }), 0)};
+}
+
+// The inclusive sum over the lanes up to this one.
+__device__ inline double scan_lanes(double x) {
+    const int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int step = 1; step < WARP; step *= 2) {
+        const double before = __shfl_up_sync(ALL_LANES, x, step);
+        if (lane >= step) x += before;
+    }
+    return x;
+}
+
+// ---- filters -------------------------------------------------------------------------------------------------------------
+
+constexpr int BUCKETS = 2048;
+
+struct Histogram {
+    unsigned long long W[BUCKETS];
+    unsigned present[BUCKETS / 32];
+    double total, above;
+    unsigned chosen;
+    Normaliser normaliser;
+};
+
+// By warp 0: the lowest bucket that holds a column and above which less than `target` lies. h.above += what lies above it.
+__device__ inline void choose_bucket(Histogram& h, bool first_level, double share, bool by_mass, double k) {
+    constexpr int EACH = BUCKETS / WARP;
+    const int lane = threadIdx.x % WARP;
+    unsigned long long sum = 0;
+    for (int i = 0; i < EACH; ++i) sum += h.W[lane * EACH + i];
+    unsigned long long from_here_up = sum;
+    for (int step = 1; step < WARP; step *= 2) {
+        const unsigned long long x = __shfl_down_sync(ALL_LANES, from_here_up, step);
+        if (lane + step < WARP) from_here_up += x;
+    }
+    if (first_level && lane == 0) {
+        h.total = double(from_here_up);
+        h.above = 0;
+    }
+    __syncwarp();
+    const double target = by_mass ? share * h.total : k;
+    double running = h.above + double(from_here_up - sum), above = 0;
+    int chosen = -1;
+    for (int i = EACH - 1; i >= 0 && running < target; --i) {
+        const int bucket = lane * EACH + i;
+        if (!(h.present[bucket / 32] >> (bucket % 32) & 1)) continue;
+        chosen = bucket;
+        above = running;
+        running += double(h.W[bucket]);
+    }
+    const unsigned lanes = __ballot_sync(ALL_LANES, chosen >= 0);  // all have read h.above
+    const int lowest = __ffs(lanes) - 1;
+    if (lane == lowest) {
+        h.chosen = unsigned(chosen);
+        h.above = above;
+    }
+}
+
+// The smallest z >= cutoff with W(z' > z) < target, W counting (target k) or adding mass (target share of all). By a block.
+template <class E>
+__device__ float cutoff_of(Histogram& h, const E* z, const SampleArgs& a, float cutoff, bool by_mass) {
+    const float k = float(a.inv_T * LOG2E), max = float(h.normaliser.max);
+    // V weights of at most 1 fit 63 bits.
+    const float fixed_point = exp2f(float(31 + __clz(unsigned(a.V))));
+    unsigned prefix = 0;
+    int shift = 32;
+    for (int level = 0; level < 3; ++level) {
+        const int bits = level == 2 ? 10 : 11, low = shift - bits;
+        for (int i = threadIdx.x; i < BUCKETS; i += THREADS) h.W[i] = 0;
+        for (int i = threadIdx.x; i < BUCKETS / 32; i += THREADS) h.present[i] = 0;
+        __syncthreads();
+#pragma unroll 4
+        for (int v = threadIdx.x; v < a.V; v += THREADS) {
+            const float x = load_one(z + v);
+            const unsigned key = ordered_key(x);
+            const bool inside = level == 0 || key >> shift == prefix >> shift;
+            if (!inside || !(x >= cutoff) || x == -INFINITY) continue;
+            const unsigned bucket = key >> low & ((1u << bits) - 1);
+            const float w = by_mass ? weight(x, max, cutoff, k) * fixed_point : 1.0f;
+            atomicAdd(&h.W[bucket], static_cast<unsigned long long>(w));
+            atomicOr(&h.present[bucket / 32], 1u << (bucket % 32));
+        }
+        __syncthreads();
+        if (threadIdx.x < WARP) choose_bucket(h, level == 0, a.top_p, by_mass, double(a.top_k));
+        __syncthreads();
+        prefix |= h.chosen << low;
+        shift = low;
+        __syncthreads();  // before the next level clears the histogram
+    }
+    return from_ordered_key(prefix);
+}
+
+template <class S, class T>
+__global__ void __launch_bounds__(THREADS, BLOCKS) row_sample_filter_kernel(SampleArgs a, SampleBuffers buffers) {
+    MINILLM_SHARED(Histogram, h);
+    const int64_t laws = a.teacher ? 2 * a.N : a.N;
+    for (int64_t law = blockIdx.x; law < laws; law += gridDim.x) {
+        if (threadIdx.x < WARP) {
+            const Normaliser n = normaliser(buffers, law, a.inv_T);
+            if (threadIdx.x == 0) h.normaliser = n;
+        }
+        __syncthreads();
+        float cutoff = -INFINITY;
+        if (h.normaliser.Z > 0) {  // else NaN or empty: nothing to filter
+            const auto filter = [&](const auto* z) {
+                if (a.top_k > 0 && a.top_k < a.V) cutoff = cutoff_of(h, z, a, cutoff, false);
+                if (a.top_p < 1.0) cutoff = cutoff_of(h, z, a, cutoff, true);
+            };
+            if (law < a.N) {
+                filter(row_of<const S>(a.student, law));
+            } else if constexpr (!std::is_same_v<T, NoTeacher>) {
+                filter(row_of<const T>(a.teacher, law - a.N));
+            }
+        }
+        if (threadIdx.x == 0) buffers.cutoffs[law] = cutoff;
+        __syncthreads();  // before the next law's normaliser
+    }
+}
+
+// ---- temperature 0 ---------------------------------------------------------------------------------------------------------
+
+struct BetterOf {
+    __device__ Best operator()(const Best& a, const Best& b) const {
+        return a.x > b.x || (a.x == b.x && a.token < b.token) ? a : b;
+    }
+};
+
+struct Normalisers {
+    Normaliser model[2];
+};
+
+// The lowest index of the largest alpha p + (1 - alpha) q; of the largest logit where only one model counts.
+template <class S, class T>
+__global__ void __launch_bounds__(THREADS, BLOCKS) row_sample_argmax_kernel(SampleArgs a, SampleBuffers buffers) {
+    constexpr bool pair = !std::is_same_v<T, NoTeacher>;
+    MINILLM_SHARED(Normalisers, normaliser_of);
+    const float k = float(a.inv_T * LOG2E), cut = -INFINITY;
+    for (int64_t index = blockIdx.x; index < a.N * buffers.splits; index += gridDim.x) {
+        const int64_t row = index / buffers.splits, part = index % buffers.splits;
+        const S* s = row_of<const S>(a.student, row);
+        const T* t = row_of<const T>(a.teacher, row);
+        if (threadIdx.x < WARP)
+            for (int i = 0; i < (pair ? 2 : 1); ++i) {
+                const Normaliser n = normaliser(buffers, row + i * a.N, a.inv_T);
+                if (threadIdx.x == 0) normaliser_of.model[i] = n;
+            }
+        __syncthreads();
+        const float max_q = float(normaliser_of.model[0].max), cut_q = buffers.cutoff(row);
+        const float share_q = float((1.0 - a.alpha) / normaliser_of.model[0].Z);
+        float max_p = 0.0f, cut_p = cut, share_p = 0.0f;
+        if constexpr (pair) {
+            max_p = float(normaliser_of.model[1].max);
+            cut_p = buffers.cutoff(row + a.N);
+            share_p = float(a.alpha / normaliser_of.model[1].Z);
+        }
+        Best best = {-INFINITY, 0};
+        const int end = int((part + 1) * a.V / buffers.splits);
+#pragma unroll 4
+        for (int v = int(part * a.V / buffers.splits) + int(threadIdx.x); v < end; v += THREADS) {
+            float x;
+            if constexpr (pair) {
+                const bool mixed = a.alpha != 0.0 && a.alpha != 1.0;
+                const float q = a.alpha == 1.0 ? 0.0f : load_one(s + v), p = a.alpha == 0.0 ? 0.0f : load_one(t + v);
+                x = mixed ? share_p * weight(p, max_p, cut_p, k) + share_q * weight(q, max_q, cut_q, k) : p + q;
+            } else {
+                x = load_one(s + v);
+            }
+            if (x > best.x) best = {x, v};
+        }
+        best = block_reduce(best, BetterOf());  // its barriers also part this row's normalisers from the next's
+        if (threadIdx.x == 0) buffers.best[index] = best;
+    }
+}
+
+// ---- the token -------------------------------------------------------------------------------------------------------------
+
+// By a warp: the first token whose cumulative probability exceeds u; one of non-zero probability even if rounding leaves
+// u Z beyond the last partial sum.
+__device__ inline int draw(const char* z, DType dtype, const SampleBuffers& buffers, int64_t law, const SampleArgs& a,
+                           const Normaliser& n, double u) {
+    const TileMass* mass = buffers.masses + law * buffers.tiles;
+    const int lane = threadIdx.x % WARP;
+    const double target = u * n.Z;
+    double before = 0, chosen_before = 0;
+    int tile = 0;
+    bool found = false;
+    for (int base = 0; base < buffers.tiles && !found; base += WARP) {
+        const int i = base + lane;
+        const double w = i < buffers.tiles ? mass_in_row(mass[i].sum, mass[i].max, n.max, a.inv_T) : 0.0;
+        const double up_to = before + scan_lanes(w), below = __shfl_up_sync(ALL_LANES, up_to, 1);
+        const unsigned exceeds = __ballot_sync(ALL_LANES, w != 0.0 && up_to > target);
+        const unsigned possible = __ballot_sync(ALL_LANES, w != 0.0);
+        found = exceeds != 0;
+        const int at = found ? __ffs(exceeds) - 1 : possible != 0 ? 31 - __clz(possible) : -1;
+        const double at_below = __shfl_sync(ALL_LANES, lane == 0 ? before : below, at < 0 ? 0 : at);
+        if (at >= 0) {
+            tile = base + at;
+            chosen_before = at_below;
+        }
+        before = __shfl_sync(ALL_LANES, up_to, WARP - 1);
+    }
+    const float k = float(a.inv_T * LOG2E), max = mass[tile].max, cutoff = buffers.cutoff(law);
+    const double rest = (target - chosen_before) * exp((n.max - double(max)) * a.inv_T);
+    const int begin = tile * TILE + lane * LANE_COLUMNS, end = min(int(a.V), begin + LANE_COLUMNS);
+    double sum = 0;
+    for (int v = begin; v < end; ++v) sum += weight(value_at(z, dtype, v), max, cutoff, k);
+    const double up_to = scan_lanes(sum), below = __shfl_up_sync(ALL_LANES, up_to, 1);
+    const unsigned exceeds = __ballot_sync(ALL_LANES, sum != 0.0 && up_to > rest);
+    const unsigned possible = __ballot_sync(ALL_LANES, sum != 0.0);
+    const int chosen = exceeds != 0 ? __ffs(exceeds) - 1 : 31 - __clz(possible);
+    int token = 0;
+    if (lane == chosen) {
+        sum = lane == 0 ? 0.0 : below;
+        for (int v = begin; v < end; ++v) {
+            const float w = weight(value_at(z, dtype, v), max, cutoff, k);
+            if (w == 0.0f) continue;
+            token = v;
+            sum += w;
+            if (sum > rest) break;
+        }
+    }
+    return __shfl_sync(ALL_LANES, token, chosen);
+}
+
+static __global__ void __launch_bounds__(THREADS, BLOCKS) row_sample_draw_kernel(SampleArgs a, SampleBuffers buffers) {
+    const int lane = threadIdx.x % WARP;
+    for (int64_t row = int64_t(blockIdx.x) * WARPS + threadIdx.x / WARP; row < a.N; row += int64_t(gridDim.x) * WARPS) {
+        const bool pair = bool(a.teacher);
+        const Normaliser q = normaliser(buffers, row, a.inv_T), p = pair ? normaliser(buffers, row + a.N, a.inv_T) : q;
+        const bool drawable = q.Z > 0 && p.Z > 0;  // neither NaN nor empty
+        const bool teacher = drawable && !a.greedy && a.uniforms[2 * row] < a.alpha;
+        int token = 0;
+        if (drawable && a.greedy) {
+            Best best = {-INFINITY, 0};
+            for (int i = 0; i < buffers.splits; ++i) best = BetterOf()(best, buffers.best[row * buffers.splits + i]);
+            token = best.token;
+        } else if (drawable) {
+            const char* z = teacher ? a.teacher.row(row) : a.student.row(row);
+            const DType dtype = teacher ? a.teacher.dtype : a.student.dtype;
+            const Normaliser n = {teacher ? p.max : q.max, teacher ? p.Z : q.Z};
+            token = draw(z, dtype, buffers, teacher ? row + a.N : row, a, n, a.uniforms[2 * row + 1]);
+        }
+        if (lane != 0) continue;
+        const auto logprob = [&](const Rows& rows, int64_t law, const Normaliser& n) {
+            return token_logprob(value_at(rows, row, token), buffers.cutoff(law), n.max, n.Z, a.inv_T);
+        };
+        const double lq = drawable ? logprob(a.student, row, q) : NAN;
+        const double lp = !pair ? 0.0 : drawable ? logprob(a.teacher, row + a.N, p) : NAN;
+        a.token_ids[row] = token;
+        a.from_teacher[row] = teacher;
+        store_one(a.logprobs + row, float(lq));
+        store_one(a.logprobs + a.N + row, float(lp));
+        store_one(a.logprobs + 2 * a.N + row, float(pair ? mixture_logprob(a.alpha, lq, lp) : lq));
+    }
+}
+
+}  // namespace minillm::cuda

@@ -1,0 +1,327 @@
+"""The CUDA kernels in their host build: the same bits in any order of the threads, the least memory traffic, nothing
+read that was not given; clean under sanitizers. And the harness itself: broken kernels are caught."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import host_build
+import pytest
+import torch
+
+from minillm_kernels.backends import cuda
+from minillm_kernels.rows import MIXTURE_DIVERGENCES
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+NAMES = {FP32: "fp32", BF16: "bf16", FP16: "fp16"}
+
+pytestmark = pytest.mark.skipif(host_build.missing() is not None, reason=str(host_build.missing()))
+
+
+def logits(N: int, V: int, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
+    """[N, V] that starts `offset` elements behind an aligned address."""
+    storage = torch.empty(N * V + offset, dtype=dtype)
+    x = storage[offset:].view(N, V)
+    return x.copy_(3 * torch.randn(N, V))
+
+
+def everything(s: torch.Tensor, t: torch.Tensor) -> list[torch.Tensor]:
+    """The outputs of every operation, some rows masked or without a coefficient."""
+    N, V = s.shape
+    ids, uniforms, scale = torch.arange(N) % V, torch.rand(N, 2, dtype=torch.float64), torch.ones(N)
+    mask = torch.arange(N) != 1
+    coefficients = torch.randn(5, N) * mask
+    stats = cuda.row_stats(s, t, ids, mask, 0.7, V)
+    out = [stats, cuda.row_stats(s, None, ids, None, 1.0, V)]
+    out += [
+        cuda.row_grad(s, t, ids, stats, c, 0.7, V)
+        for c in (coefficients, coefficients * (torch.arange(5) < 1)[:, None])
+    ]
+    out.append(cuda.row_grad(s, None, ids, out[1], coefficients, 1.0, V))
+    if s.dtype == t.dtype:
+        out += cuda.row_stats_grad(s, t, ids, coefficients, 0.7, V)
+    for divergence in MIXTURE_DIVERGENCES:
+        values = cuda.row_divergence(s, t, mask, stats, divergence, 0.3, 0.7, V)
+        out += [values, cuda.row_divergence_grad(s, t, stats, values, scale * mask, divergence, 0.3, 0.7, V)]
+    for settings in ((0.4, 1.0, 0, 1.0), (0.4, 0.7, 20, 0.8), (0.4, 0.0, 0, 1.0)):
+        out += cuda.row_sample(s, t, uniforms, *settings, V)
+    return out
+
+
+# One column; part of a chunk; chunks of a whole block and single columns behind them; rows in three parts.
+SHAPES = [(3, 1), (3, 517), (2, 4099), (2, 12304)]
+
+
+@pytest.mark.parametrize(
+    "types", [(FP32, FP32), (BF16, BF16), (BF16, FP32), (FP32, FP16)], ids=lambda t: "-".join(map(NAMES.get, t))
+)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_order_of_the_threads_does_not_matter(cuda_on_host, types, shape):
+    s, t = logits(*shape, types[0], offset=3), logits(*shape, types[1], offset=1)
+    results = []
+    for seed in range(4):
+        torch.manual_seed(0)
+        cuda_on_host.seed(seed)
+        results.append(everything(s, t))
+    cuda_on_host.seed(0)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+@pytest.mark.parametrize("offset", range(8))
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=NAMES.get)
+def test_nothing_outside_the_rows_is_read_or_written(cuda_on_host, dtype, offset):
+    """Also of rows that are not aligned, whose aligned vectors reach beyond them."""
+    N, V = 2, 4200
+    s, t, g = logits(N, V, dtype, offset), logits(N, V, dtype, 7 - offset), torch.empty(N * V + 8, dtype=dtype)
+    g = g[(offset * 3) % 8 :][: N * V].view(N, V)
+    stats, out = torch.empty(11, N), torch.empty(2, N)
+    tokens, logprobs, coin = torch.empty(N, dtype=torch.int64), torch.empty(3, N), torch.empty(N, dtype=torch.bool)
+    uniforms, coefficients = torch.rand(N, 2, dtype=torch.float64), torch.ones(5, N)
+    m, code = cuda_on_host, {FP32: 0, BF16: 1}[dtype]
+    rows = [m.Rows(x.data_ptr(), code, N, 0, V) for x in (s, t, g)]
+    workspace = torch.empty(1 << 16)
+    run = (workspace.data_ptr(), 0)
+    # The cut is in the vocabulary: columns from V - 5 on are those of another row.
+    pair = (rows[0], rows[1], N, V - 5, 1.0)
+    for x in (stats, out, logprobs):
+        m.allow(x.data_ptr(), x.nbytes)
+    for x in (s, t):
+        for i in range(N):
+            m.allow(x[i].data_ptr(), (V - 5) * x.element_size())
+    for i in range(N):
+        m.allow(g[i].data_ptr(), (V - 5) * g.element_size())
+    try:
+        m.cuda_row_stats(*run, *pair, 0, 0, stats.data_ptr())
+        m.cuda_row_grad(*run, *pair, 0, stats.data_ptr(), coefficients.data_ptr(), rows[2], V - 5)
+        m.cuda_row_stats_grad(*run, *pair, 0, coefficients.data_ptr(), stats.data_ptr(), rows[2], V - 5)
+        for kind in range(4):
+            m.cuda_row_divergence(*run, *pair, kind, 0.5, 0, stats.data_ptr(), out.data_ptr())
+            m.cuda_row_divergence_grad(
+                *run, *pair, kind, 0.5, stats.data_ptr(), out.data_ptr(), coefficients.data_ptr(), rows[2], V - 5
+            )
+        for top_k, greedy in ((0, False), (20, False), (0, True)):
+            outputs = (tokens.data_ptr(), logprobs.data_ptr(), coin.data_ptr())
+            m.cuda_row_sample(*run, *pair, uniforms.data_ptr(), 0.5, top_k, 1.0, greedy, *outputs)
+    finally:
+        m.allow_everything()
+
+
+def counted(module, body) -> dict:
+    module.count(True)
+    body()
+    counters = module.counters()
+    module.count(False)
+    return counters
+
+
+@pytest.mark.parametrize(
+    "types", [(FP32, FP32), (BF16, BF16), (BF16, FP32)], ids=lambda t: "-".join(map(NAMES.get, t))
+)
+@pytest.mark.parametrize("V", [12288, 50257])
+def test_each_row_is_read_and_written_once(cuda_on_host, types, V):
+    """2V elements for statistics and values, 3V for gradients. What is not a row's: the statistics of a row."""
+    N = 3
+    s, t = logits(N, V, types[0]), logits(N, V, types[1])
+    bytes_s, bytes_t = s.nbytes, t.nbytes
+    stats = cuda.row_stats(s, t, None, None, 1.0, V)
+    values = cuda.row_divergence(s, t, None, stats, "jsd", 0.5, 1.0, V)
+    aligned = V % 8 == 0
+    for operation, per_row, stored in (
+        (lambda: cuda.row_stats(s, t, None, None, 1.0, V), 0, 11 * 4 * N),
+        (lambda: cuda.row_grad(s, t, None, stats, torch.ones(5, N), 1.0, V), 0, bytes_s),
+        (lambda: cuda.row_divergence(s, t, None, stats, "jsd", 0.5, 1.0, V), 0, 2 * 4 * N),
+        (lambda: cuda.row_divergence_grad(s, t, stats, values, torch.ones(N), "jsd", 0.5, 1.0, V), 0, bytes_s),
+        (lambda: cuda.row_sample(s, t, torch.rand(N, 2).double(), 0.5, 1.0, 0, 1.0, V), 3 * 1024 * 2 * 4, 3 * 4 * N),
+    ):
+        c = counted(cuda_on_host, operation)
+        # Sectors of 32 bytes: those that the rows lie in, and no other. Sampling reads a tile again.
+        least = sum(-(-x.nbytes // 32) for x in (s, t))
+        assert least <= c["sectors_loaded"] <= 1.01 * least + 2 * per_row / 32 + 2, c
+        if aligned:
+            assert bytes_s + bytes_t <= c["loaded"] <= bytes_s + bytes_t + N * per_row, c
+        assert c["stored"] == stored, c
+
+
+@pytest.mark.parametrize(("dtype", "V"), [(BF16, 50257), (FP16, 57800), (FP32, 12288), (FP32, 28900)])
+def test_statistics_and_gradient_in_one_launch_read_each_row_once(cuda_on_host, dtype, V):
+    """3V elements instead of 5V. 57800 and 28900 columns are the most that 227 KB hold, to a few."""
+    N = 2
+    s, t = logits(N, V, dtype), logits(N, V, dtype)
+    cuda_on_host.processors(N)
+    assert cuda.holds_rows(s, t, V)
+    c = counted(cuda_on_host, lambda: cuda.row_stats_grad(s, t, None, torch.ones(5, N), 1.0, V))
+    assert c["launches"] == 1
+    assert c["loaded"] == s.nbytes + t.nbytes and c["stored"] == s.nbytes + 11 * 4 * N
+    assert c["sectors_loaded"] <= sum(-(-x.nbytes // 32) + 1 for x in (s, t))
+
+
+def test_which_rows_one_launch_takes(cuda_on_host):
+    """Of one type, no wider than a block holds, as many as there are multiprocessors."""
+    s = torch.empty(132, 50257, dtype=BF16)
+    assert cuda.holds_rows(s, s, 50257)
+    assert not cuda.holds_rows(s[1:], s[1:], 50257)
+    assert not cuda.holds_rows(s, None, 50257)
+    assert not cuda.holds_rows(s, s.float(), 50257)
+    assert not cuda.holds_rows(s.float(), s.float(), 50257)
+    cuda_on_host.shared_memory(163 << 10)  # an A100's
+    assert not cuda.holds_rows(s, s, 50257)
+    assert cuda.holds_rows(s, s, 41000)
+    cuda_on_host.shared_memory(227 << 10)
+    with pytest.raises(RuntimeError, match="row_stats_grad_kernel: takes a student and a teacher of one type"):
+        cuda.row_stats_grad(s, s.float(), None, torch.ones(5, 132), 1.0, 50257)
+    with pytest.raises(RuntimeError, match=r"row_stats_grad_kernel<<<132, 256, 402112>>> on 132 x 50257 logits: "):
+        cuda.row_stats_grad(s.float(), s.float(), None, torch.ones(5, 132), 1.0, 50257)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=NAMES.get)
+@pytest.mark.parametrize(("V", "offset"), [(1, 0), (5, 3), (517, 1), (4100, 0), (4099, 5), (12304, 7)])
+def test_one_launch_gives_the_bits_of_two(cuda_on_host, dtype, V, offset):
+    """Less than a vector; part of a chunk; whole chunks and single columns behind them; rows in two parts, in pieces;
+    none of the rows aligned. Columns outside the support, a row of NaN, one without a coefficient."""
+    N = 5
+    s, t = logits(N, V + 3, dtype, offset)[:, :V], logits(N, V, dtype, 7 - offset)
+    s[0, V // 2] = t[0, V // 3] = s[1, -1] = -torch.inf
+    t[2, V // 2] = torch.nan
+    ids = torch.tensor([0, V - 1, V // 2, V, 0])
+    coefficients = torch.randn(5, N)
+    coefficients[1:, 0] = coefficients[:, 3] = 0
+    stats = cuda.row_stats(s, t, ids, torch.arange(N) != 3, 0.7, V)
+    grad = cuda.row_grad(s, t, ids, stats, coefficients, 0.7, V)
+    one, g = cuda.row_stats_grad(s, t, ids, coefficients, 0.7, V)
+    assert torch.equal(one.nan_to_num(7), stats.nan_to_num(7)) and torch.equal(g.nan_to_num(7), grad.nan_to_num(7))
+    cuda.row_stats_grad(s, t, ids, coefficients, 0.7, V, s)
+    assert torch.equal(s.nan_to_num(7), grad.nan_to_num(7))
+
+
+def test_rows_that_do_not_count_are_not_read(cuda_on_host):
+    s, t = logits(4, 5000, BF16), logits(4, 5000, BF16)
+    mask = torch.tensor([True, False, False, True])
+    stats = cuda.row_stats(s, t, None, None, 1.0, 5000)
+    for operation in (
+        lambda: cuda.row_stats(s, t, None, mask, 1.0, 5000),
+        lambda: cuda.row_grad(s, t, None, stats, torch.ones(5, 4) * mask, 1.0, 5000),
+        lambda: cuda.row_divergence(s, t, mask, stats, "tvd", 0.5, 1.0, 5000),
+    ):
+        assert counted(cuda_on_host, operation)["loaded"] <= 1.01 * (s.nbytes + t.nbytes) / 2
+
+
+SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DHOST_CUDA", "-w"]
+
+
+def test_kernels_under_address_and_undefined_behaviour_sanitizers(tmp_path):
+    check = host_build.HARNESS / "check_core.cpp"
+    objects = host_build.compile_all(tmp_path, [*host_build.sources(), check], *SANITIZERS)
+    program = tmp_path / "check"
+    subprocess.run(["g++", *SANITIZERS, *objects, "-o", program], check=True, timeout=300)
+    result = subprocess.run([program], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0 and "cuda ok" in result.stdout, result.stdout + result.stderr
+
+
+# What is broken, in which file, and what the harness must say of it.
+MUTATIONS = {
+    "nothing": ("rows.cuh", "", "", "^ok$"),
+    "a barrier before what it guards": (
+        "rows.cuh",
+        "warps.x[threadIdx.x / WARP] = x;\n    __syncthreads();",
+        "warps.x[threadIdx.x / WARP] = x;",
+        "wrong|differs",
+    ),
+    "a barrier behind what it guards": (
+        "rows.cuh",
+        "    __syncthreads();  // before a next call overwrites what thread 0 reads\n",
+        "",
+        "wrong|differs",
+    ),
+    "a barrier that not all threads reach": (
+        "rows.cuh",
+        "    __syncthreads();  // before a next call overwrites what thread 0 reads\n",
+        "    if (threadIdx.x < 128) __syncthreads();\n",
+        "deadlock",
+    ),
+    "a unit too many": (
+        "rows.cuh",
+        "u < c.units ? student.load(u)",
+        "u <= c.units ? student.load(u)",
+        "reads outside",
+    ),
+    "a column too many": ("rows.cuh", "return v < V ? v : -1;", "return v <= V ? v : -1;", "reads outside"),
+    "a misaligned vector": (
+        "rows.cuh",
+        "if (behind == 0) return",
+        "if (true) return",
+        "misaligned access of 16 bytes",
+    ),
+    "a wrong mask": ("rows.cuh", "ALL_LANES = ~0u", "ALL_LANES = 0x7fffffffu", "mask (does not name it|.* not name)"),
+    "a lane that is missing": (
+        "row_state.cuh",
+        "    x = rebased(x, ms, mt, inv_T);",
+        "    x = rebased(x, ms, mt, inv_T);\n    if (threadIdx.x == 5) return x;",
+        "different collectives|has returned|deadlock",
+    ),
+    "half a warp": (
+        "rows.cuh",
+        "#pragma unroll 1\n        for (int lanes = WARP / 2;",
+        "#pragma unroll 1\n        for (int lanes = WARP / 4;",
+        "wrong",
+    ),
+    "the last columns": ("row_stats.cuh", "if (part.is_last) add_single", "if (false) add_single", "wrong"),
+    "a copy that is not waited for": (
+        "row_stats_grad.cuh",
+        "wait_for_copies<PIECES - 1>();",
+        "",
+        "did not wait|wrong",
+    ),
+    "a piece too few": ("row_stats_grad.cuh", "wait_for_copies<PIECES - 1>();", "wait_for_copies<PIECES>();", "wrong"),
+    "a barrier before the pieces": (
+        "row_stats_grad.cuh",
+        "so that the next call waits for the next piece\n            __syncthreads();",
+        "so that the next call waits for the next piece",
+        "wrong|differs",
+    ),
+    "a barrier behind the rows": (
+        "row_stats_grad.cuh",
+        "__syncthreads();  // before the next row lands",
+        "// before the next row lands",
+        "wrong|differs",
+    ),
+    "an origin": ("row_state.cuh", "(b(i) - mt) * k", "(b(i) - ms) * k", "wrong"),
+}
+
+
+def verdict(mutation: tuple[str, str, str, str], folder: Path, harness: Path) -> str:
+    """What check_kernel prints of kernels with that text replaced."""
+    file, old, new, _ = mutation
+    csrc = folder / "csrc"
+    for part in ("rowmath", "cuda"):
+        shutil.copytree(host_build.ROOT / "csrc" / part, csrc / part)
+    shutil.copy(host_build.ROOT / "csrc" / "rows.h", csrc)
+    kernel = csrc / "cuda" / file
+    text = kernel.read_text()
+    assert old in text, f"{old!r} is no longer in {file}"
+    kernel.write_text(text.replace(old, new, 1))
+    program = folder / "check_kernel"
+    source = host_build.HARNESS / "check_kernel.cpp"
+    subprocess.run(
+        ["g++", *host_build.flags(csrc), "-w", "-O1", source, harness, "-o", program], check=True, timeout=300
+    )
+    return subprocess.run([program], capture_output=True, text=True, timeout=300).stdout.strip()
+
+
+def test_broken_kernels_are_caught(tmp_path):
+    harness = tmp_path / "host_cuda.o"
+    source = host_build.HARNESS / "host_cuda.cpp"
+    subprocess.run(["g++", *host_build.flags(), "-O1", "-c", source, "-o", harness], check=True, timeout=300)
+
+    def one(name: str) -> str:
+        return verdict(MUTATIONS[name], tmp_path / str(list(MUTATIONS).index(name)), harness)
+
+    with ThreadPoolExecutor(2) as pool:
+        verdicts = dict(zip(MUTATIONS, pool.map(one, MUTATIONS), strict=True))
+    for name, said in verdicts.items():
+        assert re.search(MUTATIONS[name][3], said), f"{name}: {said!r}"
