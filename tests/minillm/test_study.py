@@ -1,6 +1,7 @@
 """The committed study, one cell of each kind, on tiny models and data."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,7 @@ def test_the_committed_study_is_the_one_asked_for():
 
 
 def test_one_cell_after_the_other_then_the_page(study, files, capsys):
+    pytest.importorskip("matplotlib", reason="the page is an optional extra")
     command = ["study", str(study), "--smoke"]
     assert main([*command, "--report", str(files / "study.md")]) == 2
     assert "no finished cell" in capsys.readouterr().err
@@ -117,6 +119,18 @@ def test_what_stops_an_evaluation_does_not_cost_the_training(study, monkeypatch)
     monkeypatch.setattr(cell, "evaluations", evaluated)
     cell.run_cell(plan, start, "")
     assert start not in plan.unfinished() and calls == [1]
+
+
+def test_a_study_goes_on_where_only_its_json_is(study, files, capsys):
+    plan = load_study(study, smoke=True)
+    teacher, start, minillm, *_, seqkd, _ = plan.cells()
+    for each in (teacher, start, minillm):
+        cell.run_cell(plan, each, "")
+    before = json.loads(plan.result(start).read_text())["training"]["num_tokens"]
+    shutil.rmtree(files / "work")
+    record = json.loads(cell.run_cell(plan, seqkd, "").read_text())
+    assert "trained again" in capsys.readouterr().out and record["training"]["num_tokens"] > 0
+    assert json.loads(plan.result(start).read_text())["training"]["num_tokens"] == before
 
 
 def test_steps_reach_the_budget_and_no_more(study):
