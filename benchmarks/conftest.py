@@ -1,10 +1,7 @@
 """What every benchmark shares: verify, then time; bandwidth against torch.add on tensors of that size; peak memory.
 
 A kernel alone is also held to its roofline, measured here: the call itself (on rows of 64 columns), and the slower of
-memory (torch.add's bandwidth) and arithmetic (its time a column on rows that stay in the cache).
-
-`pytest benchmarks/ --benchmark-only --benchmark-json=benchmarks/results/cpu.json` makes the JSON of the README's
-tables.
+memory (torch.add's bandwidth) and arithmetic (all rows of one thread at one address, so that they stay in its cache).
 """
 
 from __future__ import annotations
@@ -71,7 +68,7 @@ class Measure:
         **info,
     ) -> None:
         """tensors: how many times the logits' size the call must at least read and write. kernel: for the roofline,
-        what `fn` would be on logits of a given shape."""
+        kernel(logits, shape) is what `fn` would be on other logits."""
         arguments = setup()[0] if setup else ()
         peak = extra_peak_bytes(lambda: fn(*arguments))
         self.benchmark.pedantic(fn, setup=setup, rounds=rounds, warmup_rounds=min(WARMUP, rounds // 2))
@@ -90,23 +87,30 @@ class Measure:
                 extra.update(roofline(kernel, self.shape, self.dtype, tensors, self.benchmark.stats.stats.median))
 
 
+Tensors = Callable[[tuple[int, int], int], Tensor]  # logits of a shape and a seed
+
+
 def roofline(
-    kernel: Callable[[tuple[int, int]], Callable[[], object]],
+    kernel: Callable[[Tensors, tuple[int, int]], Callable[[], object]],
     shape: tuple[int, int],
     dtype: torch.dtype,
     tensors: float,
     seconds: float,
 ) -> dict[str, object]:
     """What bounds a kernel that took `seconds` on `shape`, and how much of that time the bound explains."""
-    rows, narrow, wide = min(shape[0], 32), 64, 4096  # two tensors of 32 x 4096 fp32 are 1 MiB: the cache of two cores
-    call, cached = (median_seconds(kernel((rows, columns)), 50) for columns in (narrow, wide))
-    arithmetic = max(0.0, cached - call) / (rows * (wide - narrow)) * shape[0] * shape[1]
-    size = torch.empty((), dtype=dtype).element_size() * shape[0] * shape[1]
-    memory = tensors * size / (add_bandwidth(shape, dtype) * 1e9)
+
+    def one_row(shape: tuple[int, int], seed: int) -> Tensor:
+        return logits((1, shape[1]), dtype, seed).expand(shape)
+
+    threads = torch.get_num_threads()
+    call = median_seconds(kernel(one_row, (shape[0], 64)))
+    torch.set_num_threads(1)
+    arithmetic = median_seconds(kernel(one_row, shape), 3) / threads
+    torch.set_num_threads(threads)
+    memory = tensors * shape[0] * shape[1] * dtype.itemsize / (add_bandwidth(shape, dtype) * 1e9)
     parts = {"call": call, "arithmetic": arithmetic, "memory": memory}
-    bound_by = "the call" if call > max(arithmetic, memory) else "arithmetic" if arithmetic > memory else "memory"
     return {
-        "bound_by": bound_by,
+        "bound_by": max(parts, key=parts.__getitem__),
         "of_bound": round((call + max(arithmetic, memory)) / seconds, 3),
         **{f"{name}_ms": round(value * 1e3, 4) for name, value in parts.items()},
     }

@@ -105,7 +105,6 @@ ROWS: dict[str, dict[str, Callable]] = {
     "cross_entropy": {
         "minillm": minillm_cross_entropy,
         "eager": eager_cross_entropy,
-        "torch.compile": torch.compile(eager_cross_entropy, dynamic=False),
         "torch chunked": torch_chunked,
         "three matmuls": three_matmuls,
     },

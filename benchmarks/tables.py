@@ -71,7 +71,7 @@ def kernels_table() -> str:
     """Each CPU kernel alone, and what bounds it."""
     results = json.loads((RESULTS / "cpu.json").read_text())
     groups = dict.fromkeys(b["group"] for b in results["benchmarks"] if b["group"].startswith("kernels "))
-    kernels = [(name, row) for group in groups for name, row in rows_of(results, group).items()]
+    kernels = [item for group in groups for item in rows_of(results, group).items() if "bound_by" in item[1]]
     for group in dict.fromkeys(b["group"] for b in results["benchmarks"]):
         if re.match(r"mixed_sample \w+-\d", group):
             kernels.append(("row_sample", rows_of(results, group)["minillm"]))

@@ -50,5 +50,5 @@ def test_forward_backward(measure, loss, row, N, H, V):
         del gradients
         info = {f"{name}_MiB": round(size / 2**20, 1) for name, size in own_process(loss, row, N, H, V).items()}
     measure(f"linear {loss} forward+backward fp32-{N}x{H}x{V}", (N, V), torch.float32)(
-        lambda: step(loss, row, tensors), rounds=3, implementation=row, **info
+        lambda: step(loss, row, tensors), rounds=2, implementation=row, **info
     )

@@ -36,8 +36,8 @@ def test_sample(measure, row, shape, dtype):
         law = (1 - ALPHA) * student.double().softmax(-1) + ALPHA * teacher.double().softmax(-1)
         assert torch.allclose(mixture.double(), law.gather(-1, y[:, None]).log().squeeze(-1), atol=1e-5)
 
-    def kernel(shape):
-        z = logits(shape, dtype, 0), logits(shape, dtype, 1)
+    def kernel(make, shape):
+        z = make(shape, 0), make(shape, 1)
         return lambda: fn(*z)
 
     measure(f"mixed_sample {IDS[SHAPES.index((shape, dtype))]}", shape, dtype)(
