@@ -198,7 +198,7 @@ def trl_table() -> str:
         for name, row in results["rows"].items()
     ]
     note = (
-        f"{results['times_faster']:.1f}× faster with {results['share_of_memory']:.2f}× of the memory; "
+        f"{results['times_faster']:.2f}× faster with {results['share_of_memory']:.2f}× of the memory; "
         f"{results['threads']} threads, median of {results['steps'] * results['processes']} steps; made by "
         f"`{results['command']}`, which says how it is made fair."
     )

@@ -8,7 +8,7 @@ of exactly 32 tokens each from the student alone (TRL cannot mix the teacher in,
 single-step reverse KL + policy gradient with length-normalised return, AdamW on the whole student, fp32, two threads.
 TRL runs in its fastest settings: no gradient checkpointing, no bf16, no KL to a reference model, no evaluation, no
 checkpoints. Not the same: TRL's return includes the present token, which costs nothing; minillm has no text loss here,
-since TRL has none.
+since TRL has none; it packs sequences into shared rows (`data.packing`), which TRL's trainer cannot.
 
 A step's seconds run from the prompts to the updated weights. Memory is the peak of all steps beyond what the process
 held when the models were loaded and the trainer made, without the gradients and Adam's two moments, which both must
