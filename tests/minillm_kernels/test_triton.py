@@ -15,6 +15,7 @@ from minillm_kernels.backends import triton as backend
 if not backend.interpreted() or available_backends()["triton"] != "ok":
     pytest.skip("needs Triton's interpreter: " + available_backends()["triton"], allow_module_level=True)
 launch = pytest.importorskip("minillm_kernels.backends.triton.launch")
+tune = pytest.importorskip("minillm_kernels.backends.triton.tune")
 
 GUARD = 64  # elements on each side of a buffer
 CANARY = -77.0
@@ -164,3 +165,25 @@ def test_ties_at_a_cut_off_are_kept():
             ({"top_p": 0.6}, {0, 1, 2, 3}),
         ):
             assert set(mk.mixed_sample(z, None, 0.0, uniforms=grid, **options).token_ids.tolist()) == kept
+
+
+def test_tuning_takes_the_fastest_shape_for_rows_of_that_length(monkeypatch):
+    """With a clock that prefers (2, 4): the table's line of long rows becomes that, the other stays; a search that
+    fails leaves the table as it was."""
+    lines = [(4096, 1, 4), (1 << 31, 2, 8)]
+    monkeypatch.setitem(launch.TILES, launch.architecture(), lines)
+    monkeypatch.setattr(tune, "CANDIDATES", [(1, 4), (2, 4)])
+
+    def clock(run):
+        run()
+        return {(1, 4): 2.0, (2, 4): 1.0}[lines[1][1:]]
+
+    times = tune.tune(5000, 2, torch.float32, "cpu", clock)
+    assert times == {(1, 4): 2.0, (2, 4): 1.0} and lines == [(4096, 1, 4), (1 << 31, 2, 4)]
+
+    def broken(run):
+        raise RuntimeError("out of registers")
+
+    with pytest.raises(RuntimeError, match="out of registers"):
+        tune.tune(5000, 2, torch.float32, "cpu", broken)
+    assert lines == [(4096, 1, 4), (1 << 31, 2, 4)]
