@@ -119,15 +119,31 @@ def layers_of(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
     raise ConfigError(f"{type(model).__name__} has no list of layers to cut a student from, or to recompute")
 
 
+def adapters_unavailable() -> str | None:
+    """Why adapters cannot be had here, or None: the installed transformers asks for a peft that is new enough."""
+    try:
+        import peft
+        from packaging.version import Version
+        from transformers.integrations.peft import MIN_PEFT_VERSION
+    except ImportError:
+        return 'lora.rank needs peft: pip install "minillm-kernels[lora]"'
+    if Version(peft.__version__) >= Version(MIN_PEFT_VERSION):
+        return None
+    return (
+        f"lora.rank: the installed transformers wants peft {MIN_PEFT_VERSION} or later, not {peft.__version__}: "
+        f'pip install "peft>={MIN_PEFT_VERSION}", or an older transformers'
+    )
+
+
 def add_adapters(model: "PreTrainedModel", lora: Lora, seed: int) -> None:
     """LoRA in place: its own weights are trained, all others frozen.
 
     The head is read apart from the model (minillm/vocabulary.py), so an adapter there would be passed over.
     """
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ConfigError('lora.rank needs peft: pip install "minillm-kernels[lora]"') from error
+    why = adapters_unavailable()
+    if why:
+        raise ConfigError(why)
+    from peft import LoraConfig
 
     torch.manual_seed(seed)
     targets = lora.targets if lora.targets == "all-linear" else [name.strip() for name in lora.targets.split(",")]

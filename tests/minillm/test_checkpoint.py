@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from adapters import needs_adapters
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -63,7 +64,9 @@ def resume_from(files, flags, source, checkpoint_name, name):
 
 
 @pytest.mark.parametrize(
-    "extra", [[], ["--validation.every=2"], ["--lora.rank=4"]], ids=["plain", "selection", "lora"]
+    "extra",
+    [[], ["--validation.every=2"], pytest.param(["--lora.rank=4"], marks=needs_adapters)],
+    ids=["plain", "selection", "lora"],
 )
 def test_ten_steps_are_five_and_five_to_the_bit(files, flags, extra):
     flags = flags + extra
@@ -180,7 +183,7 @@ def test_no_pickle_is_ever_loaded(files, flags, tmp_path):
         load_model(str(model))
 
 
-@pytest.mark.parametrize("extra", [[], ["--lora.rank=4"]], ids=["plain", "lora"])
+@pytest.mark.parametrize("extra", [[], pytest.param(["--lora.rank=4"], marks=needs_adapters)], ids=["plain", "lora"])
 def test_any_checkpoint_is_exported_as_a_plain_model(files, flags, extra, capsys):
     """The run's end; an earlier step; and, of a run that was cut short, how far it came."""
     run_recipe(load_recipe(files / "recipe.yaml", flags + extra), "", with_evaluation=False)

@@ -1,9 +1,8 @@
 """Estimates against what models of these shapes really save, hold and do."""
 
-import importlib.util
-
 import pytest
 import torch
+from adapters import needs_adapters
 from torch.utils.flop_counter import FlopCounterMode
 
 from minillm.cli import main
@@ -49,10 +48,8 @@ def test_a_pass_without_weights_is_counted_like_one_with(request, make, tmp_path
     assert decoding == (forward, sum(x.nbytes for layer in layers for x in (layer.keys, layer.values)))
 
 
-@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("lora", [0, pytest.param(4, marks=needs_adapters)])
 def test_what_is_held_is_what_a_step_leaves(files, lora):
-    if lora and importlib.util.find_spec("peft") is None:
-        pytest.skip("peft is an optional dependency")
     config = config_of(files, "kd", f"--lora.rank={lora}")
     student, teacher, _ = load_pair(config)
     trained = [p for p in student.parameters() if p.requires_grad]

@@ -1,9 +1,9 @@
-import importlib.util
 import json
 import sys
 
 import pytest
 import torch
+from adapters import needs_adapters
 from transformers import LlamaForCausalLM
 
 from minillm.config import ConfigError, Lora
@@ -18,8 +18,6 @@ from minillm.models import (
     merge_adapters,
 )
 from minillm.vocabulary import CausalLM
-
-needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is an optional dependency")
 
 
 @torch.no_grad()
@@ -119,8 +117,9 @@ def adapted(make_llama, **settings):
     return model
 
 
-@needs_peft
+@needs_adapters
 @torch.no_grad()
+@needs_adapters
 def test_merged_adapters_give_the_same_logits_and_plain_files(make_llama, tmp_path):
     model, plain = adapted(make_llama), make_llama()
     ids = torch.tensor([[3, 1, 4]])
@@ -141,7 +140,7 @@ def test_merged_adapters_give_the_same_logits_and_plain_files(make_llama, tmp_pa
     assert merge_adapters(plain) is plain
 
 
-@needs_peft
+@needs_adapters
 def test_adapters_alone_are_trained_and_reach_the_fused_losses(make_llama):
     model = adapted(make_llama, targets="q_proj, v_proj")
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -151,7 +150,7 @@ def test_adapters_alone_are_trained_and_reach_the_fused_losses(make_llama):
     torch.testing.assert_close(lm.logits(lm.states(ids, torch.ones_like(ids))), model(ids).logits)
 
 
-@needs_peft
+@needs_adapters
 def test_adapters_that_cannot_be(make_llama):
     with pytest.raises(ConfigError, match=r"lora.targets lm_head reaches the embeddings or the head"):
         adapted(make_llama, targets="lm_head")
@@ -162,6 +161,13 @@ def test_adapters_that_cannot_be(make_llama):
 def test_without_peft_the_command_is_named(make_llama, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r'lora.rank needs peft: pip install "minillm-kernels\[lora\]"'):
+        add_adapters(make_llama(), Lora(rank=4), seed=0)
+
+
+def test_a_peft_too_old_for_transformers_is_named(make_llama, monkeypatch):
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr(peft, "__version__", "0.1")
+    with pytest.raises(ConfigError, match=r"wants peft .* or later, not 0\.1: pip install"):
         add_adapters(make_llama(), Lora(rank=4), seed=0)
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from adapters import needs_adapters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minillm import train as loop
@@ -175,11 +176,8 @@ def test_without_fused_heads_the_same_is_learnt(files, method):
     torch.testing.assert_close(weights("logits"), weights("fused"), rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("lora", [0, pytest.param(4, marks=needs_adapters)])
 def test_recomputed_layers_train_to_the_same_bits(files, lora):
-    if lora:
-        pytest.importorskip("peft", reason="peft is an optional dependency")
-
     def weights(recompute):
         settings = {"model": {"recompute": recompute}, "lora": {"rank": lora}, "optim": {"steps": 3}}
         training = stage(files, "minillm", **settings)

@@ -102,7 +102,13 @@ def test_losses(core, pair, name, beta, data):
 
 
 @BOUNDED
-@given(pair=pairs(), alpha=st.sampled_from([0.0, 0.3, 1.0]), top_k=st.integers(0, 80), top_p=st.floats(0.05, 1.0))
+@given(
+    pair=pairs(),
+    alpha=st.sampled_from([0.0, 0.3, 1.0]),
+    top_k=st.integers(0, 80),
+    # Within fp32's rounding of 1, that decides whether columns of no probability stay (log-probability -1e38) or go.
+    top_p=st.floats(0.05, 1 - 1e-5) | st.just(1.0),
+)
 def test_samples(core, pair, alpha, top_k, top_p):
     """The token has a probability, is one that its uniform allows, and has the right log-probabilities."""
     s, t, vocab_size = pair
