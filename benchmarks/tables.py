@@ -162,7 +162,7 @@ def gpu_table() -> str:
 
 def training_table() -> str:
     """What the trainer's own work takes on the demo pair."""
-    results = json.loads((RESULTS / "training.json").read_text())
+    results = json.loads((RESULTS / "cpu.json").read_text())
     info = {b["name"]: {**b["extra_info"], **b["stats"]} for b in results["benchmarks"]}
     rollout, update = info["test_rollout"], info["test_step"]
     titles = {
@@ -179,8 +179,7 @@ def training_table() -> str:
     note = (
         f"{machine['cpu']['brand_raw']}, {machine['threads']} threads, torch {machine['torch']}, least of a few in "
         f"turns; both at once take {ratio:.2f}× the sum of their own times. An update from rollouts that exist, with "
-        f"its text, {update['tokens']} tokens: {update['median']:.2f} s. Made by the command in "
-        "`benchmarks/test_training.py`."
+        f"its text, {update['tokens']} tokens: {update['median']:.2f} s. In the run of the kernels' tables."
     )
     size = f"rollout of {rollout['sequences']} × {rollout['new_tokens']} tokens"
     return markdown([size, "time", "new tokens/s"], rows) + "\n\n" + note

@@ -2,8 +2,6 @@
 
 SmolLM2-135M-Instruct and its cut of 24 layers, as in recipes/smollm2-cpu.yaml (fetched on first use). A rollout runs
 both models a token: what it may cost is measured beside it, in turns, as what each model takes to decode alone.
-
-    pytest benchmarks/test_training.py --benchmark-only --benchmark-json=benchmarks/results/training.json
 """
 
 from __future__ import annotations
