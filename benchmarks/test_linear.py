@@ -17,6 +17,8 @@ import pytest
 import torch
 from linear_rows import ROWS, problem, step
 
+from minillm_kernels.matmul import linear
+
 SHAPES = [(1024, 576, 49152), (256, 1024, 151936)]
 # The second shape, seconds a step, has only the rows that the comparison rests on: all fit in five minutes.
 CASES = [(loss, row, *SHAPES[0]) for loss, rows in ROWS.items() for row in rows]
@@ -51,4 +53,17 @@ def test_forward_backward(measure, loss, row, N, H, V):
         info = {f"{name}_MiB": round(size / 2**20, 1) for name, size in own_process(loss, row, N, H, V).items()}
     measure(f"linear {loss} forward+backward fp32-{N}x{H}x{V}", (N, V), torch.float32)(
         lambda: step(loss, row, tensors), rounds=2, implementation=row, **info
+    )
+
+
+@pytest.mark.parametrize("rows", [8, 256])
+@pytest.mark.parametrize("implementation", ["minillm", "torch.mm"])
+def test_head(measure, implementation, rows):
+    """The logits alone, of a decode step and of a chunk: by the library that matmul.py takes, and by torch.mm."""
+    hidden, weight = torch.randn(rows, 576), torch.randn(49152, 576)
+    out = torch.empty(rows, len(weight))
+    fn = {"minillm": lambda: linear(hidden, weight, out), "torch.mm": lambda: torch.mm(hidden, weight.t(), out=out)}
+    assert torch.allclose(fn[implementation](), hidden @ weight.t(), rtol=1e-4, atol=1e-3)
+    measure(f"head {rows}x576x49152", (rows, len(weight)), torch.float32)(
+        fn[implementation], rounds=5, implementation=implementation
     )

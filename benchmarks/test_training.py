@@ -18,7 +18,8 @@ from minillm.methods import METHODS
 from minillm.objective import concatenate, policy_terms
 from minillm.recipe import load_recipe
 from minillm.rollout import draw_uniforms, sample
-from minillm.train import Micro, backward, chunks, prepare
+from minillm.step import chunks
+from minillm.train import Micro, backward, prepare
 
 pytestmark = pytest.mark.download
 RECIPE = Path(__file__).parents[1] / "recipes" / "smollm2-cpu.yaml"

@@ -13,116 +13,19 @@ position in the data is a step's number; `memory` is all other state of a method
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from minillm.clock import Clock
-from minillm.config import Config
 from minillm.data import Batch, Example, Shuffled, collate
 from minillm.objective import concatenate, policy_terms, token_rewards, whiten
 from minillm.packages import write_atomically
-from minillm.rollout import Rollout, draw_uniforms, gather, sample
+from minillm.rollout import Rollout, draw_uniforms
 from minillm.sources import DataError
-from minillm.vocabulary import (
-    CausalLM,
-    Output,
-    Sums,
-    common_vocabulary,
-    cross_entropy,
-    distill_loss,
-    divergence,
-    minillm_loss,
-)
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Loss = Callable[[Output, Batch], Sums]
-
-
-class Part(NamedTuple):
-    """Sequences of a step, known by row numbers, of which micro-batches of any size can be made.
-
-    Losses of one kind are normalised together, by the number of their targets over all processes.
-    """
-
-    kind: str
-    rows: list[int]
-    """This process's share."""
-    make: Callable[[list[int]], tuple[Batch, Loss]]
-    name: Callable[[int], str]
-    """Where a row came from, for messages."""
-
-
-class Step(NamedTuple):
-    """What one optimiser step learns from, and what is known about it already."""
-
-    parts: list[Part]
-    metrics: dict[str, float]
-
-
-@dataclass
-class Training:
-    """All that a method may use. The models live on `accelerator.device`."""
-
-    config: Config
-    accelerator: Accelerator
-    student: CausalLM
-    teacher: CausalLM | None
-    tokenizer: "PreTrainedTokenizerBase"
-    examples: list[Example]
-    validation: list[Example]
-    text: list[list[int]]
-    about: str = ""
-    """What the data filters did, in words."""
-    clock: Clock = field(default_factory=Clock)
-
-    @property
-    def vocab_size(self) -> int | None:
-        """The one vocabulary size that every kernel call gets."""
-        return None if self.teacher is None else common_vocabulary(self.student, self.teacher)
-
-    def mine(self, items: list) -> list:
-        """This process's share of what all processes draw alike."""
-        return items[self.accelerator.process_index :: self.accelerator.num_processes]
-
-    def collate(self, prompts: list[list[int]], responses: list[list[int]]) -> Batch:
-        """A batch, packed where data.packing says so."""
-        return collate(prompts, responses, self.row_length)
-
-    @property
-    def row_length(self) -> int:
-        """Tokens that a row of a batch may hold of several sequences; 0: a row each."""
-        data = self.config.data
-        return data.max_prompt_length + data.max_response_length if data.packing else 0
-
-    def roll_out(self, iteration: int, chosen: list[int], alpha: float) -> Rollout:
-        """Samples for these examples, shared out over the processes and known to all of them afterwards."""
-        rollout, seed = self.config.rollout, self.config.seed * 1_000_003 + iteration
-        uniforms = draw_uniforms(seed, rollout.max_new_tokens, len(chosen))
-        with self.clock("rollout"), self.accelerator.autocast():
-            samples = sample(
-                self.student,
-                self.teacher if alpha > 0 or self.config.method == "minillm" else None,
-                [self.examples[i].prompt for i in self.mine(chosen)],
-                max_new_tokens=rollout.max_new_tokens,
-                eos_token_id=self.tokenizer.eos_token_id,
-                alpha=alpha,
-                temperature=rollout.temperature,
-                top_k=rollout.top_k,
-                top_p=rollout.top_p,
-                uniforms=uniforms[:, self.accelerator.process_index :: self.accelerator.num_processes],
-                vocab_size=self.vocab_size,
-                row_length=self.row_length,
-            )
-            return gather(samples, self.accelerator)
+from minillm.step import Loss, Part, Step, Training, chunks
+from minillm.vocabulary import Output, Sums, cross_entropy, distill_loss, divergence, minillm_loss
 
 
 class Sft:
@@ -166,7 +69,7 @@ class Kd(Sft):
         settings, vocab_size = self.training.config.loss, self.training.vocab_size
         if settings.divergence in ("forward_kl", "reverse_kl") and settings.temperature == 1:  # one sweep for both
             weights = {settings.divergence: settings.distill_weight, "student_logprobs": -settings.label_weight}
-            target = score(self.training, batch)
+            target = self.training.score(batch)
             loss, stats = distill_loss(student, target, batch.targets, vocab_size=vocab_size, **weights)
             label = -stats.student_logprobs.sum()
             return {"loss": loss, "loss/distill": getattr(stats, settings.divergence).sum(), "loss/label": label}
@@ -177,7 +80,7 @@ class Kd(Sft):
 
     def distilled(self, student: Output, batch: Batch) -> Sums:
         settings, vocab_size = self.training.config.loss, self.training.vocab_size
-        target = score(self.training, batch)
+        target = self.training.score(batch)
         options = {"beta": settings.beta, "temperature": settings.temperature, "vocab_size": vocab_size}
         return {"loss/distill": divergence(student, target, settings.divergence, **options)}
 
@@ -326,7 +229,7 @@ class MiniLLM:
         settings, vocab_size = self.training.config.objective, self.training.vocab_size
         if settings.pt_teacher:
             weights = {"forward_kl": settings.pt_teacher, "student_logprobs": settings.pt_teacher - 1}
-            target = score(self.training, batch)
+            target = self.training.score(batch)
             total = distill_loss(student, target, batch.targets, vocab_size=vocab_size, **weights).loss
         else:
             total = cross_entropy(student, batch.targets, vocab_size)
@@ -354,14 +257,6 @@ METHODS: dict[str, type[Sft] | type[MiniLLM]] = {
 # ---- helpers
 
 
-@torch.no_grad()
-def score(training: Training, batch: Batch) -> Output:
-    """The teacher's output on a batch."""
-    assert training.teacher is not None
-    with training.clock("score"):
-        return training.teacher.output(batch)
-
-
 def teacher_answers(training: Training) -> list[list[int]]:
     """One sample of the teacher per example, shared out over the processes."""
     assert training.teacher is not None
@@ -370,19 +265,7 @@ def teacher_answers(training: Training) -> list[list[int]]:
     size = max(1, rollout.batch_size // training.accelerator.num_processes)
     mine: list[tuple[int, list[int]]] = []
     for part in chunks(numbers, size):
-        samples = sample(
-            training.teacher,
-            None,
-            [training.examples[i].prompt for i in part],
-            max_new_tokens=rollout.max_new_tokens,
-            eos_token_id=training.tokenizer.eos_token_id,
-            alpha=0.0,
-            temperature=rollout.temperature,
-            top_k=rollout.top_k,
-            top_p=rollout.top_p,
-            uniforms=uniforms[:, part],
-            vocab_size=training.vocab_size,
-        )
+        samples = training.sample(training.teacher, None, part, uniforms[:, part], alpha=0.0)
         mine += zip(part, samples.responses(), strict=True)
         if training.accelerator.is_main_process:
             print(f"teacher answers  {len(mine)}/{len(numbers)}", flush=True)
@@ -397,8 +280,3 @@ def describe(rollout: Rollout) -> dict[str, float]:
         "rollout/from_teacher": float(rollout.from_teacher[mask].sum() / tokens),
         "completions/mean_length": float(tokens / len(rollout.lengths)),
     }
-
-
-def chunks(items: list, size: int) -> Iterator[list]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

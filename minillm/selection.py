@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from minillm.checkpoint import Progress, restore_weights, write_weights
 from minillm.evaluate.rouge import greedy_answers, rouge_l
-from minillm.methods import MiniLLM, Sft, Training, chunks
+from minillm.methods import MiniLLM, Sft
+from minillm.step import Training, chunks
 
 
 class Selection:

@@ -22,10 +22,11 @@ from minillm.checkpoint import Checkpoint, Progress
 from minillm.config import Config, ConfigError
 from minillm.data import Batch, Encoded, Example, chunk_text, encode, read_records, read_text
 from minillm.interrupt import Interrupt, Interrupted
-from minillm.methods import METHODS, Loss, Part, Training, chunks
+from minillm.methods import METHODS
 from minillm.models import check_context, check_packing
 from minillm.run import Run
 from minillm.selection import Selection
+from minillm.step import Loss, Part, Training, chunks
 from minillm.vocabulary import CausalLM, Sums
 
 if TYPE_CHECKING:

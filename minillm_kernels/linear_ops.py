@@ -123,7 +123,7 @@ def _sweep(
     backend: str,
 ) -> tuple[Tensor, Gradients]:
     """Statistics [fields, N] and, from the same logits, the gradients of sum(coefficients * differentiable
-    statistics). The coefficients [5, N] are known beforehand, none of a row that `mask` has all 0; or
+    statistics). The coefficients are [5, N] known beforehand, where no row that `mask` keeps has all 0, or
     coefficients(stats, rows) gives those of some rows."""
     if chunk_rows == TILED:
         stats = tiled.statistics(*heads, token_ids, mask, temperature, vocab_size, backend)
@@ -139,7 +139,7 @@ def _sweep(
             row = (z_s, z_t, ids, coefficients[:, rows], temperature, vocab_size)
             return backends.stats_and_gradient(backend, *row, *_gradient_buffer(z_s, backend, softcap))
         stats = backends.run(backend, "row_stats", z_s, z_t, ids, None, temperature, vocab_size)
-        if not any(needs) or isinstance(coefficients, Tensor):
+        if not any(needs):
             return stats, None
         return stats, _row_gradient(z_s, z_t, ids, stats, coefficients(stats, rows), temperature, backend, softcap)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import arguments, linear_ops  # noqa: F401  (linear_ops registers torch.ops.minillm)
 from .heads import Heads, PerModel, flat
-from .rows import DIFFERENTIABLE, RowStats
+from .rows import RowStats
 from .statistics import DistillStats
 
 
@@ -163,8 +163,13 @@ def fused_linear_distill_loss(
     student = (student_hidden, student_weight, student_bias)
     heads = Heads(student, teacher, softcap, logit_scale, impl, chunk_rows, temperature, vocab_size)
     like = heads.like_logits
-    values = (reverse_kl, forward_kl, student_logprobs, student_entropy, student_logsumexp)
-    given = dict(zip(DIFFERENTIABLE, values, strict=True))
+    given = {  # in the order of row_grad's coefficients
+        "reverse_kl": reverse_kl,
+        "forward_kl": forward_kl,
+        "student_logprobs": student_logprobs,
+        "student_entropy": student_entropy,
+        "student_logsumexp": student_logsumexp,
+    }
 
     def unused(name: str) -> bool:
         value = given[name]
@@ -175,7 +180,7 @@ def fused_linear_distill_loss(
     for name in ("reverse_kl", "forward_kl"):
         if teacher is None and not unused(name):
             raise ValueError(f"{name} needs a teacher: pass teacher_hidden and teacher_weight")
-    if token_ids is None and not unused("student_logprob"):
+    if token_ids is None and not unused("student_logprobs"):
         raise ValueError("student_logprobs needs token_ids, the tokens whose log-probabilities count")
     dtype = torch.promote_types(student_hidden.dtype, torch.float32)
     rows = [_coefficient(name, value, like, dtype) for name, value in given.items()]

@@ -1,9 +1,8 @@
 """Matmuls of a vocabulary head, by the faster of the libraries that torch carries.
 
-For fp32 on x86 CPUs torch calls MKL, which keeps to narrow registers on AMD; oneDNN, which torch.compile calls for the
-same product, does not: measured on an EPYC with AVX-512, 1.7 times as fast for 256 rows of a 49152 × 576 head and 2.7
-times for the 8 rows of a decode step, to the same accuracy. It has no `out=`; the product of gradient and hidden
-states, which accumulates into the weight's gradient, is left to MKL, which is the faster one there.
+For fp32 on x86 CPUs torch calls MKL, which keeps to narrow registers on AMD; oneDNN, which torch.compile calls for
+the same product, does not, and is as exact (benchmarks/test_linear.py::test_head times both). It has no `out=`; the
+product of gradient and hidden states, which accumulates into the weight's gradient, is left to MKL, faster there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Samples of one model, and at every position how far it and another one are apart there.
 
-Both decode side by side, the first alone drawing, so the divergences come from the states that decoding made: no
-forward pass is added.
+The one decodes, the other reads what it drew: the divergences come from the states that both passes leave.
 
 Legend: P prompts, S samples of each, B = P·S sequences (those of one prompt are neighbours), T positions.
 """

@@ -117,6 +117,32 @@ def test_the_share_of_own_samples_grows_when_the_validation_loss_rises(make, fil
         make("gkd", "--rollout.on_policy_step=0.1")
 
 
+@pytest.mark.parametrize("head", ["fused", "logits"])
+@pytest.mark.parametrize(("divergence", "temperature"), [("reverse_kl", 1), ("forward_kl", 1), ("forward_kl", 2)])
+def test_kd_is_divergence_and_labels_in_one_sweep_or_two(make, tmp_path, divergence, temperature, head):
+    """At temperature 1 both terms come from one pass over the logits, else from two: one formula, and gradient."""
+    flags = [f"--loss.divergence={divergence}", f"--loss.temperature={temperature}", "--loss.distill_weight=0.7"]
+    training = make("kd", *flags)
+    training.student.fused = training.teacher.fused = head == "fused"
+    (part,) = METHODS["kd"](training, tmp_path).step(1).parts
+    batch, loss = part.make(part.rows)
+    found = loss(training.student.output(batch), batch)
+
+    with torch.no_grad():
+        teacher = training.teacher.model(batch.input_ids, attention_mask=batch.attention_mask).logits[batch.predict]
+    student = training.student.model(batch.input_ids, attention_mask=batch.attention_mask).logits[batch.predict]
+    log_q, log_p = ((z.double() / temperature).log_softmax(-1) for z in (student, teacher))
+    a, b = (log_q, log_p) if divergence == "reverse_kl" else (log_p, log_q)
+    distill = (a.exp() * (a - b)).sum()
+    label = torch.nn.functional.cross_entropy(student.double(), batch.targets, reduction="sum")
+    expected = 0.7 * distill + training.config.loss.label_weight * label
+    for name, value in {"loss": expected, "loss/distill": distill, "loss/label": label}.items():
+        torch.testing.assert_close(found[name].double(), value, rtol=1e-5, atol=1e-5)
+    parameters = list(training.student.parameters())
+    ours, theirs = (torch.autograd.grad(x, parameters) for x in (found["loss"], expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "divergence", ["reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 )

@@ -12,8 +12,9 @@ import torch
 
 from minillm import train as loop
 from minillm.config import Config
-from minillm.methods import METHODS, Training
+from minillm.methods import METHODS
 from minillm.recipe import config_from
+from minillm.step import Training
 from minillm.vocabulary import CausalLM
 
 PROMPTS = [[5, 9, 17, 33], [7, 8], [100, 3, 45], [60]]

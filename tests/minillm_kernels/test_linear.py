@@ -177,7 +177,7 @@ def test_losses_linear_in_the_statistics_need_what_they_are_made_of():
         mk.fused_linear_distill_loss(*student, student_logprobs=1.0)
     with pytest.raises(ValueError, match="come together"):
         mk.fused_linear_distill_loss(*student, teacher[0], reverse_kl=1.0)
-    with pytest.raises(ValueError, match="student_logprob must broadcast"):
+    with pytest.raises(ValueError, match="student_logprobs must broadcast"):
         mk.fused_linear_distill_loss(*student, token_ids=case.labels, student_logprobs=torch.ones(3))
     with pytest.raises(ValueError, match="every coefficient is 0"):
         mk.fused_linear_distill_loss(*student, *teacher)
