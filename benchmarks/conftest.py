@@ -71,7 +71,7 @@ class Measure:
         kernel(logits, shape) is what `fn` would be on other logits."""
         arguments = setup()[0] if setup else ()
         peak = extra_peak_bytes(lambda: fn(*arguments))
-        self.benchmark.pedantic(fn, setup=setup, rounds=rounds, warmup_rounds=min(WARMUP, rounds // 2))
+        self.benchmark.pedantic(fn, setup=setup, rounds=rounds, warmup_rounds=min(WARMUP, rounds // 3))
         rows, columns = self.shape
         size = rows * columns * torch.empty((), dtype=self.dtype).element_size()
         extra = self.benchmark.extra_info
