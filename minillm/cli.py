@@ -4,6 +4,7 @@ import argparse
 import errno
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -139,17 +140,21 @@ def study(options: argparse.Namespace, flags: list[str]) -> int:
         print(f"wrote {write_document(plan, Path(options.report), command)}")
         return 0
     from minillm.interrupt import Interrupted, exit_on_sigterm
-    from minillm.study.cell import run_cell
+    from minillm.study.cell import run_next
 
     _quiet()
     exit_on_sigterm()
-    for cell in plan.unfinished()[: None if options.all else 1]:
-        print(f"== {cell.path}", flush=True)
-        try:
-            print(f"wrote {run_cell(plan, cell, options.command_line)}", flush=True)
-        except Interrupted:
-            print("stopped by SIGTERM; the same command goes on")
-            return 0
+    try:
+        while plan.unfinished():
+            written = run_next(plan, options.command_line)
+            print(f"wrote {written}" if written else "other runs are at all cells that could run now", flush=True)
+            if not options.all:
+                break
+            if not written:
+                time.sleep(30)
+    except Interrupted:
+        print("stopped by SIGTERM; the same command goes on")
+        return 0
     print(f"{len(plan.unfinished())} of {len(plan.cells())} cells left")
     return 0
 

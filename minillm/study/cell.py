@@ -1,4 +1,7 @@
-"""Run one cell of a study: train, evaluate, write its JSON. Whatever stops it, the same command goes on."""
+"""Run one cell of a study: train, evaluate, write its JSON. Whatever stops it, the same command goes on.
+
+Several runs of the command share the cells of one study: each takes one that is ready and that no other is at.
+"""
 
 import json
 import shutil
@@ -6,6 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import Timeout
 
 from minillm.config import Config, Model
 from minillm.data import Example, Shuffled, encode, read_records
@@ -26,6 +31,22 @@ if TYPE_CHECKING:
 
 KEPT = ("stage", "step", "loss", "kl/reverse", "reward/mean", "completions/mean_length", "entropy", "clip_fraction",
         "grad_norm", "loss/pt", "tokens_per_second")  # fmt: skip
+
+
+def run_next(study: Study, command: str) -> Path | None:
+    """The first cell that can run now; None where all that could are done or with other runs."""
+    for cell in study.unfinished():
+        if not all(study.result(needed).exists() for needed in study.needs(cell)):
+            continue
+        try:
+            held = study.lock(cell.path).acquire(blocking=False)
+        except Timeout:
+            continue
+        with held:
+            if not study.result(cell).exists():  # done by another run meanwhile
+                print(f"== {cell.path}", flush=True)
+                return run_cell(study, cell, command)
+    return None
 
 
 def run_cell(study: Study, cell: Cell, command: str) -> Path:
@@ -56,9 +77,11 @@ def train(study: Study, cell: Cell, command: str) -> dict[str, Any]:
     What it begins from is made again where only the JSON of it is here, as on another machine.
     """
     start = Cell(cell.size, START, cell.seed)
-    if cell != start and not (study.work / start.path / "model").exists():
-        print(f"{start.path} has left no model here: trained again", flush=True)
-        train(study, start, command)
+    if cell != start:
+        with study.lock(start.path):  # several cells may begin there at once
+            if not (study.work / start.path / "model").exists():
+                print(f"{start.path} has left no model here: trained again", flush=True)
+                train(study, start, command)
     config = study.config(cell)
     if config.method == "seqkd":
         answer(study)
@@ -107,12 +130,13 @@ def examples_of(config: Config, tokenizer: "PreTrainedTokenizerBase") -> list[Ex
 def answer(study: Study) -> None:
     """The teacher's answers to the prompts trained on: what seqkd learns from, sampled once for all seeds."""
     seqkd = [name for name, tree in study.methods.items() if tree.get("method") == "seqkd"]
-    if seqkd and not study.answers.exists():
-        size = next(iter(study.sizes))
-        config = study.config(Cell(size, seqkd[0], 0))
-        teacher = CausalLM(load_model(config.model.teacher))
-        training = prepare(config, teacher, teacher, load_tokenizer(config.model.teacher))
-        METHODS["seqkd"](training, study.work)
+    with study.lock(study.answers.stem):
+        if seqkd and not study.answers.exists():
+            size = next(iter(study.sizes))
+            config = study.config(Cell(size, seqkd[0], 0))
+            teacher = CausalLM(load_model(config.model.teacher))
+            training = prepare(config, teacher, teacher, load_tokenizer(config.model.teacher))
+            METHODS["seqkd"](training, study.work)
 
 
 def evaluations(study: Study, source: str, against_teacher: bool) -> dict[str, Any]:

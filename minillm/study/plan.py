@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from filelock import FileLock
 
 from minillm.config import Config, ConfigError, check, unknown
 from minillm.recipe import config_from, merge
@@ -56,6 +57,19 @@ class Study:
 
     def unfinished(self) -> list[Cell]:
         return [cell for cell in self.cells() if not self.result(cell).exists()]
+
+    def needs(self, cell: Cell) -> list[Cell]:
+        """What must be done before it: what it begins from, learns from, and is held to the tokens of."""
+        if cell.name in (TEACHER, START):
+            return []
+        reference = [Cell(cell.size, REFERENCE, cell.seed)] if self.matched(cell) else []
+        return [Cell("", TEACHER, 0), Cell(cell.size, START, cell.seed), *reference]
+
+    def lock(self, name: str) -> FileLock:
+        """Held by the one run that is at this cell (its path) or at the answers; whatever ends a run frees it."""
+        path = self.work / f"{name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path)
 
     def matched(self, cell: Cell) -> bool:
         """Whether the cell takes as many steps as reach minillm's tokens."""

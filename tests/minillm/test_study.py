@@ -103,6 +103,29 @@ def test_one_cell_after_the_other_then_the_page(study, files, capsys):
     assert len(images) == 4 and all((files / image).exists() for image in images)
 
 
+def test_several_runs_share_the_cells_and_wait_for_what_they_need(study, monkeypatch, capsys):
+    plan, ran = load_study(study, smoke=True), []
+
+    def run(plan, cell, command):
+        ran.append(cell.path)
+        plan.result(cell).parent.mkdir(parents=True, exist_ok=True)
+        plan.result(cell).write_text("{}")
+        return plan.result(cell)
+
+    monkeypatch.setattr(cell, "run_cell", run)
+    command = ["study", str(study), "--smoke"]
+    with plan.lock("teacher"):
+        assert main(command) == 0 and ran == ["18-layers/start-0"]
+        assert main(command) == 0 and ran == ["18-layers/start-0"]  # all others need the teacher's answers
+        assert "other runs are at all cells that could run now" in capsys.readouterr().out
+    main(command)
+    with plan.lock("18-layers/minillm-0"):
+        main(command)
+        assert ran[1:] == ["teacher", "18-layers/no-length-norm-0"]  # those in between are held to minillm's tokens
+    main([*command, "--all"])
+    assert ran[3:] == [f"18-layers/{name}-0" for name in ("minillm", "sft", "kd", "seqkd")]
+
+
 def test_what_stops_an_evaluation_does_not_cost_the_training(study, monkeypatch):
     plan, calls = load_study(study, smoke=True), []
     trained, evaluated = cell.run_recipe, cell.evaluations
