@@ -230,6 +230,9 @@ class Eval:
 class Log:
     every: int = 1
     """Optimiser steps per log line."""
+    trackers: str = ""
+    """Where metrics go beside metrics.jsonl: names separated by commas that accelerate knows and that are installed,
+    such as tensorboard,wandb,trackio. Of the first stage, for the whole run."""
     samples: int = 4
     """Prompts whose answers are written to samples.jsonl at each evaluation."""
     checkpoint_every: int = 0

@@ -108,6 +108,7 @@ def run_recipe(recipe: Recipe, command: str, with_evaluation: bool = True, resum
     seconds["total"] = sum(seconds.values()) if run.resumed else time.perf_counter() - started
     summary["seconds"] = {phase: round(value, 1) for phase, value in seconds.items()}
     run.write("summary.json", summary)
+    run.finish()
     print(report(summary))
     print(f"\nmodel, metrics and summary.json are in {run.path}", flush=True)
     return summary

@@ -21,6 +21,7 @@ from minillm.config import ConfigError
 from minillm.export import write_model
 from minillm.packages import write_atomically
 from minillm.recipe import Recipe, load_recipe, save
+from minillm.trackers import open_trackers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +68,7 @@ class Run:
         self.resumed: Checkpoint | None = checkpoint.load(newest, recipe) if newest else None
         self.stages: dict[str, dict[str, Any]] = dict(self.resumed.progress.stages) if self.resumed else {}
         self.environment = environment()
+        self.trackers = open_trackers(recipe.first.log.trackers, self.path, recipe.to_dict())
         if self.main:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.resumed is None:
@@ -77,8 +79,15 @@ class Run:
     def log(self, stage: str, step: int, steps: int, global_step: int, metrics: dict[str, float], left: float) -> None:
         """Append to metrics.jsonl and print one line. `step` of `steps` counts within the stage, `left` is seconds."""
         self._append("metrics.jsonl", {"stage": stage, "step": global_step, **metrics})
+        for tracker in self.trackers:
+            tracker.log(metrics, step=global_step)
         shown = "  ".join(form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics)
         print(f"{stage}  {step}/{steps}  {shown}  {duration(left)} left", flush=True)
+
+    def finish(self) -> None:
+        """Nothing more will be logged."""
+        for tracker in self.trackers:
+            tracker.finish()
 
     def sample(self, row: dict[str, Any]) -> None:
         self._append("samples.jsonl", row)

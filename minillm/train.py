@@ -27,6 +27,7 @@ from minillm.models import check_context, check_packing
 from minillm.run import Run
 from minillm.selection import Selection
 from minillm.step import Loss, Part, Training, chunks
+from minillm.trackers import check_trackers
 from minillm.vocabulary import CausalLM, Sums
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def prepare(
             f"{accelerator.distributed_type} shards the student, which checkpoints and gradients here do not follow "
             "yet: use one process or data parallelism (accelerate launch --num_processes N)"
         )
+    check_trackers(config.log.trackers)
     torch.manual_seed(config.seed)
     for key in ("optim.batch_size", "rollout.batch_size", "objective.pt_batch_size"):
         section, name = key.split(".")
