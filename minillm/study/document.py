@@ -167,47 +167,82 @@ def cost(records: Mapping[Cell, Record]) -> str:
 # ---- verdicts
 
 
+class Difference(NamedTuple):
+    """Of one metric, minillm minus a rival, over the seeds that both have."""
+
+    size: str
+    rival: str
+    metric: Metric
+    values: list[float]
+
+    @property
+    def verdict(self) -> str:
+        return judge(*interval(self.values), self.metric.better) if self.metric.better else ""
+
+    def __str__(self) -> str:
+        digits, (low, high) = self.metric.digits, interval(self.values)
+        within = f" [{low:+.{digits}f}, {high:+.{digits}f}]" if math.isfinite(low) else ""
+        return f"{fmean(self.values):+.{digits}f}{within}" + (f" **{self.verdict}**" if self.verdict else "")
+
+
 def verdicts(study: Study, records: Mapping[Cell, Record], columns: Mapping[str, Metric]) -> str:
-    """One row per claim of the paper and size, one column per rival; then the ablations."""
+    """One row per claim of the paper and size, one column per rival; then the ablations; before both, in words."""
     rivals = [name for name in study.methods if name != REFERENCE]
     claims = [*(key for key in columns if key.startswith("rouge")), "rkl", "exposure", "ece", "distinct"]
+    judged: list[Difference] = []
+
+    def row(size: str, names: Sequence[str], metric: Metric) -> list[str]:
+        found = [_difference(records, size, name, metric) for name in names]
+        judged.extend(each for each in found if each and each.verdict)
+        return ["" if each is None else str(each) for each in found]
+
     lines = [[f"{REFERENCE} minus", "size", *rivals]]
     for key in claims:
         metric = columns[key]
         claim = {1: "claimed higher", -1: "claimed lower", 0: "claimed close to 0"}[metric.better]
         for size in study.sizes:
-            found = [_difference(records, size, rival, metric) for rival in rivals]
-            if any(found):
+            if any(found := row(size, rivals, metric)):
                 lines.append([f"{metric.title} ({claim})", size, *found])
-    text = [_markdown(lines)]
-    lines = [[f"{REFERENCE} minus", *study.ablations]]
+    ablated = [[f"{REFERENCE} minus", *study.ablations]]
     for key in (k for k in claims if k.startswith("rouge")):
-        found = [_difference(records, study.ablated_size, name, columns[key]) for name in study.ablations]
-        if any(found):
-            lines.append([columns[key].title, *found])
-    text.append(
-        f"Without one of its parts, {study.ablated_size} (each is claimed to raise ROUGE-L):\n\n{_markdown(lines)}"
-    )
-    judged = "\n".join(text).count("**")  # two a verdict
-    text.append(
-        f"{judged // 2} differences are judged; of as many that are truly zero, one in twenty would not come out open."
-    )
-    return "\n\n".join(text)
+        if any(found := row(study.ablated_size, list(study.ablations), columns[key])):
+            ablated.append([columns[key].title, *found])
+    parts = [
+        in_words(judged),
+        _markdown(lines),
+        f"Without one of its parts, {study.ablated_size} (each is claimed to raise ROUGE-L):",
+        _markdown(ablated),
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
-def _difference(records: Mapping[Cell, Record], size: str, rival: str, metric: Metric) -> str:
+def in_words(judged: Sequence[Difference]) -> str:
+    """What is decided, metric by metric, and how much of it chance alone would decide."""
+    lines = []
+    for title in dict.fromkeys(each.metric.title for each in judged):
+        found = [each for each in judged if each.metric.title == title]
+        said = []
+        for verdict in ("holds", "fails"):
+            rivals = [f"{each.rival} ({each.size})" for each in found if each.verdict == verdict]
+            if rivals:
+                said.append(f"{verdict} against {', '.join(rivals)}")
+        if undecided := sum(each.verdict == "open" for each in found):
+            said.append(f"open in {undecided} of {len(found)}")
+        lines.append(f"- {title}: {'; '.join(said)}.")
+    if not judged:
+        return ""
+    chance = f"of as many that are truly zero, {len(judged) / 20:.1f} would come out as decided."
+    return "\n".join([*lines, f"\n{len(judged)} differences are judged; {chance}"])
+
+
+def _difference(records: Mapping[Cell, Record], size: str, rival: str, metric: Metric) -> Difference | None:
     pairs = [
         (record, records[Cell(size, rival, cell.seed)])
         for cell, record in records.items()
         if cell[:2] == (size, REFERENCE) and Cell(size, rival, cell.seed) in records
     ]
-    differences = [metric.read(ours) - metric.read(theirs) for ours, theirs in pairs]
-    if not differences or any(map(math.isnan, differences)):
-        return ""
-    low, high = interval(differences)
-    within = f" [{low:+.{metric.digits}f}, {high:+.{metric.digits}f}]" if math.isfinite(low) else ""
-    verdict = f" **{judge(low, high, metric.better)}**" if metric.better else ""
-    return f"{fmean(differences):+.{metric.digits}f}{within}{verdict}"
+    values = [metric.read(ours) - metric.read(theirs) for ours, theirs in pairs]
+    return Difference(size, rival, metric, values) if values and not any(map(math.isnan, values)) else None
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:

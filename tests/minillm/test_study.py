@@ -194,3 +194,16 @@ def test_a_study_that_cannot_be_run(files, tree, change, message):
         load_study(path)
     with pytest.raises(FileNotFoundError, match="no study at"):
         load_study(files / "none.yaml")
+
+
+def test_verdicts_in_words_name_what_is_decided_and_count_what_is_open():
+    metric = document.Metric("ROUGE-L", float, 2, 1)
+
+    def difference(rival, *values):
+        return document.Difference("small", rival, metric, list(values))
+
+    found = [difference("sft", 1.0, 1.1, 0.9), difference("kd", -1.0, -1.1, -0.9), difference("seqkd", 1.0, -1.0, 0.5)]
+    text = document.in_words(found)
+    assert "- ROUGE-L: holds against sft (small); fails against kd (small); open in 1 of 3." in text
+    assert "3 differences are judged" in text
+    assert str(found[0]) == "+1.00 [+0.75, +1.25] **holds**"
