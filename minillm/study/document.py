@@ -1,8 +1,9 @@
 """The study's page, docs/study.md: tables, figures and verdicts, from the JSON of the cells that are done.
 
 Numbers are means over the training seeds ± their standard deviation. A claim is judged by the differences within a
-seed, of one start and paired draws: it *holds* where the 95 % interval of their mean (Student's t) lies on the side
-claimed, *fails* where it lies on the other, and is *open* otherwise.
+seed and size, of one start and paired draws: it *holds* where the 95 % interval of their mean (Student's t) lies on
+the side claimed, *fails* where it lies on the other, and is *open* otherwise. All sizes: the differences of all of
+them taken together.
 """
 
 import json
@@ -17,8 +18,9 @@ from minillm.packages import write_atomically
 from minillm.report import figures
 from minillm.study.plan import REFERENCE, START, TEACHER, Cell, Study
 
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Student's t of a 95 % interval, by the number of seeds."""
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+"""Student's t of a 95 % interval, by the number of differences."""
+ALL = "all sizes"
 Record = dict[str, Any]
 
 
@@ -53,10 +55,14 @@ def metrics(study: Study, records: Mapping[Cell, Record]) -> dict[str, Metric]:
     def optional(*path: str) -> Callable[[Record], float]:
         return lambda record: _at(*path)(record) if path[1] in record["evaluations"][first] else math.nan
 
+    def over_sets(record: Record) -> float:
+        return fmean(_at(name, "rouge_l", "sampled", "mean")(record) for name in study.evaluate)
+
     return {
         "rouge": Metric(f"ROUGE-L, {first}", _at(first, "rouge_l", "sampled", "mean"), 2, 1),
         "greedy": Metric("greedy", _at(first, "rouge_l", "greedy", "mean"), 2, 1),
         **{f"rouge {n}": Metric(f"ROUGE-L, {n}", _at(n, "rouge_l", "sampled", "mean"), 2, 1) for n in others},
+        "rouge all": Metric("ROUGE-L, mean of the sets", over_sets, 2, 1),
         "rkl": Metric("reverse KL, own text", optional(first, "reverse_kl", "own_samples", "mean"), 3, -1),
         "fkl": Metric("forward KL, teacher's text", optional(first, "forward_kl", "teacher_samples", "mean"), 3, -1),
         "exposure": Metric(f"ExAccErr({longest}), %", exposure, 1, -1),
@@ -192,7 +198,8 @@ def verdicts(study: Study, records: Mapping[Cell, Record], columns: Mapping[str,
     judged: list[Difference] = []
 
     def row(size: str, names: Sequence[str], metric: Metric) -> list[str]:
-        found = [_difference(records, size, name, metric) for name in names]
+        sizes = list(study.sizes) if size == ALL else [size]
+        found = [_difference(records, size, sizes, name, metric) for name in names]
         judged.extend(each for each in found if each and each.verdict)
         return ["" if each is None else str(each) for each in found]
 
@@ -200,7 +207,7 @@ def verdicts(study: Study, records: Mapping[Cell, Record], columns: Mapping[str,
     for key in claims:
         metric = columns[key]
         claim = {1: "claimed higher", -1: "claimed lower", 0: "claimed close to 0"}[metric.better]
-        for size in study.sizes:
+        for size in (*study.sizes, *([ALL] if len(study.sizes) > 1 else [])):
             if any(found := row(size, rivals, metric)):
                 lines.append([f"{metric.title} ({claim})", size, *found])
     ablated = [[f"{REFERENCE} minus", *study.ablations]]
@@ -235,14 +242,15 @@ def in_words(judged: Sequence[Difference]) -> str:
     return "\n".join([*lines, f"\n{len(judged)} differences are judged; {chance}"])
 
 
-def _difference(records: Mapping[Cell, Record], size: str, rival: str, metric: Metric) -> Difference | None:
-    pairs = [
-        (record, records[Cell(size, rival, cell.seed)])
+def _difference(
+    records: Mapping[Cell, Record], label: str, sizes: Sequence[str], rival: str, metric: Metric
+) -> Difference | None:
+    values = [
+        metric.read(record) - metric.read(records[other])
         for cell, record in records.items()
-        if cell[:2] == (size, REFERENCE) and Cell(size, rival, cell.seed) in records
+        if cell.name == REFERENCE and cell.size in sizes and (other := cell._replace(name=rival)) in records
     ]
-    values = [metric.read(ours) - metric.read(theirs) for ours, theirs in pairs]
-    return Difference(size, rival, metric, values) if values and not any(map(math.isnan, values)) else None
+    return Difference(label, rival, metric, values) if values and not any(map(math.isnan, values)) else None
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:

@@ -196,6 +196,21 @@ def test_a_study_that_cannot_be_run(files, tree, change, message):
         load_study(files / "none.yaml")
 
 
+def test_differences_are_within_seed_and_size_and_all_sizes_are_their_union():
+    metric = document.Metric("ROUGE-L", lambda record: record["value"], 2, 1)
+    values = {("small", 0): (3, 1), ("small", 1): (5, 1), ("large", 0): (9, 1)}
+    records = {
+        Cell(size, name, seed): {"value": value}
+        for (size, seed), pair in values.items()
+        for name, value in zip(("minillm", "kd"), pair, strict=True)
+    }
+    del records[Cell("small", "kd", 1)]  # not done yet
+    records[Cell("large", "kd", 2)] = {"value": 7}
+    assert document._difference(records, "small", ["small"], "kd", metric).values == [2]
+    assert document._difference(records, document.ALL, ["small", "large"], "kd", metric).values == [2, 8]
+    assert document._difference(records, "small", ["small"], "sft", metric) is None
+
+
 def test_verdicts_in_words_name_what_is_decided_and_count_what_is_open():
     metric = document.Metric("ROUGE-L", float, 2, 1)
 
