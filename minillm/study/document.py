@@ -91,6 +91,7 @@ def write_document(study: Study, page: Path, command: str) -> Path:
         "## Tables",
         *[table(study, records, columns, size) for size in study.sizes],
         "ROUGE-L of answers sampled at temperature 1. KL in nats per token; ECE of next tokens on reference answers. "
+        "ExAccErr at or below 0: no excess error accumulates; there a lower value is no advantage, and is not judged. "
         "Tokens: what the student was trained on, prompts and text included.",
         "## Ablations",
         ablations(study, records, columns),
@@ -161,7 +162,8 @@ def _cell(metric: Metric, found: Sequence[Record]) -> str:
 
 def cost(records: Mapping[Cell, Record]) -> str:
     seconds = {part: sum(r["seconds"][part] for r in records.values()) for part in ("training", "evaluation")}
-    machines = sorted({f"{r['environment']['cpu']}, {r['environment']['threads']} threads" for r in records.values()})
+    environments = [record["environment"] for record in records.values()]
+    machines = sorted({f"{e['cpu']} (threads a run: {e['threads']})" for e in environments})
     longest = max(sum(r["seconds"].values()) for r in records.values())
     return (
         f"{len(records)} cells, {seconds['training'] / 3600:.1f} h of training and "
@@ -195,6 +197,9 @@ def verdicts(study: Study, records: Mapping[Cell, Record], columns: Mapping[str,
     """One row per claim of the paper and size, one column per rival; then the ablations; before both, in words."""
     rivals = [name for name in study.methods if name != REFERENCE]
     claims = [*(key for key in columns if key.startswith("rouge")), "rkl", "exposure", "ece", "distinct"]
+    exposure = columns["exposure"]
+    excess = exposure._replace(title=f"{exposure.title}, above 0", read=lambda r: max(exposure.read(r), 0.0))
+    columns = {**columns, "exposure": excess}
     judged: list[Difference] = []
 
     def row(size: str, names: Sequence[str], metric: Metric) -> list[str]:
@@ -236,10 +241,13 @@ def in_words(judged: Sequence[Difference]) -> str:
         if undecided := sum(each.verdict == "open" for each in found):
             said.append(f"open in {undecided} of {len(found)}")
         lines.append(f"- {title}: {'; '.join(said)}.")
-    if not judged:
-        return ""
-    chance = f"of as many that are truly zero, {len(judged) / 20:.1f} would come out as decided."
-    return "\n".join([*lines, f"\n{len(judged)} differences are judged; {chance}"])
+    decidable = sum(len(each.values) > 1 for each in judged)
+    if decidable:
+        lines.append(
+            f"\n{decidable} of these differences are of two seeds or more and could be decided; of as many that are "
+            f"truly zero, {decidable / 20:.1f} would be."
+        )
+    return "\n".join(lines)
 
 
 def _difference(
