@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+import yaml
+
 from minillm.config import ConfigError
 from minillm.packages import write_atomically
 from minillm.report import figures
@@ -95,6 +97,7 @@ def write_document(study: Study, page: Path, command: str) -> Path:
         "Tokens: what the student was trained on, prompts and text included.",
         "## Ablations",
         ablations(study, records, columns),
+        *variations(study, records, columns),
         "## Figures",
         *draw(study, records, page.parent / page.stem),
         "## Cost",
@@ -124,7 +127,7 @@ def setup(study: Study, records: Mapping[Cell, Record]) -> str:
 
 
 def table(study: Study, records: Mapping[Cell, Record], columns: Mapping[str, Metric], size: str) -> str:
-    names = [START, *(name for name in study.methods if name != REFERENCE), REFERENCE]
+    names = [START, *(name for name in study.methods if name != REFERENCE), REFERENCE, *study.variations]
     return _table(f"**{size}**", records, columns, [(size, name) for name in names], teacher=True)
 
 
@@ -176,7 +179,7 @@ def cost(records: Mapping[Cell, Record]) -> str:
 
 
 class Difference(NamedTuple):
-    """Of one metric, minillm minus a rival, over the seeds that both have."""
+    """Of one metric, minillm (or a variation of it) minus a rival, over the seeds that both have."""
 
     size: str
     rival: str
@@ -204,7 +207,7 @@ def verdicts(study: Study, records: Mapping[Cell, Record], columns: Mapping[str,
 
     def row(size: str, names: Sequence[str], metric: Metric) -> list[str]:
         sizes = list(study.sizes) if size == ALL else [size]
-        found = [_difference(records, size, sizes, name, metric) for name in names]
+        found = [_difference(records, size, sizes, (REFERENCE, name), metric) for name in names]
         judged.extend(each for each in found if each and each.verdict)
         return ["" if each is None else str(each) for each in found]
 
@@ -226,6 +229,22 @@ def verdicts(study: Study, records: Mapping[Cell, Record], columns: Mapping[str,
         _markdown(ablated),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def variations(study: Study, records: Mapping[Cell, Record], columns: Mapping[str, Metric]) -> list[str]:
+    """Differences of what is no claim of the paper and therefore not judged."""
+    parts, rivals = [], [name for name in study.methods if name != REFERENCE]
+    for name, changes in study.variations.items():
+        lines = [[f"{name} minus", "size", *rivals, REFERENCE]]
+        for metric in (columns[key]._replace(better=0) for key in ("rouge all", "rkl", "ece", "length")):
+            for size, sizes in (*((size, [size]) for size in study.sizes), (ALL, list(study.sizes))):
+                found = [_difference(records, size, sizes, (name, rival), metric) for rival in (*rivals, REFERENCE)]
+                if any(found):
+                    lines.append([metric.title, size, *("" if each is None else str(each) for each in found)])
+        if len(lines) > 1:
+            said = yaml.safe_dump(changes, default_flow_style=True).strip()
+            parts += [f"A variation of {REFERENCE}, not judged: {name}, `{said}`.", _markdown(lines)]
+    return ["## Variations", *parts] if parts else []
 
 
 def in_words(judged: Sequence[Difference]) -> str:
@@ -251,12 +270,13 @@ def in_words(judged: Sequence[Difference]) -> str:
 
 
 def _difference(
-    records: Mapping[Cell, Record], label: str, sizes: Sequence[str], rival: str, metric: Metric
+    records: Mapping[Cell, Record], label: str, sizes: Sequence[str], pair: tuple[str, str], metric: Metric
 ) -> Difference | None:
+    minuend, rival = pair
     values = [
         metric.read(record) - metric.read(records[other])
         for cell, record in records.items()
-        if cell.name == REFERENCE and cell.size in sizes and (other := cell._replace(name=rival)) in records
+        if cell.name == minuend and cell.size in sizes and (other := cell._replace(name=rival)) in records
     ]
     return Difference(label, rival, metric, values) if values and not any(map(math.isnan, values)) else None
 

@@ -1,11 +1,12 @@
 """Which cells a study has, in which order, and the configuration of each.
 
 Per seed and size: `start` (what every method starts from), `minillm`, then the methods that are held to its tokens;
-then the ablations of minillm at their size. The teacher comes first: its evaluation, and its answers for seqkd.
+then the ablations of minillm at their size, and its variations at every size. The teacher comes first: its evaluation,
+and its answers for seqkd.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ from minillm.config import Config, ConfigError, check, unknown
 from minillm.recipe import config_from, merge
 
 TEACHER, START, REFERENCE = "teacher", "start", "minillm"
-SECTIONS = ("results", "work", "seeds", "sizes", "base", "start", "methods", "ablations", "evaluate", "smoke")
+NEEDED = ("results", "work", "seeds", "sizes", "base", "start", "methods", "ablations", "evaluate")
+SECTIONS = (*NEEDED, "variations", "smoke")
 
 
 class Cell(NamedTuple):
@@ -43,6 +45,7 @@ class Study:
     ablations: dict[str, dict[str, Any]]
     ablated_size: str
     evaluate: dict[str, dict[str, Any]]
+    variations: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
         """All of them, in the order they run: one seed is complete before the next begins."""
@@ -50,6 +53,7 @@ class Study:
         for seed in self.seeds:
             found += [Cell(size, name, seed) for size in self.sizes for name in (START, *self.methods)]
             found += [Cell(self.ablated_size, name, seed) for name in self.ablations]
+            found += [Cell(size, name, seed) for size in self.sizes for name in self.variations]
         return found
 
     def result(self, cell: Cell) -> Path:
@@ -83,8 +87,9 @@ class Study:
         else:
             beginning = self.work / Cell(cell.size, START, cell.seed).path / "model"
             overrides += [{"model": {"student": str(beginning)}}]
-            overrides += [self.methods[REFERENCE if cell.name in self.ablations else cell.name]]
-            overrides += [self.ablations.get(cell.name, {}), {"data": {"teacher_answers": str(self.answers)}}]
+            changes = {**self.ablations, **self.variations}
+            overrides += [self.methods[REFERENCE if cell.name in changes else cell.name], changes.get(cell.name, {})]
+            overrides += [{"data": {"teacher_answers": str(self.answers)}}]
         if steps:
             overrides.append({"optim": {"steps": steps}})
         config = config_from(_merged(*overrides))
@@ -114,7 +119,7 @@ def load_study(path: str | Path, smoke: bool = False) -> Study:
     for key in tree:
         if key not in SECTIONS:
             raise ConfigError(unknown("section of a study", str(key), SECTIONS))
-    for key in SECTIONS[:-1]:
+    for key in NEEDED:
         if not tree.get(key):
             raise ConfigError(f"{path} has no section `{key}`, which a study needs")
     if smoke:

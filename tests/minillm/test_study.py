@@ -52,7 +52,7 @@ def study(files, tree):
 def test_the_committed_study_is_the_one_asked_for():
     plan = load_study(RECIPE)
     cells = plan.cells()
-    assert len(cells) == len(set(cells)) == 1 + 3 * (2 * 5 + 3)
+    assert len(cells) == len(set(cells)) == 1 + 3 * (2 * 5 + 3 + 2)
     assert list(plan.methods) == ["minillm", "sft", "kd", "seqkd"] and len(plan.sizes) == 2
     for name, section, key, value in (
         ("no-length-norm", "objective", "length_norm", False),
@@ -61,7 +61,9 @@ def test_the_committed_study_is_the_one_asked_for():
     ):
         config = plan.config(Cell(plan.ablated_size, name, 1))
         assert config.method == "minillm" and getattr(getattr(config, section), key) == value
-    starts = {plan.config(Cell("18-layers", name, 2)).model.student for name in (*plan.methods, *plan.ablations)}
+    assert plan.config(Cell("24-layers", "lower-lr", 1)).optim.lr < plan.config(Cell("24-layers", "sft", 1)).optim.lr
+    names = (*plan.methods, *plan.ablations, *plan.variations)
+    starts = {plan.config(Cell("18-layers", name, 2)).model.student for name in names}
     assert len(starts) == 1  # the same initialisation
 
 
@@ -73,9 +75,9 @@ def test_one_cell_after_the_other_then_the_page(study, files, capsys):
     assert main(command) == 0
     assert "== teacher" in capsys.readouterr().out and (files / "work/teacher-answers.jsonl").exists()
     assert main([*command, "--all"]) == 0
-    assert "0 of 7 cells left" in capsys.readouterr().out
+    assert "0 of 8 cells left" in capsys.readouterr().out
     assert main([*command, "--list"]) == 0
-    assert capsys.readouterr().out.count("done") == 7
+    assert capsys.readouterr().out.count("done") == 8
 
     plan = load_study(study, smoke=True)
     found = {c: json.loads(plan.result(c).read_text()) for c in plan.cells()}
@@ -99,6 +101,9 @@ def test_one_cell_after_the_other_then_the_page(study, files, capsys):
     assert (
         f"| kd | 1 | {tokens:,.0f} |" in text and "**open**" in text and "**holds**" not in text
     )  # one seed decides nothing
+    lower = found[Cell("18-layers", "lower-lr", 0)]["training"]["num_tokens"]
+    assert f"| lower-lr | 1 | {lower:,.0f} |" in text and "`{optim: {lr: 3e-5}}`" in text
+    assert not [line for line in text.partition("## Variations")[2].splitlines() if "**open**" in line]
     images = [line.partition("](")[2].rstrip(")") for line in text.splitlines() if line.startswith("![")]
     assert len(images) == 4 and all((files / image).exists() for image in images)
 
@@ -123,7 +128,7 @@ def test_several_runs_share_the_cells_and_wait_for_what_they_need(study, monkeyp
         main(command)
         assert ran[1:] == ["teacher", "18-layers/no-length-norm-0"]  # those in between are held to minillm's tokens
     main([*command, "--all"])
-    assert ran[3:] == [f"18-layers/{name}-0" for name in ("minillm", "sft", "kd", "seqkd")]
+    assert ran[3:] == [f"18-layers/{name}-0" for name in ("minillm", "sft", "kd", "seqkd", "lower-lr")]
 
 
 def test_what_stops_an_evaluation_does_not_cost_the_training(study, monkeypatch):
@@ -146,7 +151,7 @@ def test_what_stops_an_evaluation_does_not_cost_the_training(study, monkeypatch)
 
 def test_a_study_goes_on_where_only_its_json_is(study, files, capsys):
     plan = load_study(study, smoke=True)
-    teacher, start, minillm, *_, seqkd, _ = plan.cells()
+    teacher, start, minillm, *_, seqkd, _, _ = plan.cells()
     for each in (teacher, start, minillm):
         cell.run_cell(plan, each, "")
     before = json.loads(plan.result(start).read_text())["training"]["num_tokens"]
@@ -205,10 +210,11 @@ def test_differences_are_within_seed_and_size_and_all_sizes_are_their_union():
         for name, value in zip(("minillm", "kd"), pair, strict=True)
     }
     del records[Cell("small", "kd", 1)]  # not done yet
+    pair = ("minillm", "kd")
     records[Cell("large", "kd", 2)] = {"value": 7}
-    assert document._difference(records, "small", ["small"], "kd", metric).values == [2]
-    assert document._difference(records, document.ALL, ["small", "large"], "kd", metric).values == [2, 8]
-    assert document._difference(records, "small", ["small"], "sft", metric) is None
+    assert document._difference(records, "small", ["small"], pair, metric).values == [2]
+    assert document._difference(records, document.ALL, ["small", "large"], pair, metric).values == [2, 8]
+    assert document._difference(records, "small", ["small"], ("minillm", "sft"), metric) is None
 
 
 def test_verdicts_in_words_name_what_is_decided_and_count_what_is_open():
