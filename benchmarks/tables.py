@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from the JSON in benchmarks/results: every number there comes from here.
+"""Writes the tables of README.md from the JSON in benchmarks/results and docs/study: every number there is from it.
 
 python benchmarks/tables.py           rewrite the tables
 python benchmarks/tables.py --check   exit 1 if README.md is not what the JSON gives
@@ -6,10 +6,14 @@ python benchmarks/tables.py --check   exit 1 if README.md is not what the JSON g
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
 from pathlib import Path
+
+from minillm.study import document
+from minillm.study.plan import load_study
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -210,6 +214,17 @@ def trl_table() -> str:
     return markdown(header, rows) + "\n\n" + note
 
 
+def study_table() -> str:
+    """What a reader asks first of docs/study.md, and its verdicts."""
+    study = load_study(ROOT / "recipes" / "study" / "study.yaml")
+    study = dataclasses.replace(study, results=ROOT / study.results)
+    records = document.load_records(study)
+    columns = document.metrics(study, records)
+    shown = {key: columns[key] for key in ("rouge all", "rkl", "ece", "distinct", "length")}
+    tables = [document.table(study, records, shown, size) for size in study.sizes]
+    return "\n\n".join([*tables, document.verdicts(study, records, columns).partition("\n| ")[0].strip()])
+
+
 TABLES = {
     "demo": demo_table,
     "cpu": cpu_table,
@@ -218,6 +233,7 @@ TABLES = {
     "training": training_table,
     "trl": trl_table,
     "gpu": gpu_table,
+    "study": study_table,
 }
 
 
@@ -236,9 +252,8 @@ def main() -> None:
     current = path.read_text()
     wanted = render(current)
     if "--check" in sys.argv:
-        sys.exit(
-            0 if current == wanted else "README.md differs from benchmarks/results: run python benchmarks/tables.py"
-        )
+        stale = "README.md is not what the committed JSON gives: run python benchmarks/tables.py"
+        sys.exit(0 if current == wanted else stale)
     path.write_text(wanted)
 
 

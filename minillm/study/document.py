@@ -76,9 +76,7 @@ def metrics(study: Study, records: Mapping[Cell, Record]) -> dict[str, Metric]:
 
 def write_document(study: Study, page: Path, command: str) -> Path:
     """Write docs/study.md and its figures. Raises ConfigError where no cell that trained is done."""
-    records = {
-        cell: json.loads(study.result(cell).read_text()) for cell in study.cells() if study.result(cell).exists()
-    }
+    records = load_records(study)
     if not any(cell.name not in (TEACHER, START) for cell in records):
         raise ConfigError(f"{study.results} holds no finished cell yet: run some with `{command}` without --report")
     columns, left = metrics(study, records), study.unfinished()
@@ -87,6 +85,7 @@ def write_document(study: Study, page: Path, command: str) -> Path:
         "# The paper's claims, measured at a small size",
         f"Made by `{command}` from the JSON in `{study.results}`; do not edit. {state}",
         setup(study, records),
+        study.notes.strip(),
         "## Verdicts",
         str(__doc__).partition("\n\n")[2].strip(),
         verdicts(study, records, columns),
@@ -105,6 +104,11 @@ def write_document(study: Study, page: Path, command: str) -> Path:
     ]
     write_atomically(page, "\n\n".join(part for part in parts if part) + "\n")
     return page
+
+
+def load_records(study: Study) -> dict[Cell, Record]:
+    """Of the cells that are done."""
+    return {cell: json.loads(study.result(cell).read_text()) for cell in study.cells() if study.result(cell).exists()}
 
 
 def setup(study: Study, records: Mapping[Cell, Record]) -> str:

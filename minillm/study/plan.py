@@ -18,7 +18,7 @@ from minillm.recipe import config_from, merge
 
 TEACHER, START, REFERENCE = "teacher", "start", "minillm"
 NEEDED = ("results", "work", "seeds", "sizes", "base", "start", "methods", "ablations", "evaluate")
-SECTIONS = (*NEEDED, "variations", "smoke")
+SECTIONS = (*NEEDED, "variations", "notes", "smoke")
 
 
 class Cell(NamedTuple):
@@ -46,6 +46,8 @@ class Study:
     ablated_size: str
     evaluate: dict[str, dict[str, Any]]
     variations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: str = ""
+    """What a reader of the page should know beside the numbers, in Markdown."""
 
     def cells(self) -> list[Cell]:
         """All of them, in the order they run: one seed is complete before the next begins."""

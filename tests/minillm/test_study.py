@@ -108,6 +108,15 @@ def test_one_cell_after_the_other_then_the_page(study, files, capsys):
     assert len(images) == 4 and all((files / image).exists() for image in images)
 
 
+def test_the_committed_page_is_what_the_committed_cells_give(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the page is an optional extra")
+    monkeypatch.chdir(RECIPE.parents[2])
+    assert main(["study", "recipes/study/study.yaml", "--report", str(tmp_path / "study.md")]) == 0
+    assert (tmp_path / "study.md").read_text() == Path("docs/study.md").read_text()
+    figures = {path.name for path in (tmp_path / "study").glob("*.png")}
+    assert figures == {path.name for path in Path("docs/study").glob("*.png")}
+
+
 def test_several_runs_share_the_cells_and_wait_for_what_they_need(study, monkeypatch, capsys):
     plan, ran = load_study(study, smoke=True), []
 
