@@ -3,7 +3,7 @@
 Numbers are means over the training seeds ± their standard deviation. A claim is judged by the differences within a
 seed and size, of one start and paired draws: it *holds* where the 95 % interval of their mean (Student's t) lies on
 the side claimed, *fails* where it lies on the other, and is *open* otherwise. All sizes: the differences of all of
-them taken together.
+them taken together. The intervals are of training again on these prompts; other prompts would add their own spread.
 """
 
 import json
