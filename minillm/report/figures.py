@@ -56,7 +56,8 @@ def learning_curves(metrics: Mapping[str, Sequence[dict[str, Any]]]) -> "Figure 
         panel.set_title(CURVES[key], fontsize=9)
     for panel in panels[len(shown) :]:
         panel.remove()
-    figure.supxlabel("optimiser step (dotted: next stage)", fontsize=9)
+    staged = any(len({row["stage"] for row in rows}) > 1 for rows in metrics.values())
+    figure.supxlabel("optimiser step" + (" (dotted: next stage)" if staged else ""), fontsize=9)
     names = [(f"C{i}", label) for i, label in enumerate(metrics)]
     if len(names) > 1:
         from matplotlib.lines import Line2D
@@ -122,7 +123,7 @@ def buckets(results: Mapping[str, Result], score: str = "rouge_l/sampled") -> "F
         means, errors = ([(part or {}).get(key) or 0.0 for part in parts] for key in ("mean", "standard_error"))
         panel.bar(places, means, width, yerr=errors, label=label, error_kw={"linewidth": 1})
     counts = [first[name]["prompts"] for name in names]
-    ticks = [f"{name} tokens\n({n} prompts)" for name, n in zip(names, counts, strict=True)]
+    ticks = [f"{name} tokens\n({n} prompt{'s' * (n != 1)})" for name, n in zip(names, counts, strict=True)]
     panel.set_xticks(range(len(names)), ticks)
     panel.set(ylabel="ROUGE-L")
     panel.legend(fontsize=9)
