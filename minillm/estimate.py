@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minillm.config import Config
 from minillm.data import read_records
-from minillm.models import layers_of, load_student, skeleton
+from minillm.models import cached, layers_of, load_student, skeleton
 from minillm.recipe import Recipe
 from minillm_kernels.chunked import BUFFER_BYTES
 
@@ -49,7 +49,10 @@ class _Whole(nn.Module):
 
 def trial(model: "PreTrainedModel", sequences: int, tokens: int, train: bool = False) -> Pass:
     """Count a pass over [B, T] tokens, some of them padding: forward with a cache; to train, forward and backward."""
+    from transformers import DynamicCache
+
     kept: dict[int, torch.UntypedStorage] = {}
+    cache = DynamicCache(config=model.config)
 
     def keep(x: torch.Tensor) -> torch.Tensor:
         if x.untyped_storage()._cdata not in weights:
@@ -57,7 +60,8 @@ def trial(model: "PreTrainedModel", sequences: int, tokens: int, train: bool = F
         return x
 
     def then(result: Any) -> int:
-        for layer in [] if train else result.past_key_values.layers:
+        layers: list[Any] = [] if train else cache.layers
+        for layer in layers:
             keep(layer.keys)
             keep(layer.values)
         bytes_kept = sum(storage.nbytes() for storage in kept.values())
@@ -72,7 +76,8 @@ def trial(model: "PreTrainedModel", sequences: int, tokens: int, train: bool = F
         state = {name: torch.empty(s, dtype=d).requires_grad_(grad) for name, (s, d, grad) in own.items()}
         weights = {x.untyped_storage()._cdata for x in state.values()}
         ids = torch.zeros(sequences, tokens, dtype=torch.long)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": not train}
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs |= {"use_cache": False} if train else cached(model.base_model, cache)
         with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             bytes_kept = torch.func.functional_call(whole, state, kwargs=inputs)
         return Pass(flops.get_total_flops(), bytes_kept)

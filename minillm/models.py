@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from minillm import packages
 from minillm.config import Config, ConfigError, Lora
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 PROBE = "In 1984,  the naïve café (№ 7) answered: “2 + 2 = 5”?\n\n\tdef f(x): return x\n日本語 🙂"
 
@@ -214,6 +215,12 @@ def check_context(model: "PreTrainedModel", tokens: int) -> None:
             f"prompt and answer may reach {tokens} tokens, but {type(model).__name__} has {limit} positions: lower "
             "data.max_prompt_length, data.max_response_length or rollout.max_new_tokens"
         )
+
+
+def cached(module: nn.Module, cache: "Cache") -> dict[str, Any]:
+    """What a forward of a transformers module is called with to go on from `cache` and to add to it."""
+    names = inspect.signature(module.forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}  # renamed by transformers
 
 
 @torch.no_grad()

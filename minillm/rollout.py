@@ -184,7 +184,7 @@ class _Decoder:
         self.model = model
         self.cache = DynamicCache(config=model.model.config)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        hidden = model.states(ids, mask, position_ids=positions, past_key_values=self.cache, use_cache=True)
+        hidden = model.states(ids, mask, self.cache, position_ids=positions)
         if copies > 1:
             self.cache.batch_repeat_interleave(copies)
         self.hidden = hidden[:, -1].repeat_interleave(copies, dim=0)
@@ -197,13 +197,7 @@ class _Decoder:
     def append(self, token_ids: Tensor) -> None:
         """Feed one token per sequence. Sequences that have ended go on decoding; what follows is never read."""
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
-        self.hidden = self.model.states(
-            token_ids[:, None],
-            self.mask,
-            position_ids=self.position,
-            past_key_values=self.cache,
-            use_cache=True,
-        )[:, -1]
+        self.hidden = self.model.states(token_ids[:, None], self.mask, self.cache, position_ids=self.position)[:, -1]
         self.position = self.position + 1
 
 

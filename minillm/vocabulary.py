@@ -17,11 +17,12 @@ from torch import Tensor, nn
 import minillm_kernels as kernels
 from minillm.config import ConfigError
 from minillm.data import Batch
+from minillm.models import cached
 from minillm_kernels import DistillLoss, DistillStats, MiniLLMLoss
 from minillm_kernels.matmul import linear
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
 Sums = dict[str, Tensor]
 """Named sums over tokens; "loss" is differentiated, the others are logged."""
@@ -72,10 +73,14 @@ class CausalLM(nn.Module):
         weight = self.head.weight
         return self.model.config.get_text_config().vocab_size if weight is None else weight.shape[0]
 
-    def states(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Any) -> Tensor:
+    def states(
+        self, input_ids: Tensor, attention_mask: Tensor | None, cache: "Cache | None" = None, **inputs: Any
+    ) -> Tensor:
         """[B, T, H] final states, without any work on the vocabulary where the head is read apart."""
-        inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self.model.base_model(**inputs).last_hidden_state if self.fused else self.model(**inputs).logits
+        module = self.model.base_model if self.fused else self.model
+        inputs |= {"use_cache": False} if cache is None else cached(module, cache)
+        found = module(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        return found.last_hidden_state if self.fused else found.logits
 
     def logits(self, states: Tensor) -> Tensor:
         """[..., V] of states [..., H], without a gradient."""
@@ -88,7 +93,7 @@ class CausalLM(nn.Module):
         return z if softcap is None else softcap * torch.tanh(z / softcap)
 
     def output(self, batch: Batch) -> Output:
-        return Output(self.states(**batch.inputs(), use_cache=False)[batch.predict], self.head)
+        return Output(self.states(**batch.inputs())[batch.predict], self.head)
 
     def forward(self, batch: Batch, loss: Callable[[Output, Batch], Sums]) -> Sums:
         return loss(self.output(batch), batch)

@@ -8,8 +8,9 @@ student:
     ExAccErr(l) = (R(l) / (l·ε(l)) - 1) · 100 %
 
 Each expectation at a position t is the mean over the samples that reach t: responses end, and no law follows an end.
-Both models are sampled at temperature 1 from the whole vocabulary, `eval.samples` times a prompt. The curve stops
-where fewer than a quarter of the samples of either model reach on; standard errors are the jackknife's over prompts.
+Where the student is its teacher up to rounding, ε is 0 and the quotient is none: NaN. Both models are sampled at
+temperature 1 from the whole vocabulary, `eval.samples` times a prompt. The curve stops where fewer than a quarter of
+the samples of either model reach on; standard errors are the jackknife's over prompts.
 
 Legend: P prompts, S samples of each, T positions.
 """
@@ -24,6 +25,10 @@ DEFINITION = (
     "nats, over the samples that reach position t, prefixes sampled from the student (R) or the teacher (l eps) at "
     "temperature 1 from the whole vocabulary; standard errors: jackknife over prompts"
 )
+
+
+ROUNDING = 1e-5
+"""Nats per token; the losses' own error in fp32 is below it."""
 
 
 def excess_accumulated_error(
@@ -45,14 +50,16 @@ def excess_accumulated_error(
     without_one = [
         _accumulated(totals.sum(0) - totals, counts.sum(0) - counts)[:, :length] for totals, counts in along
     ]
-    replicas, prompts = 100 * (without_one[0] / without_one[1] - 1), len(student)
-    error = ((prompts - 1) * replicas.var(0, correction=0)).sqrt()
+    excess, prompts = 100 * (regret / expected - 1), len(student)
+    excess[expected <= ROUNDING * torch.arange(1, length + 1)] = torch.nan
+    replicas = 100 * (without_one[0] / without_one[1] - 1)
+    error = ((prompts - 1) * replicas.var(0, correction=0)).sqrt() + 0 * excess  # NaN where that is
     return {
         "definition": DEFINITION,
         "length": list(range(1, length + 1)),
         "regret": regret.tolist(),
         "expected": expected.tolist(),
-        "exaccerr": (100 * (regret / expected - 1)).tolist(),
+        "exaccerr": excess.tolist(),
         "standard_error": error.tolist(),
         "samples_reaching": {
             "student": reach[0][:length].long().tolist(),

@@ -3,6 +3,7 @@
 Without pyplot: no global state, no window, no backend to choose.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -75,9 +76,10 @@ def exposure(results: Mapping[str, Result]) -> "Figure | None":
     figure = new_figure(6.5, 4)
     panel = figure.subplots()
     for label, bias in found.items():
-        (line,) = panel.plot(bias["length"], bias["exaccerr"], label=label)
+        curve = [math.nan if value is None else value for value in bias["exaccerr"]]
+        (line,) = panel.plot(bias["length"], curve, label=label)
         error = [e or 0.0 for e in bias["standard_error"]]
-        low, high = ([v + sign * e for v, e in zip(bias["exaccerr"], error, strict=True)] for sign in (-1, 1))
+        low, high = ([v + sign * e for v, e in zip(curve, error, strict=True)] for sign in (-1, 1))
         panel.fill_between(bias["length"], low, high, alpha=0.15, color=line.get_color(), linewidth=0)
     panel.axhline(0, color="0.6", linewidth=1)
     panel.set(xlabel="response length l, tokens", ylabel="ExAccErr(l), %")

@@ -11,6 +11,7 @@ from minillm.evaluate import OWN, REFERENCES, ROUGE
 from minillm.packages import write_atomically
 from minillm.report import figures
 from minillm.report.read import Result, Source, read_sources
+from minillm.report.summary import number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,7 +94,7 @@ def numbers(result: Result) -> dict[str, str]:
         row["reverse KL, references"] = f"{result['reverse_kl']['references']['mean']:.3f}"
         row["forward KL, teacher's text"] = f"{result['forward_kl']['teacher_samples']['mean']:.3f}"
     if bias and bias["length"]:
-        row[f"ExAccErr({bias['length'][-1]}), %"] = f"{bias['exaccerr'][-1]:.1f}"
+        row[f"ExAccErr({bias['length'][-1]}), %"] = number(bias["exaccerr"][-1], 1)
     for what, title in (("next_token", "ECE, next token"), ("options", "ECE, options")):
         if result["calibration"].get(what):
             row[title] = f"{result['calibration'][what]['ece']:.3f}"

@@ -113,7 +113,7 @@ def evaluation_text(result: dict[str, Any]) -> str:
             rows.append([title, *(_pm(part[f"rouge_l/{way}"]) for way in ("greedy", "sampled"))])
     rows.append(["answer length, tokens", *(f"{result['length'][way]['mean']:.1f}" for way in ("greedy", "sampled"))])
     for n, value in result["distinct"].items():
-        rows.append([f"distinct-{n}, %", "", _number(value["mean"], 2)])
+        rows.append([f"distinct-{n}, %", "", number(value["mean"], 2)])
     rows.append(["", "references", "own samples"])
     rows.append(["loss, nats per token", _pm(result["loss"]), ""])
     if "reverse_kl" in result:
@@ -123,7 +123,7 @@ def evaluation_text(result: dict[str, Any]) -> str:
         bias = result["exposure_bias"]
         at = [i for i in range(len(bias["length"])) if i in (3, 15, 63, len(bias["length"]) - 1)]
         for i in at:
-            value = f"{bias['exaccerr'][i]:+.1f} ± {_number(bias['standard_error'][i], 1)}"
+            value = f"{number(bias['exaccerr'][i], 1, sign=True)} ± {number(bias['standard_error'][i], 1)}"
             rows.append([f"ExAccErr at {bias['length'][i]} tokens, %", "", value])
     for name, part in result["calibration"].items():
         if part:
@@ -142,10 +142,10 @@ def _aligned(rows: list[list[str]]) -> str:
 
 def _pm(value: dict[str, Any], sign: bool = False) -> str:
     """Mean ± standard error, which one prompt alone does not have."""
-    return f"{_number(value['mean'], 3, sign)} ± {_number(value['standard_error'], 3)}"
+    return f"{number(value['mean'], 3, sign)} ± {number(value['standard_error'], 3)}"
 
 
-def _number(value: float | None, digits: int, sign: bool = False) -> str:
+def number(value: float | None, digits: int, sign: bool = False) -> str:
     return "?" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
 
 

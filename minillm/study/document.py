@@ -52,7 +52,8 @@ def metrics(study: Study, records: Mapping[Cell, Record]) -> dict[str, Metric]:
 
     def exposure(record: Record) -> float:
         curve = record["evaluations"][first].get("exposure_bias")
-        return curve["exaccerr"][longest - 1] if curve and longest else math.nan
+        value = curve["exaccerr"][longest - 1] if curve and longest else None
+        return math.nan if value is None else value
 
     def optional(*path: str) -> Callable[[Record], float]:
         return lambda record: _at(*path)(record) if path[1] in record["evaluations"][first] else math.nan

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -26,6 +28,12 @@ def test_one_law_has_no_exposure_bias():
     values, n = samples([[0.5, 3.0], [2.0, 0.1]])
     found = excess_accumulated_error(values, values, n, n)
     assert found["exaccerr"] == [0, 0] and found["standard_error"] == [0, 0]
+
+
+def test_a_student_that_is_its_teacher_up_to_rounding_has_no_quotient():
+    rounding, n = samples([[1e-7, -2e-7], [0.0, 1e-7]])
+    found = excess_accumulated_error(-rounding, rounding, n, n)
+    assert all(map(math.isnan, found["exaccerr"] + found["standard_error"]))
 
 
 def test_each_position_averages_over_the_samples_that_reach_it():
