@@ -19,7 +19,7 @@ import torch
 from linear_rows import ROWS, problem, step
 from torch import Tensor
 
-from minillm_kernels.matmul import linear
+from minillm_kernels.hidden.matmul import linear
 
 SHAPES = [(1024, 576, 49152), (256, 1024, 151936)]
 # The second shape, seconds a step, has only the rows that the comparison rests on: all fit in five minutes.

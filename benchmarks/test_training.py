@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from minillm.config.recipe import load_recipe
 from minillm.distill import load_pair
-from minillm.methods import METHODS
-from minillm.objective import concatenate, policy_terms
-from minillm.recipe import load_recipe
-from minillm.rollout import draw_uniforms, sample
-from minillm.step import chunks
-from minillm.train import Micro, backward, prepare
+from minillm.model.sampling import draw_uniforms, sample
+from minillm.train.baselines import METHODS
+from minillm.train.context import chunks
+from minillm.train.loop import Micro, backward, prepare
+from minillm.train.minillm import concatenate, policy_terms
 
 pytestmark = pytest.mark.download
 RECIPE = Path(__file__).parents[1] / "recipes" / "smollm2-cpu.yaml"

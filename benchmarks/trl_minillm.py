@@ -103,9 +103,9 @@ def write_inputs(folder: Path) -> None:
 
     Its end-of-sequence token is one that no chat model says, so that every sample has its full length.
     """
-    from minillm.data import encode, read_records
+    from minillm.config.recipe import load_recipe
+    from minillm.data.examples import encode, read_records
     from minillm.distill import load_pair
-    from minillm.recipe import load_recipe
 
     path = Path(__file__).parents[1] / "recipes" / "smollm2-cpu.yaml"
     config = load_recipe(path).stages["minillm"]
@@ -127,10 +127,10 @@ def write_inputs(folder: Path) -> None:
 
 
 def run_minillm(folder: Path) -> dict:
+    from minillm.config.recipe import load_recipe
     from minillm.distill import load_pair
-    from minillm.recipe import load_recipe
-    from minillm.run import Run
-    from minillm.train import prepare, train
+    from minillm.run.directory import Run
+    from minillm.train.loop import prepare, train
 
     config = folder / "minillm.yaml"
     config.write_text(json.dumps({

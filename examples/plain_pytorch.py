@@ -11,7 +11,7 @@ import torch
 from tiny import ragged_batch, tiny_llama
 from torch import Tensor, nn
 
-from minillm.vocabulary import heads, read_head
+from minillm.model.head import heads, read_head
 from minillm_kernels import fused_linear_rkl_loss, fused_rkl_loss
 
 Batch = dict[str, Tensor]

@@ -19,7 +19,7 @@ from tiny import byte_tokenizer, tiny_llama
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-from minillm.vocabulary import heads, read_head
+from minillm.model.head import heads, read_head
 from minillm_kernels import fused_divergence_loss, fused_linear_minillm_loss
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minillm.config import Model
-    from minillm.recipe import Recipe
+    from minillm.config.recipe import Recipe
+    from minillm.config.schema import Model
 
 
 RESUME = "go on from a checkpoint; auto: the newest of this recipe's last run, or from the start where there is none"
@@ -41,7 +41,7 @@ def _run(recipe: "Recipe", options: argparse.Namespace, with_evaluation: bool = 
     from accelerate import PartialState
 
     from minillm.distill import WorkerLost, run_recipe
-    from minillm.interrupt import Interrupted, exit_on_sigterm
+    from minillm.run.interrupt import Interrupted, exit_on_sigterm
 
     _quiet()
     exit_on_sigterm()
@@ -59,13 +59,13 @@ def _run(recipe: "Recipe", options: argparse.Namespace, with_evaluation: bool = 
 
 
 def distill(options: argparse.Namespace, flags: list[str]) -> int:
-    from minillm.recipe import load_recipe
+    from minillm.config.recipe import load_recipe
 
     return _run(load_recipe(options.recipe, flags, smoke=options.smoke), options)
 
 
 def train(options: argparse.Namespace, flags: list[str]) -> int:
-    from minillm.recipe import load_recipe
+    from minillm.config.recipe import load_recipe
 
     return _run(load_recipe(options.config, flags), options, with_evaluation=False)
 
@@ -74,15 +74,15 @@ def evaluate(options: argparse.Namespace, flags: list[str]) -> int:
     import json
     from pathlib import Path
 
-    from minillm.config import check_evaluation
-    from minillm.data import read_records
+    from minillm.config.recipe import config_from, parse_flags
+    from minillm.config.schema import check_evaluation
+    from minillm.data.examples import read_records
+    from minillm.data.packages import write_atomically
     from minillm.evaluate import held_out
     from minillm.evaluate.measure import DEFAULTS, generation, measure
-    from minillm.models import check_same_tokenizer, load_tokenizer
-    from minillm.packages import write_atomically
-    from minillm.recipe import config_from, parse_flags
+    from minillm.model.load import check_same_tokenizer, load_tokenizer
     from minillm.report.summary import evaluation_text
-    from minillm.run import environment
+    from minillm.run.directory import environment
 
     tree = parse_flags(flags)
     tree["eval"] = DEFAULTS | tree.get("eval", {})
@@ -112,7 +112,7 @@ def evaluate(options: argparse.Namespace, flags: list[str]) -> int:
 
 
 def report(options: argparse.Namespace, flags: list[str]) -> int:
-    from minillm.config import ConfigError
+    from minillm.config.schema import ConfigError
     from minillm.report.page import write_report
 
     if flags:
@@ -124,7 +124,7 @@ def report(options: argparse.Namespace, flags: list[str]) -> int:
 def study(options: argparse.Namespace, flags: list[str]) -> int:
     from pathlib import Path
 
-    from minillm.config import ConfigError
+    from minillm.config.schema import ConfigError
     from minillm.study.plan import load_study
 
     if flags:
@@ -139,7 +139,7 @@ def study(options: argparse.Namespace, flags: list[str]) -> int:
         command = f"minillm study {options.study} --report"
         print(f"wrote {write_document(plan, Path(options.report), command)}")
         return 0
-    from minillm.interrupt import Interrupted, exit_on_sigterm
+    from minillm.run.interrupt import Interrupted, exit_on_sigterm
     from minillm.study.cell import run_next
 
     _quiet()
@@ -160,15 +160,15 @@ def study(options: argparse.Namespace, flags: list[str]) -> int:
 
 
 def generate(options: argparse.Namespace, flags: list[str]) -> int:
-    from minillm.config import ConfigError
+    from minillm.config.schema import ConfigError
 
     if flags:
         raise ConfigError(f"generate does not know {flags[0]!r}; see minillm generate --help")
     _quiet()
-    from minillm.config import Data, Model
-    from minillm.data import Record, encode
-    from minillm.models import load_tokenizer
-    from minillm.rollout import draw_uniforms, sample
+    from minillm.config.schema import Data, Model
+    from minillm.data.examples import Record, encode
+    from minillm.model.load import load_tokenizer
+    from minillm.model.sampling import draw_uniforms, sample
 
     tokenizer, model = load_tokenizer(options.model), _open(options.model, Model(head="logits"))  # any head
     data = Data(prompt_template=options.template, max_prompt_length=options.max_prompt_length)
@@ -193,11 +193,11 @@ def generate(options: argparse.Namespace, flags: list[str]) -> int:
 
 
 def estimate(options: argparse.Namespace, flags: list[str]) -> int:
-    from minillm.recipe import load_recipe
+    from minillm.config.recipe import load_recipe
 
     recipe = load_recipe(options.config, flags, smoke=options.smoke)
     _quiet()
-    from minillm.estimate import describe
+    from minillm.model.cost import describe
 
     print(describe(recipe))
     return 0
@@ -206,12 +206,12 @@ def estimate(options: argparse.Namespace, flags: list[str]) -> int:
 def export(options: argparse.Namespace, flags: list[str]) -> int:
     from pathlib import Path
 
-    from minillm.config import ConfigError
+    from minillm.config.schema import ConfigError
 
     if flags:
         raise ConfigError(f"export does not know {flags[0]!r}; see minillm export --help")
     _quiet()
-    from minillm.export import export as write
+    from minillm.run.export import export as write
 
     source, run = Path(options.checkpoint) if options.checkpoint else None, Path(options.run_directory)
     output = Path(options.output) if options.output else run / "export"
@@ -220,7 +220,7 @@ def export(options: argparse.Namespace, flags: list[str]) -> int:
 
 
 def env(options: argparse.Namespace, flags: list[str]) -> int:
-    from minillm.run import environment
+    from minillm.run.directory import environment
 
     for name, value in environment().items():
         if isinstance(value, dict):
@@ -243,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    override = "Any key of minillm/config.py can be overridden: --section.key=value"
+    override = "Any key of minillm/config/schema.py can be overridden: --section.key=value"
     sub = command("distill", distill, "run a recipe: stages in order, evaluated before and after each", override)
     sub.add_argument("recipe", help="YAML file, such as recipes/smollm2-cpu.yaml")
     sub.add_argument("--smoke", action="store_true", help="apply the recipe's `smoke:` section, which makes it short")
@@ -290,10 +290,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
-    from minillm.checkpoint import CheckpointError
-    from minillm.config import ConfigError
-    from minillm.packages import PackageError
-    from minillm.sources import DataError
+    from minillm.config.schema import ConfigError
+    from minillm.data.packages import PackageError
+    from minillm.data.sources import DataError
+    from minillm.run.checkpoint import CheckpointError
 
     return ConfigError, DataError, PackageError, CheckpointError, FileNotFoundError, FloatingPointError
 
@@ -302,8 +302,8 @@ def _open(source: str, settings: "Model") -> Any:
     """A model on the accelerator, where there is one."""
     from accelerate import PartialState
 
-    from minillm.models import load_model
-    from minillm.vocabulary import CausalLM
+    from minillm.model.head import CausalLM
+    from minillm.model.load import load_model
 
     model = load_model(source, settings.dtype, settings.attn).to(PartialState().device)
     return CausalLM(model, settings.head)

@@ -3,16 +3,16 @@
 import time
 from typing import TYPE_CHECKING, Any
 
-from minillm.config import Config, ConfigError
-from minillm.data import show
+from minillm.config.recipe import Recipe
+from minillm.config.schema import Config, ConfigError
+from minillm.data.examples import show
 from minillm.evaluate import ROUGE, Evaluation, evaluate, held_out
 from minillm.evaluate.rouge import greedy_answers, rouge_l
-from minillm.models import check_same_tokenizer, load_model, load_student, load_tokenizer
-from minillm.recipe import Recipe
+from minillm.model.head import CausalLM
+from minillm.model.load import check_same_tokenizer, load_model, load_student, load_tokenizer
 from minillm.report.summary import card, changes, report, samples
-from minillm.run import Run
-from minillm.train import prepare, train
-from minillm.vocabulary import CausalLM
+from minillm.run.directory import Run
+from minillm.train.loop import prepare, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,23 +1,23 @@
 """Vocabulary-wide losses, gathers and sampling for language-model distillation: one read of the logits, no softmax
 tensor."""
 
-from .backends import available_backends, last_backend, use_backend
-from .linear import (
+from .backends.choose import available_backends, last_backend, use_backend
+from .hidden.losses import (
     FusedLinearRKLLoss,
     fused_linear_divergence_loss,
     fused_linear_minillm_loss,
     fused_linear_rkl_loss,
 )
-from .linear_statistics import (
+from .hidden.statistics import (
     DistillLoss,
     fused_linear_distill_loss,
     fused_linear_distill_stats,
     fused_linear_token_logprobs,
 )
-from .losses import FusedRKLLoss, fused_divergence_loss, fused_rkl_loss
-from .policy import MiniLLMLoss, minillm_loss
-from .sampling import MixedSample, mixed_sample
-from .statistics import DistillStats, distill_stats, token_logprobs
+from .logits.losses import FusedRKLLoss, fused_divergence_loss, fused_rkl_loss
+from .logits.minillm import MiniLLMLoss, minillm_loss
+from .logits.sampling import MixedSample, mixed_sample
+from .logits.statistics import DistillStats, distill_stats, token_logprobs
 
 __version__ = "0.1.0"
 

@@ -23,7 +23,7 @@ def reproducible():
 
 @pytest.fixture(scope="session")
 def host_cuda_kernels():
-    """csrc/cuda compiled by g++ (tests/host_build.py)."""
+    """csrc/cuda compiled by g++ (tests/tools/host_build.py)."""
     if reason := host_build.missing():
         pytest.skip(reason)
     return host_build.module()

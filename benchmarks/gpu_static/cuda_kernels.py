@@ -2,7 +2,7 @@
 
 Needs nvcc, g++ and the Triton wheel (its cuobjdump and nvdisasm). Writes into benchmarks/results/gpu-static.json
 "cuda": registers and main loop of each kernel, from its disassembly; and "cuda_traffic": the bytes and 32-byte sectors
-that a row moves, counted by the kernels' host build (tests/host_build.py).
+that a row moves, counted by the kernels' host build (tests/tools/host_build.py).
 
 The main loops of csrc/cuda hold paths that are rarely taken: chunks with a column outside the support, rows that are
 not aligned. What is counted is the hot path: from the loop's head to its branch back, the shortest path with an access

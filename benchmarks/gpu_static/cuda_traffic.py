@@ -12,7 +12,7 @@ from minillm_kernels.rows import MIXTURE_DIVERGENCES
 
 from .triton_kernels import TYPES, N, V, _rows
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "tools"))
 import host_build
 
 HELD = {"bf16": 50256, "fp32": 28672}  # columns of row_stats_grad: what an H100's shared memory holds

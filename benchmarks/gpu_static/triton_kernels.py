@@ -83,7 +83,7 @@ def row_kernels() -> list[Kernel]:
 def linear_kernels() -> list[Kernel]:
     """Their loop is a matmul's: no bytes a column, but tensor-core instructions and no spill."""
     from minillm_kernels.backends.triton import linear
-    from minillm_kernels.chunked import Head
+    from minillm_kernels.hidden.chunked import Head
 
     found = []
     for label, dtype in TYPES.items():

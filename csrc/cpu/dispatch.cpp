@@ -1,5 +1,5 @@
 // The CPU entry points: picks, once, the widest instruction set that this processor has among those compiled in.
-#include "rows.h"
+#include "entry.h"
 
 namespace minillm::cpu {
 

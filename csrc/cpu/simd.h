@@ -14,7 +14,7 @@
 #endif
 
 #include "../rowmath/scalar.h"
-#include "rows.h"
+#include "entry.h"
 
 namespace minillm::cpu::MINILLM_ISA {
 

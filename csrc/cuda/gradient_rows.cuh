@@ -6,7 +6,7 @@
 // has read before, so the gradient may overwrite the student.
 #pragma once
 
-#include "rows.cuh"
+#include "tiles.cuh"
 
 namespace minillm::cuda {
 

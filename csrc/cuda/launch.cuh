@@ -2,7 +2,7 @@
 #pragma once
 
 #include "launch.h"
-#include "rows.cuh"
+#include "tiles.cuh"
 
 namespace minillm::cuda {
 

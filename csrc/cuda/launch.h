@@ -1,6 +1,6 @@
-// defines: Launch, the launchers of the CUDA row operations, the workspaces that they need, and define_bindings
+// defines: Launch, the launchers of the CUDA row operations and the workspaces that they need
 //
-// Launchers take the arguments of rows.h with device pointers, and a stream; they allocate nothing, never synchronise, and
+// Launchers take the arguments of args.h with device pointers, and a stream; they allocate nothing, never synchronise, and
 // return an empty string or an error that names the kernel and its launch shape.
 #pragma once
 
@@ -8,11 +8,7 @@
 
 #include <string>
 
-#include "../rows.h"
-
-namespace pybind11 {
-class module_;
-}
+#include "../args.h"
 
 namespace minillm::cuda {
 
@@ -44,7 +40,5 @@ inline int splits(int64_t N, int64_t V) {
     const int64_t possible = (V + smallest_part - 1) / smallest_part;
     return int(wanted < possible ? wanted : possible);
 }
-
-void define_bindings(pybind11::module_& m);
 
 }  // namespace minillm::cuda

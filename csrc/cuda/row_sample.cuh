@@ -12,7 +12,7 @@
 #pragma once
 
 #include "../rowmath/sampling.h"
-#include "rows.cuh"
+#include "tiles.cuh"
 
 namespace minillm::cuda {
 

@@ -8,7 +8,7 @@
 // the merged state.
 #pragma once
 
-#include "rows.cuh"
+#include "tiles.cuh"
 
 namespace minillm::cuda {
 

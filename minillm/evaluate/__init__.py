@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minillm.config import Config
-from minillm.data import DataError, Example, encode, read_records
+from minillm.config.schema import Config
+from minillm.data.examples import DataError, Example, encode, read_records
 from minillm.evaluate.divergence import own_samples, references
-from minillm.evaluate.estimate import Estimate
+from minillm.evaluate.means import Estimate
 from minillm.evaluate.rouge import greedy_answers, rouge_l
-from minillm.vocabulary import CausalLM
+from minillm.model.head import CausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minillm.evaluate.estimate import Estimate
+from minillm.evaluate.means import Estimate
 
 BUCKETS = {"<=5": (0, 5), "6-10": (6, 10), ">=11": (11, None)}
 

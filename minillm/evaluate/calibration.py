@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minillm.config import Eval
-from minillm.data import Example, collate
-from minillm.evaluate.estimate import Estimate
-from minillm.vocabulary import CausalLM, Output, token_logprobs
+from minillm.config.schema import Eval
+from minillm.data.examples import Example, collate
+from minillm.evaluate.means import Estimate
+from minillm.model.head import CausalLM, Output, token_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minillm.config import Eval
-from minillm.data import Example, collate
-from minillm.evaluate.estimate import Estimate
+from minillm.config.schema import Eval
+from minillm.data.examples import Example, collate
+from minillm.evaluate.means import Estimate
 from minillm.evaluate.samples import draw
-from minillm.vocabulary import CausalLM, common_vocabulary, distill_stats
+from minillm.model.head import CausalLM, common_vocabulary, distill_stats
 
 
 def own_samples(

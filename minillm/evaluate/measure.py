@@ -1,6 +1,6 @@
 """All that `minillm evaluate` measures of one model on one data set, as JSON.
 
-Answers are decoded by minillm/rollout.py, which reads no generation_config: what decides them stands under
+Answers are decoded by minillm/model/sampling.py, which reads no generation_config: what decides them stands under
 `generation`, all of it.
 """
 
@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from minillm.config import Config, ConfigError
-from minillm.data import Example
+from minillm.config.schema import Config, ConfigError
+from minillm.data.examples import Example
 from minillm.evaluate.buckets import by_length
 from minillm.evaluate.calibration import next_token, options
 from minillm.evaluate.divergence import references
 from minillm.evaluate.diversity import distinct
-from minillm.evaluate.estimate import Estimate
 from minillm.evaluate.exposure import excess_accumulated_error
+from minillm.evaluate.means import Estimate
 from minillm.evaluate.rouge import decode, exact_match, greedy, rouge_l
 from minillm.evaluate.samples import Samples, draw
-from minillm.models import check_context
-from minillm.vocabulary import CausalLM
+from minillm.model.head import CausalLM
+from minillm.model.load import check_context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minillm.evaluate.estimate import Estimate
-from minillm.rollout import sample
-from minillm.vocabulary import CausalLM
+from minillm.evaluate.means import Estimate
+from minillm.model.head import CausalLM
+from minillm.model.sampling import sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

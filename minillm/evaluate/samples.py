@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minillm.config import Eval
-from minillm.data import Example
-from minillm.evaluate.estimate import Estimate
-from minillm.rollout import draw_uniforms, sample
-from minillm.vocabulary import CausalLM, Output, common_vocabulary, distill_stats
+from minillm.config.schema import Eval
+from minillm.data.examples import Example
+from minillm.evaluate.means import Estimate
+from minillm.model.head import CausalLM, Output, common_vocabulary, distill_stats
+from minillm.model.sampling import draw_uniforms, sample
 
 
 class Samples(NamedTuple):

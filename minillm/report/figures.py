@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minillm.config import ConfigError
+from minillm.config.schema import ConfigError
 from minillm.report.read import Result
 
 if TYPE_CHECKING:

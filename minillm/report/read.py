@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minillm.sources import DataError
+from minillm.data.sources import DataError
 
 Result = dict[str, Any]
 """The JSON of `minillm evaluate`."""

@@ -3,11 +3,11 @@
 from itertools import pairwise
 from typing import Any
 
-from minillm.data import Example
+from minillm.config.recipe import Recipe
+from minillm.data.examples import Example
 from minillm.evaluate import OWN, REFERENCES, ROUGE, Evaluation
-from minillm.evaluate.estimate import difference
-from minillm.recipe import Recipe
-from minillm.run import duration
+from minillm.evaluate.means import difference
+from minillm.run.directory import duration
 
 TITLES = {OWN: "reverse KL, own samples", REFERENCES: "reverse KL, references", ROUGE: "ROUGE-L"}
 

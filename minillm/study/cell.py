@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import Timeout
 
-from minillm.config import Config, Model
-from minillm.data import Example, Shuffled, encode, read_records
+from minillm.config.recipe import Recipe
+from minillm.config.schema import Config, Model
+from minillm.data.examples import Example, Shuffled, encode, read_records
+from minillm.data.packages import write_atomically
 from minillm.distill import run_recipe
 from minillm.evaluate import held_out
 from minillm.evaluate.measure import measure, measure_answers
-from minillm.methods import METHODS
-from minillm.models import load_model, load_tokenizer
-from minillm.packages import write_atomically
-from minillm.recipe import Recipe
-from minillm.run import environment
+from minillm.model.head import CausalLM
+from minillm.model.load import load_model, load_tokenizer
+from minillm.run.directory import environment
 from minillm.study.plan import REFERENCE, START, TEACHER, Cell, Study
-from minillm.train import prepare
-from minillm.vocabulary import CausalLM
+from minillm.train.baselines import METHODS
+from minillm.train.loop import prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

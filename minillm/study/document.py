@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from minillm.config import ConfigError
-from minillm.packages import write_atomically
+from minillm.config.schema import ConfigError
+from minillm.data.packages import write_atomically
 from minillm.report import figures
 from minillm.study.plan import REFERENCE, START, TEACHER, Cell, Study
 

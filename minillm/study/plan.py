@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import yaml
 from filelock import FileLock
 
-from minillm.config import Config, ConfigError, check, unknown
-from minillm.recipe import config_from, merge
+from minillm.config.recipe import config_from, merge
+from minillm.config.schema import Config, ConfigError, check, unknown
 
 TEACHER, START, REFERENCE = "teacher", "start", "minillm"
 NEEDED = ("results", "work", "seeds", "sizes", "base", "start", "methods", "ablations", "evaluate")

@@ -41,7 +41,7 @@ def refusal(x: Tensor, device: str) -> str | None:
 
 
 class Compiled:
-    """The row operations (see `minillm_kernels.reference`) on a compiled module, by way of `call`."""
+    """The row operations (see `minillm_kernels.backends.reference`) on a compiled module, by way of `call`."""
 
     module: Any = core
 

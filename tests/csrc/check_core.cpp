@@ -7,12 +7,12 @@
 
 #include <vector>
 
-#include "rows.h"
+#include "args.h"
 #ifdef HOST_CUDA
 #include "cuda/launch.h"
 #include "host_cuda.h"
 #else
-#include "cpu/rows.h"
+#include "cpu/entry.h"
 #endif
 
 using namespace minillm;

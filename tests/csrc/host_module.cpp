@@ -1,5 +1,5 @@
 // The module host_cuda: the launchers of csrc/cuda, their kernels run by host_cuda.h, under the names that _core has.
-#include "../../csrc/bindings.h"
+#include "../../csrc/python/bindings.h"
 
 #include "../../csrc/cuda/launch.h"
 #include "host_cuda.h"
@@ -9,7 +9,7 @@ using namespace minillm;
 
 PYBIND11_MODULE(host_cuda_kernels, m) {
     python::define_rows(m);
-    cuda::define_bindings(m);
+    python::define_cuda(m);
     m.def("seed", [](uint64_t seed) { host_cuda::settings.seed = seed; });
     m.def("shared_memory", [](int bytes) { host_cuda::settings.shared_memory = bytes; });
     m.def("processors", [](int number) { host_cuda::settings.processors = number; });

@@ -225,39 +225,39 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizers(tmp_path):
 
 # What is broken, in which file, and what the harness must say of it.
 MUTATIONS = {
-    "nothing": ("rows.cuh", "", "", "^ok$"),
+    "nothing": ("tiles.cuh", "", "", "^ok$"),
     "a barrier before what it guards": (
-        "rows.cuh",
+        "tiles.cuh",
         "warps.x[threadIdx.x / WARP] = x;\n    __syncthreads();",
         "warps.x[threadIdx.x / WARP] = x;",
         "wrong|differs",
     ),
     "a barrier behind what it guards": (
-        "rows.cuh",
+        "tiles.cuh",
         "    __syncthreads();  // before a next call overwrites what thread 0 reads\n",
         "",
         "wrong|differs",
     ),
     "a barrier that not all threads reach": (
-        "rows.cuh",
+        "tiles.cuh",
         "    __syncthreads();  // before a next call overwrites what thread 0 reads\n",
         "    if (threadIdx.x < 128) __syncthreads();\n",
         "deadlock",
     ),
     "a unit too many": (
-        "rows.cuh",
+        "tiles.cuh",
         "u < c.units ? student.load(u)",
         "u <= c.units ? student.load(u)",
         "reads outside",
     ),
-    "a column too many": ("rows.cuh", "return v < V ? v : -1;", "return v <= V ? v : -1;", "reads outside"),
+    "a column too many": ("tiles.cuh", "return v < V ? v : -1;", "return v <= V ? v : -1;", "reads outside"),
     "a misaligned vector": (
-        "rows.cuh",
+        "tiles.cuh",
         "if (behind == 0) return",
         "if (true) return",
         "misaligned access of 16 bytes",
     ),
-    "a wrong mask": ("rows.cuh", "ALL_LANES = ~0u", "ALL_LANES = 0x7fffffffu", "mask (does not name it|.* not name)"),
+    "a wrong mask": ("tiles.cuh", "ALL_LANES = ~0u", "ALL_LANES = 0x7fffffffu", "mask (does not name it|.* not name)"),
     "a lane that is missing": (
         "row_state.cuh",
         "    x = rebased(x, ms, mt, inv_T);",
@@ -265,7 +265,7 @@ MUTATIONS = {
         "different collectives|has returned|deadlock",
     ),
     "half a warp": (
-        "rows.cuh",
+        "tiles.cuh",
         "#pragma unroll 1\n        for (int lanes = WARP / 2;",
         "#pragma unroll 1\n        for (int lanes = WARP / 4;",
         "wrong",
@@ -300,7 +300,7 @@ def verdict(mutation: tuple[str, str, str, str], folder: Path, harness: Path) ->
     csrc = folder / "csrc"
     for part in ("rowmath", "cuda"):
         shutil.copytree(host_build.ROOT / "csrc" / part, csrc / part)
-    shutil.copy(host_build.ROOT / "csrc" / "rows.h", csrc)
+    shutil.copy(host_build.ROOT / "csrc" / "args.h", csrc)
     kernel = csrc / "cuda" / file
     text = kernel.read_text()
     assert old in text, f"{old!r} is no longer in {file}"

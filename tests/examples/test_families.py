@@ -11,10 +11,10 @@ import pytest
 import torch
 from families import FAMILIES, V, hidden, logits, pair, rollout
 
-from minillm.config import ConfigError
-from minillm.models import check_packing, drop_layers
-from minillm.rollout import draw_uniforms, sample
-from minillm.vocabulary import CausalLM, heads, read_head
+from minillm.config.schema import ConfigError
+from minillm.model.head import CausalLM, heads, read_head
+from minillm.model.load import check_packing, drop_layers
+from minillm.model.sampling import draw_uniforms, sample
 from minillm_kernels import fused_linear_minillm_loss, fused_linear_token_logprobs, minillm_loss
 
 VARIANTS = ("paper", "reference")

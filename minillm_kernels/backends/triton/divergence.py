@@ -188,7 +188,7 @@ def row_divergence(
     temperature: float,
     vocab_size: int,
 ) -> Tensor:
-    """See `minillm_kernels.ops.row_divergence`: [2, ...], the divergence and sum_v q_v slope_v."""
+    """See `minillm_kernels.logits.ops.row_divergence`: [2, ...], the divergence and sum_v q_v slope_v."""
     leading = student.shape[:-1]
     n_rows = leading.numel()
     tiles = tiles_of(n_rows, vocab_size, student, teacher)
@@ -224,7 +224,7 @@ def row_divergence_grad(
     vocab_size: int,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See `minillm_kernels.ops.row_divergence_grad`: the gradient, like student, or written to `out`."""
+    """See `minillm_kernels.logits.ops.row_divergence_grad`: the gradient, like student, or written to `out`."""
     grad = torch.empty(student.shape, dtype=student.dtype, device=student.device) if out is None else out
     n_rows = student.shape[:-1].numel()
     if n_rows == 0:

@@ -117,7 +117,7 @@ def row_grad(
     vocab_size: int,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See `minillm_kernels.ops.row_grad`: like student, or written to `out`, which may be the student."""
+    """See `minillm_kernels.logits.ops.row_grad`: like student, or written to `out`, which may be the student."""
     grad = torch.empty(student.shape, dtype=student.dtype, device=student.device) if out is None else out
     n_rows = student.shape[:-1].numel()
     if n_rows == 0:

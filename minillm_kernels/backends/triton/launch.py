@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...reference import _check_token_ids
+from ..reference import _check_token_ids
 
 
 class Rows(NamedTuple):

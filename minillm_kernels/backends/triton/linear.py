@@ -6,7 +6,7 @@ as stats.py does with logits from memory. Few rows: the vocabulary is split over
 a row's parts is the one of stats.py. No locks, no atomics: the same bits every time.
 
 linear_grad_tile forms the same logits again and writes dL/d(hW^T + b) for one vocabulary tile of all rows;
-minillm_kernels/tiled.py sends it on by two matmuls.
+minillm_kernels/hidden/tiled.py sends it on by two matmuls.
 
 Rows that do not count are not read. 16-bit operands are multiplied exactly, fp32 ones in fp32 (no TF32).
 
@@ -188,7 +188,7 @@ def linear_grad_kernel(
 
 
 def operand(head) -> Operand:
-    """Of a minillm_kernels.chunked.Head."""
+    """Of a minillm_kernels.hidden.chunked.Head."""
     for name, x in (("hidden states", head.hidden), ("head weight", head.weight)):
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(

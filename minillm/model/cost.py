@@ -1,0 +1,232 @@
+"""What a run will need, before anything is loaded: the memory and the work of each stage, in one process.
+
+The models are built without weights and run once on tensors without storage, at the longest sequences that the limits
+of `data` and `rollout` allow: what autograd saves, what the caches hold and the floating-point operations are counted
+op by op in the model's own code. Not counted: what the allocator, the libraries and temporaries take, and validation.
+
+Legend: B sequences, T tokens of each, H hidden, V vocabulary.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from minillm.config.recipe import Recipe
+from minillm.config.schema import Config
+from minillm.data.examples import read_records
+from minillm.model.load import cached, layers_of, load_student, skeleton
+from minillm_kernels.hidden.chunked import BUFFER_BYTES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Pass(NamedTuple):
+    """One pass of a model up to its final states."""
+
+    work: int
+    """Floating-point operations; a multiplication and an addition are two."""
+    kept: int
+    """Bytes kept: by autograd between forward and backward, or as keys and values while decoding."""
+
+
+class _Whole(nn.Module):
+    """A pass and what follows it in one forward, so that a backward with recomputation sees the same weights."""
+
+    def __init__(self, base: nn.Module, then: Callable[[Any], int]) -> None:
+        super().__init__()
+        self.base, self.then = base, then
+
+    def forward(self, **inputs: Any) -> int:
+        return self.then(self.base(**inputs))
+
+
+def trial(model: "PreTrainedModel", sequences: int, tokens: int, train: bool = False) -> Pass:
+    """Count a pass over [B, T] tokens, some of them padding: forward with a cache; to train, forward and backward."""
+    from transformers import DynamicCache
+
+    kept: dict[int, torch.UntypedStorage] = {}
+    cache = DynamicCache(config=model.config)
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage()._cdata not in weights:
+            kept[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+
+    def then(result: Any) -> int:
+        layers: list[Any] = [] if train else cache.layers
+        for layer in layers:
+            keep(layer.keys)
+            keep(layer.values)
+        bytes_kept = sum(storage.nbytes() for storage in kept.values())
+        if train:
+            result.last_hidden_state.sum().backward()
+        return bytes_kept
+
+    whole = _Whole(model.base_model, then)
+    own = {name: (x.shape, x.dtype, x.requires_grad) for name, x in whole.named_parameters()}
+    own |= {name: (x.shape, x.dtype, False) for name, x in whole.named_buffers()}
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(train):
+        state = {name: torch.empty(s, dtype=d).requires_grad_(grad) for name, (s, d, grad) in own.items()}
+        weights = {x.untyped_storage()._cdata for x in state.values()}
+        ids = torch.zeros(sequences, tokens, dtype=torch.long)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs |= {"use_cache": False} if train else cached(model.base_model, cache)
+        with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            bytes_kept = torch.func.functional_call(whole, state, kwargs=inputs)
+        return Pass(flops.get_total_flops(), bytes_kept)
+
+
+@dataclass
+class Estimate:
+    """Of one stage: bytes by what they are for, of which `rollout` and `update` take turns; operations by phase."""
+
+    held: dict[str, int]
+    rollout: dict[str, int]
+    update: dict[str, int]
+    work: dict[str, float]
+    tokens: int
+    """Of prompts, answers and text that are trained on, at most."""
+
+    @property
+    def peak(self) -> int:
+        return sum(self.held.values()) + max(sum(self.rollout.values()), sum(self.update.values()))
+
+
+def estimate(config: Config) -> Estimate:
+    """Count what one stage needs; raises what loading its models would."""
+    with torch.device("meta"):
+        teacher = (
+            skeleton(config.model.teacher, config.model.dtype, config.model.attn) if config.model.teacher else None
+        )
+        student = load_student(config, teacher, load=skeleton)
+    method, steps, new = config.method, config.optim.steps, config.rollout.max_new_tokens
+    samples = method in ("minillm", "seqkd", "gkd")
+    answer = max(new * samples, config.data.max_response_length * (method in ("sft", "kd", "gkd")))
+    tokens, batch = config.data.max_prompt_length + answer, config.optim.batch_size
+    micro = min(config.optim.micro_batch_size, batch)
+
+    trained = sum(p.nbytes for p in student.parameters() if p.requires_grad)
+    held = {"student": _weights(student), "gradients": trained, "AdamW": 2 * trained}
+    if teacher is not None:
+        held["teacher"] = _weights(teacher)
+
+    # ---- update: a micro-batch of answers or of text, whichever keeps more
+    inputs = len(layers_of(student)[1]) * _state_bytes(student) if config.model.recompute else 0  # kept, of a token
+    head, head_teacher = _head(student), _head(teacher) if teacher is not None else 0
+    learnt = trial(student, micro, tokens, train=True)
+    losses = BUFFER_BYTES if config.model.head == "fused" else 3 * micro * answer * _logit_bytes(student)
+    update = {"activations": learnt.kept + micro * tokens * inputs, "losses": losses}
+    heads = 3 * head * (2 if method in ("kd", "gkd") else 1)  # there labels go through the head by themselves
+    heads += head_teacher if method in ("kd", "gkd", "minillm") else 0
+    work = {"update": steps * batch * (learnt.work / micro + answer * heads)}
+    if method in ("kd", "gkd") and teacher is not None:
+        work["score"] = steps * batch * trial(teacher, 1, tokens).work
+    seen = steps * batch * tokens
+    if method == "minillm" and config.objective.pt_weight > 0:
+        size, length = config.objective.pt_batch_size, config.objective.pt_length
+        micro = min(config.optim.micro_batch_size, size)
+        text, heads = trial(student, micro, length, train=True), 3 * head
+        update["activations"] = max(update["activations"], text.kept + micro * length * inputs)
+        if config.objective.pt_teacher and teacher is not None:
+            work["score"] = steps * size * trial(teacher, 1, length).work
+            heads += 3 * head + head_teacher
+        work["update"] += steps * size * (text.work / micro + length * heads)
+        seen += steps * size * length
+
+    # ---- rollout: caches of what decodes, final states kept
+    rollout: dict[str, int] = {}
+    if samples:
+        at_once = batch if method == "gkd" else config.rollout.batch_size
+        decoding = {"minillm": (student, teacher), "gkd": (student,), "seqkd": (teacher,)}[method]
+        models = [model for model in decoding if model is not None]
+        passes = [trial(model, at_once, config.data.max_prompt_length + new) for model in models]
+        rollout = {
+            "caches": sum(done.kept for done in passes),
+            "final states": at_once * new * sum(_state_bytes(model) for model in models),
+            "logits": sum(at_once * _logit_bytes(model) for model in models),
+        }
+        work["rollout"] = (
+            _sequences(config)
+            / at_once
+            * sum(done.work + at_once * new * _head(model) for done, model in zip(passes, models, strict=True))
+        )
+        if method == "minillm" and teacher is not None:
+            update["rollouts"] = config.rollout.batch_size * new * _state_bytes(teacher)
+    return Estimate(held, rollout, update, work, seen)
+
+
+def describe(recipe: Recipe) -> str:
+    """Estimates of all stages in words, and what the work takes where nothing but large matmuls is waited for."""
+    lines = ["one process, at the longest prompts and answers; validation and evaluation come on top"]
+    rate = matmul_rate(recipe.first)
+    for name, config in recipe.stages.items():
+        found = estimate(config)
+        work = sum(found.work.values())
+        lines += [
+            "",
+            f"{name} ({config.method}): {config.optim.steps} steps, at most {found.tokens:,} tokens trained on",
+            f"  held    {_gib(found.held)}",
+            *([f"  rollout {_gib(found.rollout)}"] if found.rollout else []),
+            f"  update  {_gib(found.update)}",
+            f"  peak    {found.peak / 2**30:.2f} GiB",
+            f"  work    {work / 1e12:,.1f} TFLOP: "
+            + ", ".join(f"{phase} {value / work:.0%}" for phase, value in found.work.items()),
+            f"          {work / rate / 60:.1f} min at the {rate / 1e12:.3g} TFLOP/s of a large matmul here",
+        ]
+    return "\n".join(lines)
+
+
+def matmul_rate(config: Config, size: int = 2048) -> float:
+    """Operations per second of one large matmul in the models' dtype, the best of a few, on this machine."""
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    a = torch.randn(size, size, device=device).to(getattr(torch, config.model.dtype))
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        float((a @ a)[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+# ---- helpers
+
+
+def _sequences(config: Config) -> float:
+    """Sequences sampled over the stage."""
+    if config.method == "seqkd":
+        return len(read_records(config.data.train))
+    if config.method == "gkd":
+        return config.optim.steps * config.optim.batch_size * config.rollout.on_policy
+    steps_of_one = config.rollout.epochs * config.rollout.batch_size // config.optim.batch_size
+    return -(-config.optim.steps // steps_of_one) * config.rollout.batch_size
+
+
+def _weights(model: nn.Module) -> int:
+    return sum(x.nbytes for x in model.parameters())
+
+
+def _head(model: "PreTrainedModel") -> int:
+    """Operations of the vocabulary head for one token."""
+    return 2 * model.get_output_embeddings().weight.numel()
+
+
+def _state_bytes(model: "PreTrainedModel") -> int:
+    """Bytes of one final state, or of what one layer hands to the next for one token."""
+    return model.config.get_text_config().hidden_size * model.dtype.itemsize
+
+
+def _logit_bytes(model: "PreTrainedModel") -> int:
+    """Bytes of one row of logits."""
+    return model.config.get_text_config().vocab_size * model.dtype.itemsize
+
+
+def _gib(parts: dict[str, int]) -> str:
+    total = sum(parts.values()) / 2**30
+    return f"{total:.2f} GiB: " + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())

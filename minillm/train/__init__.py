@@ -1,0 +1,1 @@
+"""Training: the loop, MiniLLM and its baselines."""

@@ -1,0 +1,293 @@
+"""The training loop: rollout → score → loss → backward → step → log → validate → save.
+
+A method (baselines.py) says, per optimiser step, which sequences to learn from and what is lost on them; MiniLLM rolls
+out there. The loop knows nothing else of the methods: it cuts a step into micro-batches and divides the summed
+losses by the number of tokens that count, over all micro-batches and processes, so that 1 × 8 sequences, 8 × 1 and 2
+processes × 4 give the same gradient.
+"""
+
+import hashlib
+import math
+import time
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor
+
+from minillm.config.schema import Config, ConfigError
+from minillm.data.examples import Batch, Encoded, Example, chunk_text, encode, read_records, read_text
+from minillm.model.head import CausalLM, Sums
+from minillm.model.load import check_context, check_packing
+from minillm.run.checkpoint import Checkpoint, Progress
+from minillm.run.directory import Run, checkpoint
+from minillm.run.interrupt import Interrupt, Interrupted
+from minillm.run.trackers import check_trackers
+from minillm.train.baselines import METHODS
+from minillm.train.context import Loss, Part, Training, chunks
+from minillm.train.selection import Selection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Micro(NamedTuple):
+    """Sequences of one forward and backward pass."""
+
+    part: Part
+    rows: list[int]
+    batch: Batch
+    loss: Loss
+
+
+def prepare(
+    config: Config,
+    student: CausalLM,
+    teacher: CausalLM | None,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> Training:
+    """Read and check the data against the models, before any work that could be lost."""
+    accelerator = Accelerator()
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ConfigError(
+            f"{accelerator.distributed_type} shards the student, which checkpoints and gradients here do not follow "
+            "yet: use one process or data parallelism (accelerate launch --num_processes N)"
+        )
+    check_trackers(config.log.trackers)
+    torch.manual_seed(config.seed)
+    for key in ("optim.batch_size", "rollout.batch_size", "objective.pt_batch_size"):
+        section, name = key.split(".")
+        size = getattr(getattr(config, section), name)
+        if size % accelerator.num_processes:
+            raise ConfigError(f"{key} is {size}, which {accelerator.num_processes} processes cannot share equally")
+    samples = config.method in ("minillm", "seqkd")  # learn from what is sampled: any prompt will do
+    encoded = encode(read_records(config.data.train), tokenizer, config.data, config.data.train, answers=not samples)
+    examples, about = encoded.examples, str(encoded)
+    validation: list[Example] = []
+    if 0 < config.validation.every < config.optim.steps:
+        examples, validation = hold_out(config, encoded, tokenizer)
+        about += f"; {len(examples)} to train on, {len(validation)} for validation"
+    wants_text = config.method == "minillm" and config.objective.pt_weight > 0
+    text = chunk_text(read_text(config.data.text), tokenizer, config.objective.pt_length) if wants_text else []
+    if text:
+        about += f"; {len(text)} chunks of text"
+    answer = config.data.max_response_length
+    if config.method in ("minillm", "seqkd", "gkd"):
+        answer = max(answer * (config.method == "gkd"), config.rollout.max_new_tokens)
+    for model in (student, teacher):
+        if model is not None:
+            check_context(model.model, config.data.max_prompt_length + answer)
+            model.to(accelerator.device)
+            if config.data.packing:
+                check_packing(model.model)
+    if teacher is not None:
+        teacher.requires_grad_(False)
+    return Training(config, accelerator, student, teacher, tokenizer, examples, validation, text, about)
+
+
+def hold_out(
+    config: Config, encoded: Encoded, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[Example], list[Example]]:
+    """Examples to train on and to validate on: of validation.data, else chosen from data.train by their prompts' text,
+    so that two stages of a recipe hold out the same."""
+    source, count = config.validation.data, config.validation.prompts
+    if source:
+        found = encode(read_records(source), tokenizer, config.data, source, answers=True).examples
+        return encoded.examples, found[:count]
+
+    def key(example: Example) -> bytes:
+        return hashlib.sha256(f"{config.seed} {example.record.prompt}".encode()).digest()
+
+    answered = sorted({key(e) for e in encoded.examples if (e.record.answer or "").strip()})
+    chosen = set(answered[: min(count, len(answered) // 10)])
+    if not chosen:
+        raise ConfigError(
+            f"{config.data.train} has {len(answered)} prompts with answers, too few to hold a tenth of them out for "
+            "validation: name validation.data, or set validation.every to 0"
+        )
+    parts: tuple[list[Example], list[Example]] = ([], [])
+    for example in encoded.examples:
+        parts[key(example) in chosen].append(example)
+    return parts
+
+
+def train(
+    training: Training, run: Run, stage: str, first_step: int = 0, resumed: Checkpoint | None = None
+) -> dict[str, float]:
+    """Run one stage: `optim.steps` optimiser steps, counted on from `first_step` in everything written.
+
+    Returns tokens seen (prompts included), seconds in all and per phase, and the best validation.
+
+    Raises FloatingPointError, naming step and sample, before a loss or gradient that is not finite reaches the
+    weights; Interrupted after a checkpoint when SIGTERM came; CheckpointError.
+    """
+    config, accelerator, clock = training.config, training.accelerator, training.clock
+    optim, model, folder = config.optim, training.student.model, run.path / "stages" / stage
+    optimizer = torch.optim.AdamW(
+        checkpoint.trained(model).values(),
+        lr=optim.lr,
+        betas=optim.betas,
+        weight_decay=optim.weight_decay,
+        fused=True,
+    )
+    predictor, optimizer = accelerator.prepare(training.student, optimizer)
+    method = METHODS[config.method](training, folder)
+    progress = Progress(stage, first_step=first_step, stages=dict(run.stages))
+    if resumed is not None:
+        progress = resumed.progress
+        checkpoint.restore(model, optimizer, accelerator, resumed.groups)
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(progress.scaler)
+        memory = {name: value.to(accelerator.device) for name, value in resumed.groups.get("memory", {}).items()}
+        method.remember(memory, progress.step)
+    selection = Selection(training, method, folder)
+
+    def save() -> None:
+        groups = {**checkpoint.state_of(model, optimizer, accelerator), "memory": method.memory}
+        progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+        if accelerator.is_main_process:
+            run.checkpoint(progress, groups, model, config.log.checkpoints_kept)
+        accelerator.wait_for_everyone()
+
+    started, begun = time.perf_counter(), progress.step
+    clock.reset()
+    with Interrupt() as interrupt:
+        while progress.step < optim.steps:
+            # ---- what this step learns from (MiniLLM rolls out here when the last rollouts are used up)
+            step = progress.step + 1
+            step_started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = optim.lr * lr_factor(step, config)
+            parts, metrics = method.step(step)
+            micros = [
+                Micro(part, rows, *part.make(rows))
+                for part in parts
+                for rows in chunks(part.rows, optim.micro_batch_size)
+            ]
+
+            # ---- loss and gradient
+            metrics |= backward(predictor, micros, accelerator)
+
+            # ---- update
+            grad_norm = float(accelerator.clip_grad_norm_(checkpoint.trained(model).values(), optim.max_grad_norm))
+            finite = math.isfinite(grad_norm) or accelerator.scaler is not None  # which skips such steps by itself
+            if not (math.isfinite(metrics["loss"]) and finite):
+                raise FloatingPointError(
+                    f"{stage}, step {step}: loss {metrics['loss']}, gradient norm {grad_norm}; "
+                    f"{blame(training, micros)}. The weights were not updated. {run.how_to_resume()}"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.step = step
+
+            # ---- validate
+            if selection.due(step):
+                metrics |= selection.validate(progress)
+
+            # ---- log
+            phases, elapsed = clock.reset(), time.perf_counter() - step_started
+            now = total(accelerator, *(micro.batch.attention_mask.sum() for micro in micros))
+            progress.num_tokens += now
+            phases = {"time/rollout": 0.0, "time/score": 0.0} | phases
+            metrics |= {
+                "grad_norm": grad_norm,
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "step_time": elapsed,
+                "tokens_per_second": now / elapsed,
+                **phases,
+            }
+            for name in ("step_time", *(name for name in phases if name.startswith("time/"))):
+                progress.totals[name] = progress.totals.get(name, 0.0) + metrics[name]
+            progress.history.append(metrics)
+            if step % config.log.every == 0 or step == optim.steps:
+                left = (time.perf_counter() - started) / (step - begun) * (optim.steps - step)
+                if accelerator.is_main_process:
+                    line = average(progress.history) | {"num_tokens": progress.num_tokens}
+                    run.log(stage, step, optim.steps, progress.global_step, line, left)
+                progress.history = []
+
+            # ---- save
+            every, stop = config.log.checkpoint_every, interrupt.asked(accelerator)
+            if stop or (every and (step % every == 0 or step == optim.steps)):
+                with clock("save"):
+                    save()
+            if stop:
+                raise Interrupted(run.how_to_resume())
+    selection.restore(progress)
+    accelerator.free_memory()  # of the optimiser, before the next stage allocates its own
+    best = {f"best_{name}": value for name, value in progress.best.items()}
+    return {"num_tokens": progress.num_tokens, **best, **{k: round(v, 2) for k, v in progress.totals.items()}}
+
+
+def backward(predictor: torch.nn.Module, micros: list[Micro], accelerator: Accelerator) -> dict[str, float]:
+    """Accumulate the gradient of the losses per token; returns every named sum per token, over all processes."""
+    tokens = count_targets(micros, accelerator)
+    metrics: Sums = {}
+    for i, micro in enumerate(micros):
+        batch, kind = micro.batch.to(accelerator.device), micro.part.kind
+        last = i + 1 == len(micros)
+        with nullcontext() if last else accelerator.no_sync(predictor):
+            sums = predictor(batch, micro.loss)
+            # gradients are averaged over processes, the token count is global: undo the average
+            accelerator.backward(sums["loss"] * accelerator.num_processes / tokens[kind])
+        for name, value in sums.items():
+            share = value.detach().float() / tokens[kind]
+            metrics[name] = metrics[name] + share if name in metrics else share
+    reduced = accelerator.reduce(torch.stack(list(metrics.values())), "sum")  # one synchronisation for all of them
+    return dict(zip(metrics, reduced.tolist(), strict=True))
+
+
+def blame(training: Training, micros: list[Micro]) -> str:
+    """The first sequence, in words, whose own loss or gradient is not finite; tried one by one."""
+    found: list[str] = []
+    parameters = checkpoint.trained(training.student.model).values()
+    for part, row in [(micro.part, row) for micro in micros for row in micro.rows]:
+        if found:
+            break
+        batch, loss = part.make([row])
+        batch = batch.to(training.accelerator.device)
+        value = loss(training.student.output(batch), batch)["loss"]
+        gradients = torch.autograd.grad(value, list(parameters), allow_unused=True)
+        if not all(torch.isfinite(x).all() for x in (value, *gradients) if x is not None):
+            found.append(f"{part.name(row)} ({part.kind})")
+    found = gather_object(found)
+    return f"the first sample at fault is {found[0]}" if found else "no sample alone gives that: lower optim.lr"
+
+
+# ---- helpers
+
+
+def count_targets(micros: list[Micro], accelerator: Accelerator) -> dict[str, float]:
+    """Tokens that count, per kind, over all micro-batches and processes; at least 1."""
+    kinds = dict.fromkeys(micro.part.kind for micro in micros)
+    return {
+        kind: max(1.0, total(accelerator, *(len(m.batch.targets) for m in micros if m.part.kind == kind)))
+        for kind in kinds
+    }
+
+
+def total(accelerator: Accelerator, *values: Tensor | float) -> float:
+    """Sum over the values and over all processes."""
+    here = torch.tensor(sum(float(value) for value in values), device=accelerator.device)
+    return float(accelerator.reduce(here, "sum"))
+
+
+def lr_factor(step: int, config: Config) -> float:
+    """Learning rate of a step (from 1) as a share of the peak."""
+    warmup, total = config.optim.warmup_steps, config.optim.steps
+    if step <= warmup:
+        return step / warmup
+    done = (step - warmup - 1) / max(1, total - warmup)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.optim.schedule]
+
+
+def average(history: list[dict[str, float]]) -> dict[str, float]:
+    """Mean over the steps of a log interval that tell a metric; of memory the maximum."""
+    names = dict.fromkeys(name for metrics in history for name in metrics)
+    known = {name: [metrics[name] for metrics in history if name in metrics] for name in names}
+    return {
+        name: max(values) if name.startswith("memory/") else sum(values) / len(values)
+        for name, values in known.items()
+    }

@@ -1,0 +1,79 @@
+"""The tiled driver: losses of hidden states and head weights whose logits never exist, beside the chunk driver.
+
+A kernel of the Triton backend forms the logits tile by tile and folds them into the statistics of each row: the extra
+memory is O(N). The gradient goes one vocabulary tile at a time: a kernel forms the logits of all rows on that tile
+again and writes their gradient [N, tile] into a buffer of at most GRADIENT_BYTES; two matmuls send it to the hidden
+states (accumulated in fp32) and to the tile's rows of the weight, which are then complete: no fp32 copy of the
+weight's gradient. Six matmuls where chunked.py takes four: the memory optimum beside the speed optimum.
+
+Legend: N rows, H hidden, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import choose
+from .chunked import Gradients, Head
+
+TILED = 0  # as chunk_rows: no chunks
+GRADIENT_BYTES = 16 << 20
+COMPUTES = "reverse_kl, forward_kl, token log-probabilities, statistics and the MiniLLM loss"
+
+
+def statistics(
+    student: Head,
+    teacher: Head | None,
+    token_ids: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    vocab_size: int,
+    backend: str,
+) -> Tensor:
+    """[len(RowStats), N], 0 in rows that `mask` leaves out."""
+    return choose.run(backend, "linear_stats", student, teacher, token_ids, mask, temperature, vocab_size)
+
+
+def empty_gradients(student: Head, needs: list[bool]) -> Gradients:
+    """Of the hidden states in fp32, where tiles add up; of the weight in its own type."""
+    none = student.hidden.new_empty(0)
+    hidden = torch.zeros_like(student.hidden, dtype=torch.float32) if needs[0] else none
+    weight = torch.zeros_like(student.weight) if needs[1] else none
+    bias = torch.zeros_like(student.bias) if needs[2] and student.bias is not None else none
+    return Gradients(hidden, weight, bias)
+
+
+def gradients(
+    student: Head,
+    teacher: Head | None,
+    token_ids: Tensor | None,
+    stats: Tensor,
+    coefficients: Tensor,
+    needs: list[bool],
+    temperature: float,
+    vocab_size: int,
+    backend: str,
+) -> Gradients:
+    """Of sum(coefficients * differentiable statistics), rows without a coefficient not read."""
+    result = empty_gradients(student, needs)
+    n_rows = student.hidden.shape[0]
+    if n_rows == 0 or not any(needs):
+        return result
+    width = max(128, GRADIENT_BYTES // (n_rows * student.weight.element_size()) // 128 * 128)
+    width = min(width, (vocab_size + 127) // 128 * 128)
+    buffer = student.weight.new_empty(n_rows, width)
+    # 0 times the NaN of a row that does not count would be NaN in the weight's gradient.
+    hidden = torch.where((coefficients != 0).any(0)[:, None], student.hidden, 0) if needs[1] else student.hidden
+    for start in range(0, vocab_size, width):
+        end = min(start + width, vocab_size)
+        g = buffer[:, : end - start]
+        args = (student, teacher, token_ids, stats, coefficients, temperature, vocab_size, g, start)
+        choose.run(backend, "linear_grad_tile", *args)
+        if needs[0]:
+            result.hidden.add_(g @ student.weight[start:end])
+        if needs[1]:
+            torch.mm(g.t(), hidden, out=result.weight[start:end])
+        if needs[2] and student.bias is not None:
+            result.bias[start:end] = g.sum(0, dtype=torch.float32)
+    return result

@@ -1,0 +1,1 @@
+"""Losses, statistics and samples of logits that exist."""

@@ -1,0 +1,220 @@
+"""Losses between two rows of logits: reverse KL, and the other divergences that distillation uses.
+
+Each function reads the logits once forward and once backward and never writes a softmax; memory beyond the gradient is
+O(rows).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import arguments
+from ..backends import choose
+from ..rows import MIXTURE_DIVERGENCES, RowStats
+from . import ops  # noqa: F401  (registers torch.ops.minillm)
+
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+DIVERGENCES = ("reverse_kl", "forward_kl", *MIXTURE_DIVERGENCES)
+
+
+def fused_rkl_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    normalizer: float | Tensor | None = None,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    inplace: bool = False,
+    group: object = None,
+) -> Tensor:
+    r"""Reverse KL divergence KL(q || p) = sum_v q_v (log q_v - log p_v) of student q and teacher p, in nats per row.
+
+    The exact per-token part of MiniLLM's gradient (Gu et al., ICLR 2024, eq. 3). There is no factor T^2.
+
+    Args:
+        student_logits: [..., V] float32, bfloat16, float16 or float64. Differentiable. Columns contiguous; the leading
+            dimensions may be strided, so `logits[:, :-1]` is not copied.
+        teacher_logits: [..., V_t], any of these types, constant. The heads may differ in size: see `vocab_size`.
+        labels: [...] integers. Only a mask: rows with `ignore_index` do not count. Nothing is shifted.
+        weights: broadcastable to [...], constant. A row of weight 0 is not read: its loss and gradient are exactly 0.
+        temperature: both models' logits are divided by it.
+        reduction: "none" gives w * l, [...]; "sum" their sum; "mean" sum(w * l)/sum(w); "batchmean" sum(w * l) over
+            the number of rows that count (label not ignored, weight not 0). Nothing that counts gives 0.
+        normalizer: replaces the denominator of "mean" and "batchmean": the global token count under accumulation.
+        vocab_size: only the first `vocab_size` columns count, by default the smaller head.
+        inplace: the backward pass writes the gradient over `student_logits` (saves a tensor of their size).
+        group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
+
+    Columns that are -inf in one of the models are outside the support of both: the true KL, +inf where only the
+    teacher excludes a token, is replaced by that of the renormalised rest. A row without support gives NaN with
+    gradient 0.
+
+    Returns a float32 scalar, or [...] for "none"; float64 when an input is float64.
+    Raises ValueError, TypeError or NotImplementedError for arguments that do not fit.
+    """
+    return fused_divergence_loss(
+        student_logits,
+        teacher_logits,
+        "reverse_kl",
+        labels,
+        weights=weights,
+        temperature=temperature,
+        reduction=reduction,
+        normalizer=normalizer,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        inplace=inplace,
+        group=group,
+    )
+
+
+def fused_divergence_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    divergence: str,
+    labels: Tensor | None = None,
+    *,
+    beta: float = 0.5,
+    weights: Tensor | None = None,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    normalizer: float | Tensor | None = None,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    inplace: bool = False,
+    group: object = None,
+) -> Tensor:
+    """A divergence of student q and teacher p, in nats per row. Arguments beyond these are those of `fused_rkl_loss`.
+
+    Args:
+        divergence:
+            "reverse_kl"       KL(q || p)
+            "forward_kl"       KL(p || q)
+            "jsd"              beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q
+                               (Agarwal et al., GKD); exactly beta = 0 is the forward, beta = 1 the reverse KL
+            "skew_forward_kl"  KL(p || beta p + (1 - beta) q)  (Ko et al., DistiLLM)
+            "skew_reverse_kl"  KL(q || (1 - beta) p + beta q)
+            "tvd"              1/2 sum |p - q|, subgradient 0 at ties
+        beta: in [0, 1].
+    """
+    arguments.check_logits(student_logits, teacher_logits)
+    arguments.check_inplace(inplace, student_logits)
+    arguments.check_group(group)
+    temperature = arguments.check_temperature(temperature)
+    name = check_divergence(divergence, beta, reduction)
+    vocab_size = arguments.resolve_vocab_size(vocab_size, student_logits, teacher_logits)
+    w = row_weights(student_logits, labels, weights, ignore_index)
+    mask = None if w is None else w != 0
+    settings = (temperature, vocab_size, choose.requested())
+    if name in RowStats._fields:
+        stats = torch.ops.minillm.row_stats(student_logits, teacher_logits, None, mask, inplace, *settings)
+        per_row = stats[RowStats._fields.index(name)]
+    else:
+        with torch.no_grad():  # the formula of row_divergence's gradient includes the way through the normalisers
+            stats = torch.ops.minillm.row_stats(student_logits, teacher_logits, None, mask, False, *settings)
+        per_row = torch.ops.minillm.row_divergence(
+            student_logits, teacher_logits, mask, stats, inplace, name, beta, *settings
+        )[0]
+    return _reduce(per_row, w, reduction, normalizer)
+
+
+def check_divergence(divergence: str, beta: float, reduction: str) -> str:
+    """Checks the three; returns what to compute: where a mixture is one of the two models, the KL that is left."""
+    beta = arguments.check_unit_interval("beta", beta)
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"unknown divergence {divergence!r}: expected one of {', '.join(DIVERGENCES)}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"unknown reduction {reduction!r}: expected one of {', '.join(REDUCTIONS)}")
+    if divergence == "jsd" and beta in (0.0, 1.0):
+        return "reverse_kl" if beta == 1.0 else "forward_kl"
+    if beta == 0.0 and divergence.startswith("skew_"):
+        return divergence.removeprefix("skew_")
+    return divergence
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def row_weights(logits: Tensor, labels: Tensor | None, weights: Tensor | None, ignore_index: int) -> Tensor | None:
+    """The weight of each row in the accumulation type, 0 where a label is ignored; None when every row counts once."""
+    dtype = accumulator(logits)
+    w = None if weights is None else arguments.check_per_row("weights", weights, logits).to(dtype)
+    if labels is not None:
+        arguments.check_token_ids("labels", labels, logits)
+        counts = labels != ignore_index
+        w = counts.to(dtype) if w is None else torch.where(counts, w, 0)
+    return w
+
+
+def normalized(w: Tensor, reduction: str, normalizer: float | Tensor | None) -> Tensor:
+    """The row weights of a scalar reduction: w over its denominator; 0 where nothing counts."""
+    if reduction == "sum":
+        return w
+    if normalizer is not None:
+        return w / normalizer
+    count = w.sum() if reduction == "mean" else (w != 0).sum()
+    nothing = count == 0
+    return torch.where(nothing, 0, w / torch.where(nothing, 1, count))
+
+
+def _reduce(per_row: Tensor, w: Tensor | None, reduction: str, normalizer: float | Tensor | None) -> Tensor:
+    if w is None:
+        w = torch.ones_like(per_row)
+    if reduction == "none":
+        return per_row * w
+    return (per_row * normalized(w, reduction, normalizer)).sum()
+
+
+class FusedRKLLoss(nn.Module):
+    """`fused_rkl_loss` with its options fixed: `FusedRKLLoss(temperature=2.0)(student_logits, teacher_logits,
+    labels)`."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        reduction: str = "batchmean",
+        ignore_index: int = -100,
+        vocab_size: int | None = None,
+        inplace: bool = False,
+    ) -> None:
+        super().__init__()
+        arguments.check_temperature(temperature)
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"unknown reduction {reduction!r}: expected one of {', '.join(REDUCTIONS)}")
+        self.temperature = temperature
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.vocab_size = vocab_size
+        self.inplace = inplace
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor | None = None,
+        *,
+        weights: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor:
+        return fused_rkl_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            weights=weights,
+            normalizer=normalizer,
+            temperature=self.temperature,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            vocab_size=self.vocab_size,
+            inplace=self.inplace,
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, reduction={self.reduction!r}, vocab_size={self.vocab_size}"

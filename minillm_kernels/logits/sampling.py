@@ -1,0 +1,98 @@
+"""Sampling from the mixture of a teacher and a student, without forming the mixture."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import arguments
+from ..backends import choose
+from . import ops  # noqa: F401  (registers torch.ops.minillm)
+
+
+class MixedSample(NamedTuple):
+    """One token per row with its log-probabilities (nats) under the laws actually sampled: filtered and tempered."""
+
+    token_ids: Tensor
+    student_logprobs: Tensor
+    teacher_logprobs: Tensor | None
+    mixture_logprobs: Tensor
+    from_teacher: Tensor
+
+
+def mixed_sample(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    alpha: float = 0.2,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    uniforms: Tensor | None = None,
+    vocab_size: int | None = None,
+) -> MixedSample:
+    """Draws a token per row from alpha p + (1 - alpha) q, teacher p and student q (Gu et al., ICLR 2024, eq. 4).
+
+    Exact by composition: a coin picks the model, one inverse-CDF draw picks the token from that model alone.
+
+    Args:
+        student_logits: [..., V]; teacher_logits: [..., V_t], or None when alpha = 0. Constants here.
+        alpha: the teacher's share, in [0, 1]; 0 samples from the student, 1 from the teacher.
+        temperature: divides both models' logits; 0 takes the argmax of alpha p + (1 - alpha) q at T = 1, lowest index
+            first.
+        top_k: keep each model's `top_k` largest logits (0 = all), ties at the cut-off included.
+        top_p: then keep, of each model, the tokens before which less than `top_p` of its mass lies.
+        generator: torch's, for the uniforms.
+        uniforms: float64 [..., 2] in [0, 1) instead: [..., 0] picks the model (teacher iff below alpha), [..., 1] the
+            token (the first in vocabulary order whose cumulative probability exceeds it). The same uniforms give the
+            same tokens.
+        vocab_size: only the first `vocab_size` columns count, by default the smaller head.
+
+    A column of -inf is removed from that model alone. A row that holds NaN or +inf, or has no column left in one of
+    the models, gives token 0 with NaN log-probabilities.
+
+    Returns token_ids int64 [...], log-probabilities float32 [...] (teacher's None without teacher), from_teacher bool
+    [...].
+    """
+    with torch.no_grad():  # constants here, the teacher too
+        arguments.check_logits(student_logits, teacher_logits)
+    student_logits = student_logits.detach()
+    teacher_logits = None if teacher_logits is None else teacher_logits.detach()
+    alpha = arguments.check_unit_interval("alpha", alpha)
+    if teacher_logits is None and alpha > 0:
+        raise ValueError(f"alpha = {alpha} samples from the teacher too: pass teacher_logits, or alpha=0")
+    temperature = arguments.check_temperature(temperature, zero_allowed=True)
+    if top_k < 0 or top_k != int(top_k):
+        raise ValueError(f"top_k must be a whole number >= 0 (0 = no limit), got {top_k}")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p must lie in (0, 1] (1 = no limit), got {top_p}")
+    vocab_size = arguments.resolve_vocab_size(vocab_size, student_logits, teacher_logits)
+    leading = student_logits.shape[:-1]
+    if uniforms is None:
+        source: dict[str, Any] = (
+            {} if generator is None else {"generator": generator}
+        )  # a None would forbid dynamic shapes
+        uniforms = torch.rand(*leading, 2, dtype=torch.float64, device=student_logits.device, **source)
+    else:
+        arguments.check_tensor("uniforms", uniforms)
+        if uniforms.shape != (*leading, 2) or uniforms.dtype != torch.float64:
+            raise ValueError(
+                f"uniforms must be float64 of shape {(*leading, 2)}, got {uniforms.dtype} of shape "
+                f"{tuple(uniforms.shape)}"
+            )
+    token_ids, logprobs, from_teacher = torch.ops.minillm.row_sample(
+        student_logits,
+        teacher_logits,
+        uniforms,
+        alpha,
+        temperature,
+        int(top_k),
+        float(top_p),
+        vocab_size,
+        choose.requested(),
+    )
+    student, teacher, mixture = logprobs.unbind(0)
+    return MixedSample(token_ids, student, None if teacher_logits is None else teacher, mixture, from_teacher)

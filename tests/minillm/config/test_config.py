@@ -1,0 +1,136 @@
+import pytest
+import yaml
+
+from minillm.config.recipe import config_from, load_recipe, parse_flags, save
+from minillm.config.schema import Config, ConfigError, check
+
+VALID = {"model": {"teacher": "t", "student": "s"}, "data": {"train": "x.jsonl", "text": "x.txt"}}
+
+
+def write(tmp_path, tree):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def with_keys(**sections):
+    return {**VALID, **{name: {**VALID.get(name, {}), **keys} for name, keys in sections.items()}}
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"optm": {"lr": 1}}, "unknown section or key 'optm'; did you mean 'optim'"),
+        ({"optim": {"learnrate": 1}}, "unknown key in section `optim` 'learnrate'"),
+        ({"optim": {"step": 1}}, "did you mean 'steps'"),
+        ({"optim": 3}, "it is a section"),
+        ({"optim": {"steps": "many"}}, "optim.steps is 'many'; expected int"),
+        ({"optim": {"steps": 1.5}}, "expected int"),
+        ({"optim": {"steps": True}}, "expected int"),
+        ({"optim": {"lr": "fast"}}, "optim.lr is 'fast'; expected float"),
+        ({"optim": {"betas": [0.9]}}, "expected a list of 2 values"),
+        ({"objective": {"length_norm": 2}}, "expected bool"),
+        ({"model": {"teacher": 3}}, "model.teacher is 3; expected str"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tree, message):
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        config_from(tree)
+
+
+def test_numbers_are_read_as_people_write_them():
+    # YAML 1.1 reads 1e-5 as text, and every flag is text
+    config = config_from(
+        {"optim": {"lr": "1e-5", "betas": "[0.8, 0.9]", "steps": "7"}, "model": {"drop_layers": None}}
+    )
+    assert (config.optim.lr, config.optim.betas, config.optim.steps) == (1e-5, (0.8, 0.9), 7)
+    assert config_from({"model": {"drop_layers": [3, 5]}}).model.drop_layers == (3, 5)
+    assert config_from({"optim": {"lr": 1}}).optim.lr == 1.0
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"rollout": {"temperature": 0.7}}, "rollout.temperature is 0.7; MiniLLM's importance weights need 1"),
+        ({"rollout": {"top_k": 50}}, "rollout.top_k is 50"),
+        ({"rollout": {"top_p": 0.9}}, "rollout.top_p is 0.9"),
+        ({"loss": {"temperature": 2.0}}, "loss.temperature is 2.0"),
+        ({"rollout": {"alpha": 1.0}}, "rollout.alpha is 1"),
+        ({"rollout": {"alpha": 1.5}}, r"lies in \[0, 1\]"),
+        ({"rollout": {"batch_size": 10}, "optim": {"batch_size": 8}}, "not a multiple of optim.batch_size"),
+        ({"data": {"text": ""}}, "data.text is empty"),
+        ({"data": {"train": ""}}, "data.train is empty"),
+        ({"model": {"student": ""}}, "no student"),
+        ({"model": {"drop_layers": (1, 2)}}, "keep one of them"),
+        ({"model": {"teacher": ""}}, "method minillm needs model.teacher"),
+        ({"model": {"teacher": "", "student": "", "drop_layers": (1, 2)}}, "model.drop_layers needs model.teacher"),
+        ({"optim": {"steps": 0}}, "must be at least 1"),
+        ({"objective": {"variant": "papr"}}, "did you mean 'paper'"),
+        ({"data": {"prompt_template": "{instruction}"}}, "or a text that contains {prompt}"),
+    ],
+)
+def test_contradictions_are_refused(sections, message):
+    base = {"rollout": {"batch_size": 64}}
+    with pytest.raises(ConfigError, match=message):
+        check(config_from(with_keys(**{**base, **sections})))
+
+
+def test_filtered_sampling_is_refused_for_minillm_alone():
+    check(config_from({**with_keys(rollout={"top_p": 0.9}), "method": "kd"}))
+
+
+def test_precedence_defaults_recipe_stage_smoke_flags(tmp_path):
+    tree = with_keys(rollout={"batch_size": 64}, optim={"steps": 10, "lr": 1.0, "warmup_steps": 1})
+    tree["stages"] = {"a": {"method": "kd", "optim": {"lr": 2.0}}, "b": {"method": "kd"}}
+    tree["smoke"] = {"optim": {"steps": 3}, "stages": {"a": {"optim": {"steps": 2}}}}
+    path = write(tmp_path, tree)
+
+    plain = load_recipe(path).stages
+    assert [plain[s].optim.lr for s in "ab"] == [2.0, 1.0]
+    assert [plain[s].optim.steps for s in "ab"] == [10, 10]
+    smoke = load_recipe(path, smoke=True).stages
+    assert [smoke[s].optim.steps for s in "ab"] == [2, 3]
+    flagged = load_recipe(path, ["--optim.lr=9", "--stages.b.optim.steps=5"], smoke=True).stages
+    assert [flagged[s].optim.lr for s in "ab"] == [9.0, 9.0]
+    assert [flagged[s].optim.steps for s in "ab"] == [2, 5]
+    assert plain["a"].optim.weight_decay == Config().optim.weight_decay
+
+
+def test_a_config_without_stages_is_a_recipe_of_one(tmp_path):
+    recipe = load_recipe(write(tmp_path, {**VALID, "method": "kd"}))
+    assert list(recipe.stages) == ["kd"]
+    assert recipe.first.method == "kd"
+
+
+def test_a_saved_recipe_reads_back_the_same(tmp_path):
+    tree = {**VALID, "stages": {"a": {"method": "kd"}, "b": {"method": "sft"}}}
+    recipe = load_recipe(write(tmp_path, tree), ["--optim.lr=3e-4", "--model.student=", "--model.drop_layers=[2, 3]"])
+    save(recipe, tmp_path / "config.yaml")
+    again = load_recipe(tmp_path / "config.yaml")
+    assert again.stages == recipe.stages
+    assert again.digest() == recipe.digest()
+    assert load_recipe(tmp_path / "config.yaml", ["--output=elsewhere"]).digest() == recipe.digest()
+    assert load_recipe(tmp_path / "config.yaml", ["--optim.lr=1"]).digest() != recipe.digest()
+
+
+@pytest.mark.parametrize("flag", ["--optim.lr", "optim.lr=3", "-x=1"])
+def test_flags_have_one_form(flag):
+    with pytest.raises(ConfigError, match=r"--section.key=value"):
+        parse_flags([flag])
+
+
+def test_files_that_are_not_recipes(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no recipe at"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match="expected sections"):
+        load_recipe(tmp_path / "list.yaml")
+    with pytest.raises(ConfigError, match="has no `smoke:` section"):
+        load_recipe(write(tmp_path, VALID), smoke=True)
+    with pytest.raises(ConfigError, match=r"unknown stage 'warmup'; did you mean 'warm-up'"):
+        load_recipe(
+            write(tmp_path, {**VALID, "stages": {"warm-up": {"method": "kd"}}}), ["--stages.warmup.optim.lr=1"]
+        )

@@ -1,0 +1,106 @@
+"""The seam between final states and vocabulary: what is read of a model's head gives the model's own logits."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+
+from minillm.config.schema import ConfigError
+from minillm.data.examples import collate
+from minillm.model import head as vocabulary
+from minillm.model.head import CausalLM, Head, Output, common_vocabulary, read_head
+
+SIZES = dict(
+    vocab_size=257, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=2, initializer_range=0.5, eos_token_id=0, pad_token_id=0,
+)  # fmt: skip
+BATCH = collate([[1, 2, 3], [4]], [[5, 6], [7, 8, 9, 10]])
+
+
+def granite():
+    torch.manual_seed(0)
+    return GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)).eval()
+
+
+def gemma():
+    torch.manual_seed(1)
+    return Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=2.0)).eval()
+
+
+@torch.no_grad()
+def test_only_selected_positions_reach_the_head(make_llama):
+    lm = CausalLM(make_llama())
+    output = lm.output(BATCH)
+    assert output.states.shape == (6, 32)
+    logits = lm.logits(output.states)
+    for start, prompt, response in ((0, [1, 2, 3], [5, 6]), (2, [4], [7, 8, 9, 10])):
+        alone = lm.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(logits[start : start + len(response)], alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["fused", "logits"])
+@pytest.mark.parametrize("make", [granite, gemma])
+def test_scales_and_soft_caps_are_those_of_the_model(make, head):
+    lm = CausalLM(make(), head)
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(lm.logits(lm.states(ids, torch.ones_like(ids))), lm.model(ids).logits)
+
+
+def test_what_is_read():
+    assert read_head(granite())[2:] == (None, 0.125)
+    assert read_head(gemma())[2:] == (2.0, 1.0)
+    assert CausalLM(granite(), "logits").head == Head(None)
+
+
+def test_a_head_that_cannot_be_read_is_refused_and_the_switch_is_named(make_llama):
+    model = make_llama()
+    model.lm_head = nn.Sequential(model.lm_head, nn.Tanh())
+    with pytest.raises(ConfigError, match=r"no separate base model and vocabulary head; set model.head to logits"):
+        CausalLM(model)
+
+    class Undivided(GraniteForCausalLM):
+        """Does without the scale that its config names."""
+
+        def forward(self, *args, **inputs):
+            output = super().forward(*args, **inputs)
+            output.logits = output.logits * self.config.logits_scaling
+            return output
+
+    unread = Undivided(granite().config).eval()
+    with pytest.raises(ConfigError, match=r"something else in between; set model.head to logits"):
+        CausalLM(unread)
+    assert CausalLM(model, "logits").output(BATCH).states.shape == (6, 257)
+
+
+def test_the_common_vocabulary_is_the_smaller_head(make_llama):
+    pair = CausalLM(make_llama(vocab_size=300)), CausalLM(make_llama(vocab_size=280))
+    assert common_vocabulary(*pair) == 280
+    assert CausalLM(make_llama(vocab_size=300), "logits").vocab_size == 300
+
+
+@pytest.mark.parametrize("loss", ["divergence", "minillm_loss", "cross_entropy", "distill_loss"])
+def test_fused_losses_are_those_of_the_logits(loss):
+    results = []
+    for head in ("fused", "logits"):
+        student, teacher = CausalLM(granite(), head), CausalLM(gemma(), head)
+        with torch.no_grad():
+            target = teacher.output(BATCH)
+
+        def value(output: Output, batch, target=target):
+            ids, n = batch.targets, len(batch.targets)
+            if loss == "cross_entropy":
+                return {"loss": vocabulary.cross_entropy(output, ids, 257)}
+            if loss == "distill_loss":
+                weights = {"forward_kl": 0.4, "student_logprobs": -0.6}
+                return {"loss": vocabulary.distill_loss(output, target, ids, vocab_size=257, **weights).loss}
+            if loss == "divergence":
+                return {"loss": vocabulary.divergence(output, target, "jsd", beta=0.3, vocab_size=257)}
+            constants = {"advantages": torch.linspace(-1, 1, n), "old_logprobs": torch.full((n,), -5.0)}
+            constants["mask"] = torch.ones(n, dtype=torch.bool)
+            return {"loss": vocabulary.minillm_loss(output, target, ids, vocab_size=257, **constants).loss}
+
+        found = student(BATCH, value)["loss"]
+        found.backward()
+        results.append((found.detach(), [p.grad for p in student.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,186 @@
+import json
+import sys
+
+import pytest
+import torch
+from adapters import needs_adapters
+from transformers import LlamaForCausalLM
+
+from minillm.config.schema import ConfigError, Lora
+from minillm.model.head import CausalLM
+from minillm.model.load import (
+    add_adapters,
+    attention,
+    check_context,
+    check_same_tokenizer,
+    drop_layers,
+    load_model,
+    load_tokenizer,
+    merge_adapters,
+)
+
+
+@torch.no_grad()
+def test_a_cut_student_is_the_teacher_without_its_block(make_llama):
+    teacher = make_llama(5)
+    student = drop_layers(teacher, 1, 3)
+    ids = torch.randint(257, (2, 7))
+    kept = [teacher.model.layers[i] for i in (0, 3, 4)]
+    teacher.model.layers = torch.nn.ModuleList(kept)
+    for i, layer in enumerate(kept):
+        layer.self_attn.layer_idx = i
+    teacher.config.num_hidden_layers = 3
+    torch.testing.assert_close(student(ids).logits, teacher(ids).logits)
+    assert student.config.num_hidden_layers == 3
+
+
+def test_a_cut_student_shares_no_memory_and_reloads(make_gpt2, make_llama, tmp_path):
+    for teacher in (make_gpt2(), make_llama(3, tie_word_embeddings=True)):
+        student = drop_layers(teacher, 0, 1)
+        pointers = {p.data_ptr() for p in teacher.parameters()}
+        assert not pointers & {p.data_ptr() for p in student.parameters()}
+        student.save_pretrained(tmp_path / teacher.config.model_type)
+        again = load_model(str(tmp_path / teacher.config.model_type))
+        ids = torch.tensor([[3, 1, 4]])
+        torch.testing.assert_close(again(ids).logits, student(ids).logits)
+
+
+@pytest.mark.parametrize("block", [(2, 2), (3, 2), (-1, 2), (2, 5), (0, 4)])
+def test_a_block_that_is_not_there(make_llama, block):
+    with pytest.raises(ConfigError, match=r"the teacher has layers \[0, 4\)"):
+        drop_layers(make_llama(4), *block)
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="no causal language model could be loaded from"):
+        load_model(str(tmp_path))
+    with pytest.raises(ConfigError, match="no tokenizer could be loaded from"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_tokenizers_must_agree(make_tokenizer):
+    ours = make_tokenizer()
+    check_same_tokenizer(ours, make_tokenizer())
+    with pytest.raises(ConfigError, match=r"1 tokens differ \(257 against 258 entries\), such as '<more>'"):
+        check_same_tokenizer(ours, make_tokenizer(extra="<more>"))
+    with pytest.raises(ConfigError, match=r"tokens differ.*cut one from it with model.drop_layers"):
+        check_same_tokenizer(ours, make_tokenizer(reverse=True))
+    other = make_tokenizer()
+    other.backend_tokenizer.normalizer = __import__("tokenizers").normalizers.Lowercase()
+    with pytest.raises(ConfigError, match="one text gives"):
+        check_same_tokenizer(ours, other)
+    other = make_tokenizer()
+    other.eos_token = "!"
+    with pytest.raises(ConfigError, match="the end-of-sequence tokens are '<eos>' and '!'"):
+        check_same_tokenizer(ours, other)
+
+
+def test_sequences_longer_than_the_positions_are_refused(make_gpt2):
+    check_context(make_gpt2(), 128)
+    with pytest.raises(ConfigError, match="may reach 129 tokens, but GPT2LMHeadModel has 128 positions"):
+        check_context(make_gpt2(), 129)
+
+
+def test_code_that_comes_with_a_model_is_not_run(make_llama, make_tokenizer, tmp_path, monkeypatch):
+    make_llama().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for name, classes in (
+        ("config.json", {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["own.Tokenizer", None]}),
+    ):
+        tree = json.loads((tmp_path / name).read_text())
+        tree |= {"auto_map": classes, "model_type": "unheard-of", "tokenizer_class": "Tokenizer"}
+        (tmp_path / name).write_text(json.dumps(tree))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # nobody is asked, and it would not help
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ConfigError, match="could be loaded from"):
+            load(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_models_load_in_eval_mode(make_llama, tmp_path):
+    make_llama().save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), "bfloat16")
+    assert isinstance(model, LlamaForCausalLM) and not model.training and model.dtype == torch.bfloat16
+
+
+# ---- adapters
+
+
+def adapted(make_llama, **settings):
+    model = make_llama()
+    add_adapters(model, Lora(**{"rank": 4, "alpha": 8, **settings}), seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero until trained
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@needs_adapters
+@torch.no_grad()
+@needs_adapters
+def test_merged_adapters_give_the_same_logits_and_plain_files(make_llama, tmp_path):
+    model, plain = adapted(make_llama), make_llama()
+    ids = torch.tensor([[3, 1, 4]])
+    merged = merge_adapters(model)
+    assert not torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-2)
+    torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert merged.state_dict().keys() == plain.state_dict().keys()
+    merged.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(load_model(str(tmp_path / "merged"))(ids).logits, merged(ids).logits)
+    model.save_pretrained(tmp_path / "adapter")
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {
+        "adapter_config.json", "adapter_model.safetensors",
+    }  # fmt: skip
+    from peft import PeftModel
+
+    again = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    assert merge_adapters(plain) is plain
+
+
+@needs_adapters
+def test_adapters_alone_are_trained_and_reach_the_fused_losses(make_llama):
+    model = adapted(make_llama, targets="q_proj, v_proj")
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained and all("lora_" in name and ("q_proj" in name or "v_proj" in name) for name in trained)
+    lm = CausalLM(model)
+    ids = torch.tensor([[3, 1, 4]])
+    torch.testing.assert_close(lm.logits(lm.states(ids, torch.ones_like(ids))), model(ids).logits)
+
+
+@needs_adapters
+def test_adapters_that_cannot_be(make_llama):
+    with pytest.raises(ConfigError, match=r"lora.targets lm_head reaches the embeddings or the head"):
+        adapted(make_llama, targets="lm_head")
+    with pytest.raises(ConfigError, match=r"lora.targets nowhere: Target modules"):
+        adapted(make_llama, targets="nowhere")
+
+
+def test_without_peft_the_command_is_named(make_llama, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match=r'lora.rank needs peft: pip install "minillm-kernels\[lora\]"'):
+        add_adapters(make_llama(), Lora(rank=4), seed=0)
+
+
+def test_a_peft_too_old_for_transformers_is_named(make_llama, monkeypatch):
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr(peft, "__version__", "0.1")
+    with pytest.raises(ConfigError, match=r"wants peft .* or later, not 0\.1: pip install"):
+        add_adapters(make_llama(), Lora(rank=4), seed=0)
+
+
+def test_attention_is_chosen_and_an_absent_one_is_refused(make_llama, tmp_path):
+    make_llama().save_pretrained(tmp_path)
+    assert load_model(str(tmp_path)).config._attn_implementation == "sdpa"  # no flash-attn without CUDA
+    assert load_model(str(tmp_path), attn="eager").config._attn_implementation == "eager"
+    with pytest.raises(ConfigError, match=r"flash_attention_2"):
+        load_model(str(tmp_path), "bfloat16", "flash_attention_2")
+
+
+def test_flash_attention_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    assert attention("auto", "bfloat16") == "flash_attention_2"
+    assert attention("auto", "float32") is None  # it has no float32
+    assert attention("sdpa", "bfloat16") == "sdpa"

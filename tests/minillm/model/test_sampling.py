@@ -1,0 +1,146 @@
+"""The sampler against full forward passes, unpadded decoding and transformers' own greedy search."""
+
+import pytest
+import torch
+
+from minillm.model.head import CausalLM
+from minillm.model.sampling import draw_uniforms, sample
+
+PROMPTS = [[5, 9, 17, 33, 2], [7], [100, 3, 45]]
+NO_EOS = -1
+
+
+@pytest.fixture(params=["make_llama", "make_gpt2"])
+def student(request):
+    return CausalLM(request.getfixturevalue(request.param)())
+
+
+@pytest.fixture
+def pair(student, make_llama):
+    return student, CausalLM(make_llama(2, seed=7))
+
+
+def roll(student, teacher, prompts=PROMPTS, eos=NO_EOS, tokens=6, seed=0, **settings):
+    copies = settings.get("samples_per_prompt", 1)
+    uniforms = draw_uniforms(seed, tokens, len(prompts) * copies)
+    return sample(student, teacher, prompts, max_new_tokens=tokens, eos_token_id=eos, uniforms=uniforms, **settings)
+
+
+def full_logprobs(model, prompt, response):
+    ids = torch.tensor([prompt + response])
+    logprobs = model.model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+    return logprobs.gather(-1, torch.tensor(response)[:, None])[:, 0]
+
+
+@torch.no_grad()
+def test_logprobs_are_those_of_a_full_forward(pair):
+    student, teacher = pair
+    rollout = roll(student, teacher)
+    for i, (prompt, response) in enumerate(zip(PROMPTS, rollout.responses(), strict=True)):
+        q, p = full_logprobs(student, prompt, response), full_logprobs(teacher, prompt, response)
+        torch.testing.assert_close(rollout.student_logprobs[i], q, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rollout.teacher_logprobs[i], p, rtol=1e-4, atol=1e-4)
+        mixture = torch.log(0.2 * p.exp() + 0.8 * q.exp())
+        torch.testing.assert_close(rollout.mixture_logprobs[i], mixture, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_hidden_states_kept_give_the_distributions_again(pair):
+    rollout = roll(*pair)
+    for model, hidden, logprobs in (
+        (pair[0], rollout.student_hidden, rollout.student_logprobs),
+        (pair[1], rollout.teacher_hidden, rollout.teacher_logprobs),
+    ):
+        again = model.logits(hidden).log_softmax(-1).gather(-1, rollout.token_ids[..., None])[..., 0]
+        torch.testing.assert_close(again, logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_left_padding_changes_nothing(pair):
+    student, teacher = pair
+    together = roll(student, teacher)
+    uniforms = draw_uniforms(0, 6, len(PROMPTS))
+    for i, prompt in enumerate(PROMPTS):
+        alone = sample(
+            student, teacher, [prompt], max_new_tokens=6, eos_token_id=NO_EOS, uniforms=uniforms[:, i : i + 1]
+        )
+        assert alone.responses() == [together.responses()[i]]
+        torch.testing.assert_close(alone.mixture_logprobs[0], together.mixture_logprobs[i], rtol=1e-4, atol=1e-4)
+
+
+def test_each_sequence_stops_at_its_own_end(pair):
+    student, teacher = pair
+    free = roll(student, teacher, tokens=8)
+    eos = free.responses()[0][2]
+    stopped = roll(student, teacher, tokens=8, eos=eos)
+    for long, short in zip(free.responses(), stopped.responses(), strict=True):
+        expected = long[: long.index(eos) + 1] if eos in long else long
+        assert short == expected
+    beyond = ~stopped.mask
+    assert beyond.any()
+    for values in (stopped.token_ids, stopped.student_logprobs, stopped.teacher_logprobs, stopped.mixture_logprobs):
+        assert (values[beyond] == 0).all()
+    assert not stopped.from_teacher[beyond].any()
+
+
+def test_decoding_ends_when_every_sequence_has(pair):
+    student, teacher = pair
+    eos = roll(student, teacher, prompts=PROMPTS[:1]).responses()[0][0]
+    rollout = roll(student, teacher, prompts=PROMPTS[:1], eos=eos, tokens=6)
+    assert rollout.token_ids.tolist() == [[eos]]
+    assert rollout.lengths.tolist() == [1]
+
+
+def test_greedy_is_that_of_transformers(student):
+    ours = sample(student, None, PROMPTS, max_new_tokens=8, eos_token_id=0, alpha=0.0, temperature=0.0)
+    for prompt, response in zip(PROMPTS, ours.responses(), strict=True):
+        ids = torch.tensor([prompt])
+        theirs = student.model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, eos_token_id=0, pad_token_id=0
+        )
+        assert response == theirs[0, len(prompt) :].tolist()
+
+
+def test_samples_of_one_prompt_are_those_of_the_prompt_repeated(pair):
+    student, teacher = pair
+    shared = roll(student, teacher, samples_per_prompt=2)
+    repeated = roll(student, teacher, prompts=[p for p in PROMPTS for _ in range(2)])
+    assert shared.prompts == repeated.prompts
+    assert shared.responses() == repeated.responses()
+
+
+def test_without_mixing_the_mixture_is_the_student(pair):
+    student, teacher = pair
+    alone, beside = roll(student, None, alpha=0.0), roll(student, teacher, alpha=0.0)
+    assert alone.teacher_logprobs is None and alone.teacher_hidden is None
+    assert alone.responses() == beside.responses()
+    torch.testing.assert_close(beside.mixture_logprobs, beside.student_logprobs)
+    assert not beside.from_teacher.any()
+
+
+@pytest.mark.parametrize("row_length", [0, 20])
+def test_a_teacher_without_part_in_the_draw_is_scored_as_if_it_had_decoded(pair, row_length):
+    """top_k as large as the vocabulary filters nothing, but makes the teacher decode. Ragged responses, unequal heads,
+    another temperature; more sequences than a forward pass takes."""
+    student, teacher = pair
+    prompts, settings = PROMPTS * 7, {"alpha": 0.0, "tokens": 8, "temperature": 0.7, "vocab_size": 250}
+    eos = roll(student, None, prompts, **settings).responses()[4][3]
+    read = roll(student, teacher, prompts, eos, row_length=row_length, **settings)
+    decoded = roll(student, teacher, prompts, eos, top_k=250, **settings)
+    assert len(set(read.lengths.tolist())) > 1 and read.responses() == decoded.responses()
+    for name in ("student_logprobs", "teacher_logprobs", "mixture_logprobs"):
+        torch.testing.assert_close(getattr(read, name), getattr(decoded, name), rtol=1e-4, atol=1e-4)
+    mask = read.mask
+    torch.testing.assert_close(read.teacher_hidden[mask], decoded.teacher_hidden[mask], rtol=1e-4, atol=1e-4)
+    assert (read.teacher_hidden[~mask] == 0).all() and (read.teacher_logprobs[~mask] == 0).all()
+
+
+def test_unequal_heads_are_sampled_from_the_common_vocabulary(make_llama):
+    student, teacher = CausalLM(make_llama(vocab_size=257)), CausalLM(make_llama(2, vocab_size=300, seed=3))
+    rollout = roll(student, teacher, alpha=1.0, vocab_size=257, tokens=12)
+    assert rollout.token_ids.max() < 257
+    assert torch.isfinite(rollout.student_logprobs).all()
+
+
+def test_the_same_seed_gives_the_same_rollout(pair):
+    assert roll(*pair, seed=3).responses() == roll(*pair, seed=3).responses()
+    assert roll(*pair, seed=3).responses() != roll(*pair, seed=4).responses()

@@ -1,0 +1,7 @@
+"""LoRA is optional, and transformers decides which versions of peft it takes."""
+
+import pytest
+
+from minillm.model.load import adapters_unavailable
+
+needs_adapters = pytest.mark.skipif(bool(adapters_unavailable()), reason=str(adapters_unavailable()))

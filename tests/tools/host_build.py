@@ -1,0 +1,98 @@
+"""csrc/cuda compiled by g++ with tests/csrc/host_cuda.h: the CUDA kernels and launchers as a Python module that runs
+on the CPU. Needs g++, pybind11, and CUDA's headers: of a toolkit, or those that the Triton wheel brings."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parents[2]
+HARNESS = ROOT / "tests" / "csrc"
+OPERATIONS = ("row_stats", "row_grad", "row_stats_grad", "row_divergence", "row_sample")
+
+
+def cuda_headers() -> Path | None:
+    """The folder of cuda_bf16.h."""
+    candidates = []
+    if nvcc := shutil.which("nvcc"):
+        listing = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+        candidates += [Path(line.split("=", 1)[1]) / "include" for line in listing.splitlines() if "TOP=" in line]
+    if home := os.environ.get("CUDA_HOME"):
+        candidates.append(Path(home) / "include")
+    if spec := importlib.util.find_spec("triton"):
+        candidates.append(Path(str(spec.origin)).parent / "backends" / "nvidia" / "include")
+    return next((path for path in candidates if (path / "cuda_bf16.h").exists()), None)
+
+
+def missing() -> str | None:
+    """Why it cannot be built here, or None."""
+    if shutil.which("g++") is None:
+        return "needs g++"
+    if importlib.util.find_spec("pybind11") is None:
+        return "needs pybind11"
+    if cuda_headers() is None:
+        return "needs CUDA's headers: a toolkit, or `pip install triton`"
+    return None
+
+
+def flags(csrc: Path = ROOT / "csrc") -> list[str]:
+    """For the kernels in that folder."""
+    # Rows of 16-bit numbers are read as words; the device compiler knows no type-based aliasing.
+    return [
+        *("-std=c++17", "-fno-strict-aliasing", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"),
+        *("-isystem", str(cuda_headers()), "-include", str(HARNESS / "host_cuda.h"), f"-I{csrc}"),
+    ]
+
+
+def compile_all(folder: Path, sources: list[Path], *extra: str) -> list[Path]:
+    """Objects of the sources, compiled side by side."""
+
+    def one(source: Path) -> Path:
+        target = folder / f"{source.stem}{source.suffix.replace('.', '_')}.o"
+        language = ["-x", "c++"] if source.suffix == ".cu" else []
+        subprocess.run(
+            ["g++", *flags(), f"-I{HARNESS}", *extra, *language, "-c", source, "-o", target], check=True, timeout=600
+        )
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(one, sources))
+
+
+def sources() -> list[Path]:
+    """Of the launchers, and the harness."""
+    return [*(ROOT / "csrc" / "cuda" / f"{name}.cu" for name in OPERATIONS), HARNESS / "host_cuda.cpp"]
+
+
+def module() -> ModuleType:
+    """host_cuda_kernels; built once for each state of the sources, in build/."""
+    import pybind11
+
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    state = hashlib.sha256(suffix.encode())
+    for path in sorted([*(ROOT / "csrc").rglob("*"), *HARNESS.glob("host_*"), Path(__file__)]):
+        if path.is_file():
+            state.update(path.read_bytes())
+    folder = ROOT / "build" / "host-cuda"
+    library = folder / f"host_cuda_kernels-{state.hexdigest()[:16]}{suffix}"
+    if not library.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        includes = [f"-I{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
+        bindings = [ROOT / "csrc" / "python" / "cuda.cpp", HARNESS / "host_module.cpp"]
+        objects = compile_all(folder, [*bindings, *sources()], "-O1", "-fvisibility=hidden", *includes)
+        temporary = library.with_suffix(".tmp")
+        subprocess.run(["g++", "-shared", *objects, "-o", temporary], check=True, timeout=600)
+        temporary.rename(library)
+    spec = importlib.util.spec_from_file_location("host_cuda_kernels", library)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
