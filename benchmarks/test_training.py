@@ -29,10 +29,10 @@ NO_END = -1  # every sequence runs its full length: the same number of tokens wh
 
 @pytest.fixture(scope="module")
 def training():
-    config = load_recipe(
+    recipe = load_recipe(
         RECIPE, [f"--rollout.max_new_tokens={NEW_TOKENS}", "--rollout.epochs=1", "--rollout.batch_size=8"]
-    ).stages["minillm"]
-    return prepare(config, *load_pair(config))
+    )
+    return prepare(recipe.run, recipe.stages["minillm"], *load_pair(recipe.run))
 
 
 def in_turns(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

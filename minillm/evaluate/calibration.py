@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minillm.config.schema import Eval
+from minillm.config.schema import EvalConfig
 from minillm.data.examples import Example, collate
 from minillm.evaluate.means import Estimate
 from minillm.model.head import CausalLM, Output, token_logprobs
@@ -57,7 +57,7 @@ def reliability(confidence: Tensor, correct: Tensor, bins: int = BINS) -> dict[s
 
 
 @torch.no_grad()
-def next_token(model: CausalLM, examples: Sequence[Example], settings: Eval) -> tuple[dict[str, Any], Estimate]:
+def next_token(model: CausalLM, examples: Sequence[Example], settings: EvalConfig) -> tuple[dict[str, Any], Estimate]:
     """Calibration of the most likely next token along the reference answers, and the cross entropy of these, in nats
     per token."""
     confidence, correct, losses = [], [], []
@@ -87,7 +87,7 @@ def most_likely(model: CausalLM, output: Output) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def options(
-    model: CausalLM, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Example], settings: Eval
+    model: CausalLM, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Example], settings: EvalConfig
 ) -> dict[str, Any] | None:
     """Calibration of the choice among each question's options; None where no record has any.
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minillm.config.schema import Eval
+from minillm.config.schema import EvalConfig
 from minillm.data.examples import Example, collate
 from minillm.evaluate.means import Estimate
 from minillm.evaluate.samples import draw
@@ -16,7 +16,7 @@ from minillm.model.head import CausalLM, common_vocabulary, distill_stats
 
 
 def own_samples(
-    student: CausalLM, teacher: CausalLM, examples: Sequence[Example], settings: Eval, eos_token_id: int
+    student: CausalLM, teacher: CausalLM, examples: Sequence[Example], settings: EvalConfig, eos_token_id: int
 ) -> Estimate:
     """Reverse KL, nats per token, along the student's own samples: the objective that MiniLLM minimises."""
     samples = draw(student, teacher, examples, settings, eos_token_id)
@@ -25,7 +25,7 @@ def own_samples(
 
 @torch.no_grad()
 def references(
-    student: CausalLM, teacher: CausalLM, examples: Sequence[Example], settings: Eval
+    student: CausalLM, teacher: CausalLM, examples: Sequence[Example], settings: EvalConfig
 ) -> tuple[Estimate, Estimate]:
     """Reverse and forward KL, nats per token, along the reference answers."""
     reverse: list[Tensor] = []

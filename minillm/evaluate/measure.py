@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from minillm.config.schema import Config, ConfigError
+from minillm.config.schema import ConfigError, RunConfig
 from minillm.data.examples import Example
 from minillm.evaluate.buckets import by_length
 from minillm.evaluate.calibration import next_token, options
@@ -29,23 +29,23 @@ from minillm.model.load import check_context
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEFAULTS = {"prompts": 0, "samples": 5, "max_new_tokens": 256, "rouge_new_tokens": 256}
+DEFAULTS = {"prompts": 0, "samples": 5, "sample_tokens": 256, "greedy_tokens": 256}
 """Of section `eval`, for the command: all prompts, the paper's five seeds and 256 tokens."""
 SCORES = {"rouge_l": rouge_l, "exact_match": exact_match}
 
 
-def generation(config: Config, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+def generation(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """Everything that decides what is decoded, beside model and prompts."""
     settings = config.eval
     return {
         "prompt_template": config.data.prompt_template,
         "max_prompt_length": settings.max_prompt_length,
-        "greedy": {"max_new_tokens": settings.rouge_new_tokens},
+        "greedy": {"max_new_tokens": settings.greedy_tokens},
         "sampled": {
             "temperature": settings.temperature,
             "top_k": 0,
             "top_p": 1.0,
-            "max_new_tokens": settings.max_new_tokens,
+            "max_new_tokens": settings.sample_tokens,
             "seeds": list(range(settings.seed, settings.seed + settings.samples)),
         },
         "repetition_penalty": 1.0,
@@ -61,7 +61,7 @@ def measure(
     teacher: CausalLM | None,
     tokenizer: "PreTrainedTokenizerBase",
     examples: Sequence[Example],
-    config: Config,
+    config: RunConfig,
 ) -> dict[str, Any]:
     """`measure_answers`, the loss and calibration; with a teacher also both KL divergences and exposure bias.
 
@@ -87,7 +87,7 @@ def measure(
 
 
 def measure_answers(
-    model: CausalLM, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Example], config: Config
+    model: CausalLM, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Example], config: RunConfig
 ) -> dict[str, Any]:
     """Scores of sampled answers alone against the references, their diversity and lengths."""
     return _defined(_answers(model, None, tokenizer, examples, config, with_greedy=False)[0])
@@ -98,7 +98,7 @@ def _answers(
     teacher: CausalLM | None,
     tokenizer: "PreTrainedTokenizerBase",
     examples: Sequence[Example],
-    config: Config,
+    config: RunConfig,
     with_greedy: bool = True,
 ) -> tuple[dict[str, Any], Samples]:
     """The samples are drawn with the teacher looking on, where there is one."""
@@ -112,7 +112,7 @@ def _answers(
     if with_greedy:
         with _timed(seconds, "greedy"):
             prompts = [example.prompt for example in examples]
-            ids["greedy"] = greedy(student, prompts, settings.rouge_new_tokens, settings.batch_size, eos)
+            ids["greedy"] = greedy(student, prompts, settings.greedy_tokens, settings.batch_size, eos)
         result["tokens_per_second"] = sum(map(len, ids["greedy"])) / seconds["greedy"]
     with _timed(seconds, "sampled"):
         drawn = draw(student, teacher, examples, settings, eos)
@@ -135,7 +135,7 @@ def _answers(
 
     # ---- of the text itself
     result["distinct"] = {str(n): over_seeds([distinct(texts, n) for texts in by_seed]) for n in (1, 2, 3, 4)}
-    limits = {"greedy": settings.rouge_new_tokens, "sampled": settings.max_new_tokens}
+    limits = {"greedy": settings.greedy_tokens, "sampled": settings.sample_tokens}
     result["length"] = {way: _lengths([len(tokens) for tokens in found], limits[way]) for way, found in ids.items()}
     result["length"]["references"] = fmean(lengths)
     shown = answers.get("greedy", by_seed[0])
@@ -150,7 +150,7 @@ def _against_teacher(
     student: CausalLM,
     teacher: CausalLM,
     examples: Sequence[Example],
-    config: Config,
+    config: RunConfig,
     drawn: Samples,
     eos_token_id: int,
     seconds: dict[str, float],
@@ -182,8 +182,8 @@ def over_seeds(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _check_context(model: CausalLM, examples: Sequence[Example], config: Config) -> None:
-    new_tokens = max(config.eval.max_new_tokens, config.eval.rouge_new_tokens, *(len(e.response) for e in examples))
+def _check_context(model: CausalLM, examples: Sequence[Example], config: RunConfig) -> None:
+    new_tokens = max(config.eval.sample_tokens, config.eval.greedy_tokens, *(len(e.response) for e in examples))
     check_context(model.model, max(len(example.prompt) for example in examples) + new_tokens)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minillm.config.schema import Eval
+from minillm.config.schema import EvalConfig
 from minillm.data.examples import Example
 from minillm.evaluate.means import Estimate
 from minillm.model.head import CausalLM, Output, common_vocabulary, distill_stats
@@ -38,7 +38,7 @@ class Samples(NamedTuple):
 
 @torch.no_grad()
 def draw(
-    author: CausalLM, other: CausalLM | None, examples: Sequence[Example], settings: Eval, eos_token_id: int
+    author: CausalLM, other: CausalLM | None, examples: Sequence[Example], settings: EvalConfig, eos_token_id: int
 ) -> Samples:
     """`eval.samples` responses of `author` to each prompt, at eval.temperature, from the whole vocabulary.
 
@@ -46,7 +46,7 @@ def draw(
     two students, or one before and after training, are compared on paired draws.
     """
     seeds = range(settings.seed, settings.seed + settings.samples)
-    uniforms = torch.stack([draw_uniforms(seed, settings.max_new_tokens, len(examples)) for seed in seeds], dim=2)
+    uniforms = torch.stack([draw_uniforms(seed, settings.sample_tokens, len(examples)) for seed in seeds], dim=2)
     vocab_size = common_vocabulary(author, other) if other is not None else None
     at_once = max(1, settings.batch_size // settings.samples)
     token_ids, lengths, to_other, from_other = [], [], [], []
@@ -56,7 +56,7 @@ def draw(
             author,
             other,
             [example.prompt for example in part],
-            max_new_tokens=settings.max_new_tokens,
+            max_new_tokens=settings.sample_tokens,
             eos_token_id=eos_token_id,
             alpha=0.0,
             temperature=settings.temperature,
@@ -67,7 +67,7 @@ def draw(
         token_ids += rollout.responses()
         lengths.append(rollout.lengths.cpu())
         mask = rollout.mask
-        tables = torch.zeros(2, len(mask), settings.max_new_tokens, dtype=torch.float64)
+        tables = torch.zeros(2, len(mask), settings.sample_tokens, dtype=torch.float64)
         if other is not None:
             assert rollout.student_hidden is not None and rollout.teacher_hidden is not None
             ours = Output(rollout.student_hidden[mask], author.head)

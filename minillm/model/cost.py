@@ -18,9 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from minillm.config.recipe import Recipe
-from minillm.config.schema import Config
+from minillm.config.schema import RunConfig, StageConfig
 from minillm.data.examples import read_records
-from minillm.model.load import cached, layers_of, load_student, skeleton
+from minillm.model.load import cached, layers_of, load_student, load_teacher, skeleton
 from minillm_kernels.hidden.chunked import BUFFER_BYTES
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def trial(model: "PreTrainedModel", sequences: int, tokens: int, train: bool = F
 
 
 @dataclass
-class Estimate:
+class Cost:
     """Of one stage: bytes by what they are for, of which `rollout` and `update` take turns; operations by phase."""
 
     held: dict[str, int]
@@ -99,18 +99,16 @@ class Estimate:
         return sum(self.held.values()) + max(sum(self.rollout.values()), sum(self.update.values()))
 
 
-def estimate(config: Config) -> Estimate:
+def cost(run: RunConfig, stage: StageConfig) -> Cost:
     """Count what one stage needs; raises what loading its models would."""
     with torch.device("meta"):
-        teacher = (
-            skeleton(config.model.teacher, config.model.dtype, config.model.attn) if config.model.teacher else None
-        )
-        student = load_student(config, teacher, load=skeleton)
-    method, steps, new = config.method, config.optim.steps, config.rollout.max_new_tokens
+        teacher = load_teacher(run, load=skeleton)
+        student = load_student(run, teacher, load=skeleton)
+    method, steps, new = stage.method, stage.optim.steps, stage.rollout.max_new_tokens
     samples = method in ("minillm", "seqkd", "gkd")
-    answer = max(new * samples, config.data.max_response_length * (method in ("sft", "kd", "gkd")))
-    tokens, batch = config.data.max_prompt_length + answer, config.optim.batch_size
-    micro = min(config.optim.micro_batch_size, batch)
+    answer = max(new * samples, stage.data.max_response_length * (method in ("sft", "kd", "gkd")))
+    tokens, batch = stage.data.max_prompt_length + answer, stage.optim.batch_size
+    micro = min(stage.optim.micro_batch_size, batch)
 
     trained = sum(p.nbytes for p in student.parameters() if p.requires_grad)
     held = {"student": _weights(student), "gradients": trained, "AdamW": 2 * trained}
@@ -118,10 +116,10 @@ def estimate(config: Config) -> Estimate:
         held["teacher"] = _weights(teacher)
 
     # ---- update: a micro-batch of answers or of text, whichever keeps more
-    inputs = len(layers_of(student)[1]) * _state_bytes(student) if config.model.recompute else 0  # kept, of a token
+    inputs = len(layers_of(student)[1]) * _state_bytes(student) if run.model.recompute else 0  # kept, of a token
     head, head_teacher = _head(student), _head(teacher) if teacher is not None else 0
     learnt = trial(student, micro, tokens, train=True)
-    losses = BUFFER_BYTES if config.model.head == "fused" else 3 * micro * answer * _logit_bytes(student)
+    losses = BUFFER_BYTES if run.model.head == "fused" else 3 * micro * answer * _logit_bytes(student)
     update = {"activations": learnt.kept + micro * tokens * inputs, "losses": losses}
     heads = 3 * head * (2 if method in ("kd", "gkd") else 1)  # there labels go through the head by themselves
     heads += head_teacher if method in ("kd", "gkd", "minillm") else 0
@@ -129,12 +127,12 @@ def estimate(config: Config) -> Estimate:
     if method in ("kd", "gkd") and teacher is not None:
         work["score"] = steps * batch * trial(teacher, 1, tokens).work
     seen = steps * batch * tokens
-    if method == "minillm" and config.objective.pt_weight > 0:
-        size, length = config.objective.pt_batch_size, config.objective.pt_length
-        micro = min(config.optim.micro_batch_size, size)
+    if method == "minillm" and stage.objective.pt_weight > 0:
+        size, length = stage.objective.pt_batch_size, stage.objective.pt_length
+        micro = min(stage.optim.micro_batch_size, size)
         text, heads = trial(student, micro, length, train=True), 3 * head
         update["activations"] = max(update["activations"], text.kept + micro * length * inputs)
-        if config.objective.pt_teacher and teacher is not None:
+        if stage.objective.pt_teacher and teacher is not None:
             work["score"] = steps * size * trial(teacher, 1, length).work
             heads += 3 * head + head_teacher
         work["update"] += steps * size * (text.work / micro + length * heads)
@@ -143,35 +141,35 @@ def estimate(config: Config) -> Estimate:
     # ---- rollout: caches of what decodes, final states kept
     rollout: dict[str, int] = {}
     if samples:
-        at_once = batch if method == "gkd" else config.rollout.batch_size
+        at_once = batch if method == "gkd" else stage.rollout.batch_size
         decoding = {"minillm": (student, teacher), "gkd": (student,), "seqkd": (teacher,)}[method]
         models = [model for model in decoding if model is not None]
-        passes = [trial(model, at_once, config.data.max_prompt_length + new) for model in models]
+        passes = [trial(model, at_once, stage.data.max_prompt_length + new) for model in models]
         rollout = {
             "caches": sum(done.kept for done in passes),
             "final states": at_once * new * sum(_state_bytes(model) for model in models),
             "logits": sum(at_once * _logit_bytes(model) for model in models),
         }
         work["rollout"] = (
-            _sequences(config)
+            _sequences(stage)
             / at_once
             * sum(done.work + at_once * new * _head(model) for done, model in zip(passes, models, strict=True))
         )
         if method == "minillm" and teacher is not None:
-            update["rollouts"] = config.rollout.batch_size * new * _state_bytes(teacher)
-    return Estimate(held, rollout, update, work, seen)
+            update["rollouts"] = stage.rollout.batch_size * new * _state_bytes(teacher)
+    return Cost(held, rollout, update, work, seen)
 
 
 def describe(recipe: Recipe) -> str:
-    """Estimates of all stages in words, and what the work takes where nothing but large matmuls is waited for."""
+    """The cost of all stages in words, and what the work takes where nothing but large matmuls is waited for."""
     lines = ["one process, at the longest prompts and answers; validation and evaluation come on top"]
-    rate = matmul_rate(recipe.first)
-    for name, config in recipe.stages.items():
-        found = estimate(config)
+    rate = matmul_rate(recipe.run.model.dtype)
+    for name, stage in recipe.stages.items():
+        found = cost(recipe.run, stage)
         work = sum(found.work.values())
         lines += [
             "",
-            f"{name} ({config.method}): {config.optim.steps} steps, at most {found.tokens:,} tokens trained on",
+            f"{name} ({stage.method}): {stage.optim.steps} steps, at most {found.tokens:,} tokens trained on",
             f"  held    {_gib(found.held)}",
             *([f"  rollout {_gib(found.rollout)}"] if found.rollout else []),
             f"  update  {_gib(found.update)}",
@@ -183,10 +181,10 @@ def describe(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-def matmul_rate(config: Config, size: int = 2048) -> float:
-    """Operations per second of one large matmul in the models' dtype, the best of a few, on this machine."""
+def matmul_rate(dtype: str, size: int = 2048) -> float:
+    """Operations per second of one large matmul in the student's dtype, the best of a few, on this machine."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    a = torch.randn(size, size, device=device).to(getattr(torch, config.model.dtype))
+    a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
     best = float("inf")
     for _ in range(4):
         started = time.perf_counter()
@@ -198,14 +196,14 @@ def matmul_rate(config: Config, size: int = 2048) -> float:
 # ---- helpers
 
 
-def _sequences(config: Config) -> float:
+def _sequences(stage: StageConfig) -> float:
     """Sequences sampled over the stage."""
-    if config.method == "seqkd":
-        return len(read_records(config.data.train))
-    if config.method == "gkd":
-        return config.optim.steps * config.optim.batch_size * config.rollout.on_policy
-    steps_of_one = config.rollout.epochs * config.rollout.batch_size // config.optim.batch_size
-    return -(-config.optim.steps // steps_of_one) * config.rollout.batch_size
+    if stage.method == "seqkd":
+        return len(read_records(stage.data.train))
+    if stage.method == "gkd":
+        return stage.optim.steps * stage.optim.batch_size * stage.rollout.on_policy
+    steps_of_one = stage.rollout.epochs * stage.rollout.batch_size // stage.optim.batch_size
+    return -(-stage.optim.steps // steps_of_one) * stage.rollout.batch_size
 
 
 def _weights(model: nn.Module) -> int:

@@ -11,28 +11,29 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minillm.config.schema import Config, ConfigError, Lora
+from minillm.config.schema import ConfigError, LoraConfig, RunConfig
 from minillm.data import packages
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PROBE = "In 1984,  the naïve café (№ 7) answered: “2 + 2 = 5”?\n\n\tdef f(x): return x\n日本語 🙂"
 
 
 def load_model(source: str, dtype: str = "float32", attn: str = "auto") -> "PreTrainedModel":
     """An AutoModelForCausalLM from a hub id, a directory or `package:NAME`, in eval mode (no dropout). Code that comes
-    with a model is never run, nor a pickle read.
+    with a model is never run, nor a pickle read. `dtype` "checkpoint" is the one in which it is stored.
 
     Raises ConfigError when nothing can be loaded from `source`.
     """
     from transformers import AutoModelForCausalLM
 
+    chosen = _stored_dtype(source) if dtype == "checkpoint" else getattr(torch, dtype)
     try:
         return AutoModelForCausalLM.from_pretrained(
             _locate(source),
-            dtype=getattr(torch, dtype),
-            attn_implementation=attention(attn, dtype),
+            dtype=chosen,
+            attn_implementation=attention(attn, chosen),
             trust_remote_code=False,
             use_safetensors=True,
         ).eval()
@@ -44,26 +45,38 @@ def load_model(source: str, dtype: str = "float32", attn: str = "auto") -> "PreT
 
 def skeleton(source: str, dtype: str = "float32", attn: str = "auto") -> "PreTrainedModel":
     """The same model with its weights not read: random, or absent under `torch.device("meta")`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(_locate(source), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no model is described at {source!r}: {error}") from error
-    chosen = attention(attn, dtype)
-    settings = {} if chosen is None else {"attn_implementation": chosen}  # a None given here would mean eager
+    chosen = _stored_dtype(source) if dtype == "checkpoint" else getattr(torch, dtype)
+    how = attention(attn, chosen)
+    settings = {} if how is None else {"attn_implementation": how}  # a None given here would mean eager
     return AutoModelForCausalLM.from_config(
-        config, dtype=getattr(torch, dtype), trust_remote_code=False, **settings
+        _description(source), dtype=chosen, trust_remote_code=False, **settings
     ).eval()
 
 
-def attention(wanted: str, dtype: str) -> str | None:
+def _description(source: str) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(_locate(source), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no model is described at {source!r}: {error}") from error
+
+
+def _stored_dtype(source: str) -> torch.dtype:
+    """The one its configuration states; float32 where it states none."""
+    stored = _description(source).get_text_config().dtype
+    return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
+def attention(wanted: str, dtype: torch.dtype) -> str | None:
     """The attention to ask transformers for; None leaves it the choice (sdpa, where the model has it)."""
     from transformers.utils import is_flash_attn_2_available
 
     if wanted != "auto":
         return wanted
-    return "flash_attention_2" if dtype != "float32" and is_flash_attn_2_available() else None
+    return "flash_attention_2" if dtype != torch.float32 and is_flash_attn_2_available() else None
 
 
 def load_tokenizer(source: str) -> "PreTrainedTokenizerBase":
@@ -79,21 +92,27 @@ def load_tokenizer(source: str) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def load_student(
-    config: Config, teacher: "PreTrainedModel | None", load: "Callable[[str, str, str], PreTrainedModel]" = load_model
-) -> "PreTrainedModel":
-    """The student named in the config, or the one cut from `teacher` by `model.drop_layers`; with adapters, where the
-    config wants them."""
-    settings = config.model
+Loader = Callable[[str, str, str], "PreTrainedModel"]
+"""`load_model`, or `skeleton`."""
+
+
+def load_teacher(run: RunConfig, load: Loader = load_model) -> "PreTrainedModel | None":
+    """The frozen teacher named in the configuration, None where it names none."""
+    source = run.model.teacher
+    return load(source, run.teacher.dtype, run.model.attn).requires_grad_(False) if source else None
+
+
+def load_student(run: RunConfig, teacher: "PreTrainedModel | None", load: Loader = load_model) -> "PreTrainedModel":
+    """The student named in the configuration, or the one cut from `teacher` by `model.drop_layers`; with adapters,
+    where the configuration wants them."""
+    settings = run.model
     if settings.student:
         student = load(settings.student, settings.dtype, settings.attn)
     else:
-        assert settings.drop_layers is not None  # config.check
-        if teacher is None:
-            teacher = load(settings.teacher, settings.dtype, settings.attn)
-        student = drop_layers(teacher, *settings.drop_layers)
-    if config.lora.rank:
-        add_adapters(student, config.lora, config.seed)
+        assert settings.drop_layers is not None and teacher is not None  # check_stage
+        student = drop_layers(teacher, *settings.drop_layers).to(getattr(torch, settings.dtype)).requires_grad_(True)
+    if run.lora.rank:
+        add_adapters(student, run.lora, run.seed)
     if settings.recompute:
         recompute_layers(student)
     return student
@@ -136,7 +155,7 @@ def adapters_unavailable() -> str | None:
     )
 
 
-def add_adapters(model: "PreTrainedModel", lora: Lora, seed: int) -> None:
+def add_adapters(model: "PreTrainedModel", lora: LoraConfig, seed: int) -> None:
     """LoRA in place: its own weights are trained, all others frozen.
 
     The head is read apart from the model (minillm/model/head.py), so an adapter there would be passed over.

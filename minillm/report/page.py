@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minillm.data.packages import write_atomically
 from minillm.evaluate import OWN, REFERENCES, ROUGE
+from minillm.files import write_atomically
 from minillm.report import figures
 from minillm.report.read import Result, Source, read_sources
 from minillm.report.summary import number

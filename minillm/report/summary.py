@@ -68,12 +68,14 @@ def report(summary: dict[str, Any]) -> str:
 
 def card(recipe: Recipe, command: str, summary: dict[str, Any]) -> str:
     """Model card: where the model comes from, how it was made, what was measured."""
-    config = recipe.first
-    origin = config.model.student or (
-        f"{config.model.teacher} without its layers [{config.model.drop_layers[0]}, {config.model.drop_layers[1]})"
-        if config.model.drop_layers
-        else config.model.teacher
+    model = recipe.run.model
+    origin = model.student or (
+        f"{model.teacher} without its layers [{model.drop_layers[0]}, {model.drop_layers[1]})"
+        if model.drop_layers
+        else model.teacher
     )
+    data = ", ".join(dict.fromkeys(stage.data.train for stage in recipe.stages.values()))
+    text = ", ".join(dict.fromkeys(stage.data.text for stage in recipe.stages.values() if stage.data.text))
     methods = ", then ".join(stage.method for stage in recipe.stages.values())
     lines = [
         "---",
@@ -82,8 +84,8 @@ def card(recipe: Recipe, command: str, summary: dict[str, Any]) -> str:
         "---",
         f"# {recipe.name}",
         "",
-        f"Student: {origin}. Teacher: {config.model.teacher or 'none'}. Method: {methods}.",
-        f"Data: {config.data.train}; text: {config.data.text or 'none'}. The licences of the teacher and data apply.",
+        f"Student: {origin}. Teacher: {model.teacher or 'none'}. Method: {methods}.",
+        f"Data: {data}; text: {text or 'none'}. The licences of the teacher and data apply.",
         "",
         f"Made by `{command}`, configuration {summary['config_hash']}.",
         "",

@@ -9,7 +9,7 @@
                           DONE
 
 A save writes to a hidden directory beside, flushes it to the disk, DONE last, and renames: whatever interrupts, the
-checkpoint before stays. The position in the data is the step's number (minillm/train/baselines.py).
+checkpoint before stays. The position in the data is the step's number (minillm/train).
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from minillm.config.recipe import Recipe
 from minillm.config.schema import ConfigError
+from minillm.files import flatten, flush
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,17 +98,17 @@ def save(
         (partial / "progress.json").write_text(json.dumps(state, indent=1))
         (partial / "DONE").touch()
         for path in (*partial.iterdir(), partial):
-            _flush(path)
+            flush(path)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
-        _flush(folder)
+        flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         before = latest(folder.parent)
         whole = f"The one before, {before}, is whole" if before else "There is none before it"
         raise CheckpointError(
             f"no checkpoint could be written at step {progress.global_step}: {error}. {whole}"
-        ) from (error)
+        ) from error
     for old in list(_whole(folder))[:-keep]:
         (old / "DONE").unlink()  # first: half deleted, it must not pass for whole
         shutil.rmtree(old)
@@ -142,15 +143,6 @@ def load(path: Path, recipe: Recipe) -> Checkpoint:
     names = [file.stem for file in path.glob("*.safetensors")]
     groups = {name: load_file(path / f"{name}.safetensors") for name in names}
     return Checkpoint(path, Progress(**state["progress"]), groups)
-
-
-def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested dicts by dotted path."""
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from flatten(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, tree
 
 
 # ---- what a training consists of
@@ -205,7 +197,7 @@ def write_weights(model: nn.Module, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(_plain(trained(model)), partial, metadata={"format": "pt"})
-        _flush(partial)
+        flush(partial)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
@@ -226,12 +218,4 @@ def _whole(folder: Path) -> Iterator[Path]:
 
 def _immaterial(key: str) -> bool:
     """Keys that change nothing of what is computed."""
-    return key.endswith(".output") or ".log." in key
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return key == "output" or key.startswith("log.")

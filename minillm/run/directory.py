@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from minillm.config.recipe import Recipe, load_recipe, save
 from minillm.config.schema import ConfigError
-from minillm.data.packages import write_atomically
+from minillm.files import write_atomically
 from minillm.run import checkpoint
 from minillm.run.checkpoint import Checkpoint, Progress
 from minillm.run.export import write_model
@@ -41,7 +41,7 @@ SHOWN = {
 }
 
 
-class Run:
+class RunDirectory:
     """Writer of one run directory: a new one, or the one of the run that is resumed."""
 
     def __init__(self, recipe: Recipe, resume: str = "", command: str = "") -> None:
@@ -68,7 +68,7 @@ class Run:
         self.resumed: Checkpoint | None = checkpoint.load(newest, recipe) if newest else None
         self.stages: dict[str, dict[str, Any]] = dict(self.resumed.progress.stages) if self.resumed else {}
         self.environment = environment()
-        self.trackers = open_trackers(recipe.first.log.trackers, self.path, recipe.to_dict())
+        self.trackers = open_trackers(recipe.run.log.trackers, self.path, recipe.to_dict())
         if self.main:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.resumed is None:
@@ -166,8 +166,8 @@ def _directory(recipe: Recipe, resume: str) -> tuple[Path, Path | None]:
 
 def _last_run(recipe: Recipe) -> Path | None:
     """The newest directory in which this very recipe has run."""
-    given = Path(recipe.first.output)
-    candidates = [given] if recipe.first.output else _numbered(recipe)
+    given = Path(recipe.run.output)
+    candidates = [given] if recipe.run.output else _numbered(recipe)
     for path in reversed(candidates):
         config = path / "config.yaml"
         if config.is_file() and load_recipe(config).digest() == recipe.digest():
@@ -177,8 +177,8 @@ def _last_run(recipe: Recipe) -> Path | None:
 
 def output_directory(recipe: Recipe) -> Path:
     """The directory asked for, which must be new; otherwise the first free one of runs/NAME, runs/NAME-2, …"""
-    if recipe.first.output:
-        path = Path(recipe.first.output)
+    if recipe.run.output:
+        path = Path(recipe.run.output)
         if path.exists() and any(path.iterdir()):
             raise ConfigError(f"{path} is not empty: give another --output, delete it, or --resume auto")
         return path

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from minillm.config.recipe import load_recipe
 from minillm.config.schema import ConfigError
-from minillm.model.load import load_model, load_student, load_tokenizer, merge_adapters
+from minillm.model.load import load_student, load_teacher, load_tokenizer, merge_adapters
 from minillm.run import checkpoint
 
 if TYPE_CHECKING:
@@ -45,11 +45,9 @@ def export(run: Path, source: Path | None, output: Path) -> Path:
     if source is None:
         raise FileNotFoundError(f"{run} has not ended and holds no checkpoint yet (log.checkpoint_every)")
     recipe = load_recipe(run / "config.yaml")
-    found, config = checkpoint.load(source, recipe), recipe.first
-    cut = config.model.drop_layers is not None
-    teacher = load_model(config.model.teacher, config.model.dtype, config.model.attn) if cut else None
-    student = load_student(config, teacher)
+    found, settings = checkpoint.load(source, recipe), recipe.run.model
+    student = load_student(recipe.run, load_teacher(recipe.run) if settings.drop_layers is not None else None)
     checkpoint.restore_weights(student, found.groups[checkpoint.weights_name(student)])
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_model(student, load_tokenizer(config.model.student or config.model.teacher), output)
+    write_model(student, load_tokenizer(settings.student or settings.teacher), output)
     return source

@@ -6,7 +6,9 @@ By accelerate's classes; none is imported unless `log.trackers` names it.
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minillm.config.schema import ConfigError, unknown
+from minillm.config.check import unknown
+from minillm.config.schema import ConfigError
+from minillm.files import flatten
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -39,16 +41,10 @@ def open_trackers(names: str, run: Path, configuration: dict[str, Any]) -> "list
 
     accelerator = Accelerator(log_with=wanted, project_config=ProjectConfiguration(str(run), logging_dir=str(run)))
     called = {name: {"name": run.name} for name in ("wandb", "trackio")}
-    accelerator.init_trackers(PROJECT, flat(configuration), called)
+    accelerator.init_trackers(PROJECT, {key: _plain(value) for key, value in flatten(configuration)}, called)
     return accelerator.trackers
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, bool | str | float | int]:
-    """`{"optim": {"lr": 1}}` → `{"optim.lr": 1}`, of the types that every tracker stores."""
-    found: dict[str, bool | str | float | int] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value if isinstance(value, (bool, str, float, int)) else str(value)
-    return found
+def _plain(value: Any) -> bool | str | float | int:
+    """Of the types that every tracker stores."""
+    return value if isinstance(value, (bool, str, float, int)) else str(value)

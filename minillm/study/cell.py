@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from filelock import Timeout
 
 from minillm.config.recipe import Recipe
-from minillm.config.schema import Config, Model
+from minillm.config.schema import ModelConfig
 from minillm.data.examples import Example, Shuffled, encode, read_records
-from minillm.data.packages import write_atomically
 from minillm.distill import run_recipe
-from minillm.evaluate import held_out
+from minillm.evaluate import evaluation_set
 from minillm.evaluate.measure import measure, measure_answers
+from minillm.files import write_atomically
 from minillm.model.head import CausalLM
 from minillm.model.load import load_model, load_tokenizer
 from minillm.run.directory import environment
@@ -82,14 +82,15 @@ def train(study: Study, cell: Cell, command: str) -> dict[str, Any]:
             if not (study.work / start.path / "model").exists():
                 print(f"{start.path} has left no model here: trained again", flush=True)
                 train(study, start, command)
-    config = study.config(cell)
-    if config.method == "seqkd":
+    recipe = study.recipe(cell)
+    if recipe.stages[cell.name].method == "seqkd":
         answer(study)
     if study.matched(cell):
         reference = study.result(Cell(cell.size, REFERENCE, cell.seed))
         budget = json.loads(reference.read_text())["training"]["num_tokens"]
-        config = study.config(cell, steps_to_reach(budget, lengths(study, config), config))
-    recipe = Recipe(cell.name, {cell.name: config})
+        batch_size = recipe.stages[cell.name].optim.batch_size
+        steps = steps_to_reach(budget, lengths(study, recipe, cell.name), cell.seed, batch_size)
+        recipe = study.recipe(cell, steps)
     folder = study.work / cell.path
     if not (folder / "summary.json").exists():
         run_recipe(recipe, command, with_evaluation=False, resume="auto")
@@ -97,34 +98,35 @@ def train(study: Study, cell: Cell, command: str) -> dict[str, Any]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         "parameters": summary["student"]["parameters"],
-        "config": recipe.to_dict()["stages"][cell.name],
+        "config": recipe.to_dict(),
         "training": summary["stages"][cell.name],
         "metrics": [{key: row[key] for key in KEPT if key in row} for row in rows],
     }
 
 
-def steps_to_reach(budget: float, tokens: Sequence[int], config: Config) -> int:
+def steps_to_reach(budget: float, tokens: Sequence[int], seed: int, batch_size: int) -> int:
     """The fewest steps whose sequences, prompts included, have at least `budget` tokens: of examples with these
     numbers of tokens, in the order that training takes them."""
-    order, size, steps, seen = Shuffled(len(tokens), config.seed), config.optim.batch_size, 0, 0
+    order, steps, seen = Shuffled(len(tokens), seed), 0, 0
     while seen < budget:
-        seen += sum(tokens[i] for i in order.take(steps * size, size))
+        seen += sum(tokens[i] for i in order.take(steps * batch_size, batch_size))
         steps += 1
     return steps
 
 
-def lengths(study: Study, config: Config) -> list[int]:
+def lengths(study: Study, recipe: Recipe, stage: str) -> list[int]:
     """Tokens of the sequences that a method learns from, per example."""
-    examples = examples_of(config, load_tokenizer(config.model.teacher))
+    examples = examples_of(recipe, stage, load_tokenizer(recipe.run.model.teacher))
     responses = [example.response for example in examples]
-    if config.method == "seqkd":
+    if recipe.stages[stage].method == "seqkd":
         responses = [json.loads(line)["token_ids"] for line in study.answers.read_text().splitlines()]
     return [len(e.prompt) + len(response) for e, response in zip(examples, responses, strict=True)]
 
 
-def examples_of(config: Config, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
-    answers = config.method not in ("minillm", "seqkd")
-    return encode(read_records(config.data.train), tokenizer, config.data, config.data.train, answers).examples
+def examples_of(recipe: Recipe, stage: str, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
+    method, data = recipe.stages[stage].method, recipe.stages[stage].data
+    answers, template = method not in ("minillm", "seqkd"), recipe.run.data.prompt_template
+    return encode(read_records(data.train), tokenizer, template, data, data.train, answers).examples
 
 
 def answer(study: Study) -> None:
@@ -133,22 +135,23 @@ def answer(study: Study) -> None:
     with study.lock(study.answers.stem):
         if seqkd and not study.answers.exists():
             size = next(iter(study.sizes))
-            config = study.config(Cell(size, seqkd[0], 0))
-            teacher = CausalLM(load_model(config.model.teacher))
-            training = prepare(config, teacher, teacher, load_tokenizer(config.model.teacher))
+            recipe = study.recipe(Cell(size, seqkd[0], 0))
+            source = recipe.run.model.teacher
+            teacher = CausalLM(load_model(source))
+            training = prepare(recipe.run, recipe.stages[seqkd[0]], teacher, teacher, load_tokenizer(source))
             METHODS["seqkd"](training, study.work)
 
 
 def evaluations(study: Study, source: str, against_teacher: bool) -> dict[str, Any]:
     """Of one model on every data set of the study; the divergences on the first."""
     teacher_source = study.base["model"]["teacher"]
-    tokenizer, settings = load_tokenizer(source), Model()
+    tokenizer, settings = load_tokenizer(source), ModelConfig()
     model = CausalLM(load_model(source, settings.dtype))
     teacher = CausalLM(load_model(teacher_source, settings.dtype)) if against_teacher else None
     found: dict[str, Any] = {}
     for i, name in enumerate(study.evaluate):
         config = study.evaluation(name)
-        examples = held_out(config, tokenizer)
+        examples = evaluation_set(config, tokenizer, [study.base["data"]["train"]])
         print(f"evaluating on {len(examples)} prompts of {config.data.eval}", flush=True)
         if i == 0:
             found[name] = measure(model, teacher, tokenizer, examples, config)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from minillm.config.schema import ConfigError
-from minillm.data.packages import write_atomically
+from minillm.files import write_atomically
 from minillm.report import figures
 from minillm.study.plan import REFERENCE, START, TEACHER, Cell, Study
 
@@ -115,7 +115,7 @@ def load_records(study: Study) -> dict[Cell, Record]:
 def setup(study: Study, records: Mapping[Cell, Record]) -> str:
     first = next(iter(study.evaluate))
     sizes = {c.size: r["parameters"] for c, r in records.items() if "parameters" in r}
-    steps = {c.size: r["config"]["optim"]["steps"] for c, r in records.items() if c.name == START}
+    steps = {c.size: r["training"]["steps"] for c, r in records.items() if c.name == START}
     students = "; ".join(f"{size}, {count / 1e6:.0f} M parameters" for size, count in sizes.items())
     starts = ", ".join(f"{count} for {size}" for size, count in steps.items())
     prompts = {n: r["prompts"] for r in records.values() for n, r in r["evaluations"].items()}

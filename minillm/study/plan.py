@@ -5,16 +5,15 @@ then the ablations of minillm at their size, and its variations at every size. T
 and its answers for seqkd.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from filelock import FileLock
 
-from minillm.config.recipe import config_from, merge
-from minillm.config.schema import Config, ConfigError, check, unknown
+from minillm.config.check import unknown
+from minillm.config.recipe import Recipe, merged, read_yaml, recipe_from, run_from, split
+from minillm.config.schema import ConfigError, RunConfig
 
 TEACHER, START, REFERENCE = "teacher", "start", "minillm"
 NEEDED = ("results", "work", "seeds", "sizes", "base", "start", "methods", "ablations", "evaluate")
@@ -81,8 +80,8 @@ class Study:
         """Whether the cell takes as many steps as reach minillm's tokens."""
         return cell.name in self.methods and cell.name != REFERENCE
 
-    def config(self, cell: Cell, steps: int = 0) -> Config:
-        """What the cell trains; `steps` for those whose steps follow from minillm's tokens."""
+    def recipe(self, cell: Cell, steps: int = 0) -> Recipe:
+        """What the cell trains, in one stage; `steps` for those whose steps follow from minillm's tokens."""
         overrides = [self.base, {"seed": cell.seed, "output": str(self.work / cell.path)}]
         if cell.name == START:
             overrides += [self.start, self.sizes[cell.size]]
@@ -94,12 +93,10 @@ class Study:
             overrides += [{"data": {"teacher_answers": str(self.answers)}}]
         if steps:
             overrides.append({"optim": {"steps": steps}})
-        config = config_from(_merged(*overrides))
-        check(config)
-        return config
+        return recipe_from(cell.name, {**merged(*overrides), "stages": {cell.name: {}}})
 
-    def evaluation(self, name: str) -> Config:
-        return config_from(_merged(self.base, self.evaluate[name], {"log": {"samples": 4}}))
+    def evaluation(self, name: str) -> RunConfig:
+        return run_from(split(merged(self.base, self.evaluate[name], {"log": {"samples": 4}}))[0])
 
     @property
     def answers(self) -> Path:
@@ -109,15 +106,7 @@ class Study:
 
 def load_study(path: str | Path, smoke: bool = False) -> Study:
     """Raises FileNotFoundError, or ConfigError for what is unknown or missing, in any cell."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no study at {path}: give the path of a YAML file, such as recipes/study/study.yaml")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} is no study: expected the sections {', '.join(SECTIONS)}")
+    tree = read_yaml(path, "recipes/study/study.yaml")
     for key in tree:
         if key not in SECTIONS:
             raise ConfigError(unknown("section of a study", str(key), SECTIONS))
@@ -125,7 +114,7 @@ def load_study(path: str | Path, smoke: bool = False) -> Study:
         if not tree.get(key):
             raise ConfigError(f"{path} has no section `{key}`, which a study needs")
     if smoke:
-        tree = _merged(tree, tree.get("smoke") or {})
+        tree = merged(tree, tree.get("smoke") or {})
     tree.pop("smoke", None)
     if REFERENCE not in tree["methods"]:
         raise ConfigError(f"{path}: the other methods are held to the tokens of {REFERENCE}, which `methods` lacks")
@@ -138,14 +127,7 @@ def load_study(path: str | Path, smoke: bool = False) -> Study:
     study = Study(**(tree | paths | {"methods": methods}), ablations=ablations, ablated_size=size)
     for cell in study.cells():
         if cell.name != TEACHER:
-            study.config(cell)
+            study.recipe(cell)
     for name in study.evaluate:
         study.evaluation(name)
     return study
-
-
-def _merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for tree in trees:
-        merge(result, tree)
-    return result

@@ -20,8 +20,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from minillm.data.examples import Batch, Example, Shuffled, collate
-from minillm.data.packages import write_atomically
 from minillm.data.sources import DataError
+from minillm.files import write_atomically
 from minillm.model.head import Output, Sums, cross_entropy, distill_loss, divergence, minillm_loss
 from minillm.model.sampling import Rollout, draw_uniforms
 from minillm.train.context import Loss, Part, Step, Training, chunks
@@ -34,7 +34,7 @@ class Sft:
     def __init__(self, training: Training, folder: Path) -> None:
         self.training = training
         self.examples = training.examples
-        self.order = Shuffled(len(self.examples), training.config.seed)
+        self.order = Shuffled(len(self.examples), training.run.seed)
         self.memory: dict[str, Tensor] = {}
 
     def step(self, number: int) -> Step:
@@ -127,7 +127,7 @@ class Gkd(Kd):
         self.memory["validation_loss"] = torch.full_like(self.memory["validation_loss"], loss)
 
     def step(self, number: int) -> Step:
-        training, seed = self.training, self.training.config.seed
+        training, seed = self.training, self.training.run.seed
         coin = torch.rand((), generator=torch.Generator().manual_seed(seed * 1_000_003 - number))
         if coin >= self.memory["on_policy"]:
             return super().step(number)
@@ -154,10 +154,10 @@ class MiniLLM:
     """The paper's algorithm: roll out a batch of prompts, then pass over it `rollout.epochs` times in minibatches."""
 
     def __init__(self, training: Training, folder: Path) -> None:
-        self.training, config = training, training.config
-        self.prompts = Shuffled(len(training.examples), config.seed)
-        self.passages = Shuffled(len(training.text), config.seed + 1)
-        self.minibatches = Shuffled(config.rollout.batch_size, config.seed + 2)
+        self.training, config, seed = training, training.config, training.run.seed
+        self.prompts = Shuffled(len(training.examples), seed)
+        self.passages = Shuffled(len(training.text), seed + 1)
+        self.minibatches = Shuffled(config.rollout.batch_size, seed + 2)
         self.rollout: Rollout | None = None
 
     def step(self, number: int) -> Step:
@@ -261,7 +261,7 @@ def teacher_answers(training: Training) -> list[list[int]]:
     """One sample of the teacher per example, shared out over the processes."""
     assert training.teacher is not None
     rollout, numbers = training.config.rollout, training.mine(list(range(len(training.examples))))
-    uniforms = draw_uniforms(training.config.seed, rollout.max_new_tokens, len(training.examples))
+    uniforms = draw_uniforms(training.run.seed, rollout.max_new_tokens, len(training.examples))
     size = max(1, rollout.batch_size // training.accelerator.num_processes)
     mine: list[tuple[int, list[int]]] = []
     for part in chunks(numbers, size):

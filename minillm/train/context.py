@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from minillm.config.schema import Config
+from minillm.config.schema import RunConfig, StageConfig
 from minillm.data.examples import Batch, Example, collate
 from minillm.model.head import CausalLM, Output, Sums, common_vocabulary
 from minillm.model.sampling import Rollout, draw_uniforms, gather, sample
@@ -45,7 +45,9 @@ class Step(NamedTuple):
 class Training:
     """All that a method may use. The models live on `accelerator.device`."""
 
-    config: Config
+    run: RunConfig
+    config: StageConfig
+    """Of this stage."""
     accelerator: Accelerator
     student: CausalLM
     teacher: CausalLM | None
@@ -98,7 +100,7 @@ class Training:
 
     def roll_out(self, iteration: int, chosen: list[int], alpha: float) -> Rollout:
         """Samples for these examples, shared out over the processes and known to all of them afterwards."""
-        seed = self.config.seed * 1_000_003 + iteration
+        seed = self.run.seed * 1_000_003 + iteration
         uniforms = draw_uniforms(seed, self.config.rollout.max_new_tokens, len(chosen))
         mine = uniforms[:, self.accelerator.process_index :: self.accelerator.num_processes]
         teacher = self.teacher if alpha > 0 or self.config.method == "minillm" else None

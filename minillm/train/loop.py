@@ -17,12 +17,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
-from minillm.config.schema import Config, ConfigError
+from minillm.config.schema import ConfigError, OptimConfig, RunConfig, StageConfig
 from minillm.data.examples import Batch, Encoded, Example, chunk_text, encode, read_records, read_text
 from minillm.model.head import CausalLM, Sums
 from minillm.model.load import check_context, check_packing
+from minillm.run import checkpoint
 from minillm.run.checkpoint import Checkpoint, Progress
-from minillm.run.directory import Run, checkpoint
+from minillm.run.directory import RunDirectory
 from minillm.run.interrupt import Interrupt, Interrupted
 from minillm.run.trackers import check_trackers
 from minillm.train.baselines import METHODS
@@ -43,7 +44,8 @@ class Micro(NamedTuple):
 
 
 def prepare(
-    config: Config,
+    run: RunConfig,
+    config: StageConfig,
     student: CausalLM,
     teacher: CausalLM | None,
     tokenizer: "PreTrainedTokenizerBase",
@@ -55,19 +57,26 @@ def prepare(
             f"{accelerator.distributed_type} shards the student, which checkpoints and gradients here do not follow "
             "yet: use one process or data parallelism (accelerate launch --num_processes N)"
         )
-    check_trackers(config.log.trackers)
-    torch.manual_seed(config.seed)
+    check_trackers(run.log.trackers)
+    torch.manual_seed(run.seed)
     for key in ("optim.batch_size", "rollout.batch_size", "objective.pt_batch_size"):
         section, name = key.split(".")
         size = getattr(getattr(config, section), name)
         if size % accelerator.num_processes:
             raise ConfigError(f"{key} is {size}, which {accelerator.num_processes} processes cannot share equally")
     samples = config.method in ("minillm", "seqkd")  # learn from what is sampled: any prompt will do
-    encoded = encode(read_records(config.data.train), tokenizer, config.data, config.data.train, answers=not samples)
+    encoded = encode(
+        read_records(config.data.train),
+        tokenizer,
+        run.data.prompt_template,
+        config.data,
+        config.data.train,
+        answers=not samples,
+    )
     examples, about = encoded.examples, str(encoded)
     validation: list[Example] = []
     if 0 < config.validation.every < config.optim.steps:
-        examples, validation = hold_out(config, encoded, tokenizer)
+        examples, validation = split_validation(run, config, encoded, tokenizer)
         about += f"; {len(examples)} to train on, {len(validation)} for validation"
     wants_text = config.method == "minillm" and config.objective.pt_weight > 0
     text = chunk_text(read_text(config.data.text), tokenizer, config.objective.pt_length) if wants_text else []
@@ -84,21 +93,22 @@ def prepare(
                 check_packing(model.model)
     if teacher is not None:
         teacher.requires_grad_(False)
-    return Training(config, accelerator, student, teacher, tokenizer, examples, validation, text, about)
+    return Training(run, config, accelerator, student, teacher, tokenizer, examples, validation, text, about)
 
 
-def hold_out(
-    config: Config, encoded: Encoded, tokenizer: "PreTrainedTokenizerBase"
+def split_validation(
+    run: RunConfig, config: StageConfig, encoded: Encoded, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[list[Example], list[Example]]:
     """Examples to train on and to validate on: of validation.data, else chosen from data.train by their prompts' text,
     so that two stages of a recipe hold out the same."""
     source, count = config.validation.data, config.validation.prompts
     if source:
-        found = encode(read_records(source), tokenizer, config.data, source, answers=True).examples
+        records, template = read_records(source), run.data.prompt_template
+        found = encode(records, tokenizer, template, config.data, source, answers=True).examples
         return encoded.examples, found[:count]
 
     def key(example: Example) -> bytes:
-        return hashlib.sha256(f"{config.seed} {example.record.prompt}".encode()).digest()
+        return hashlib.sha256(f"{run.seed} {example.record.prompt}".encode()).digest()
 
     answered = sorted({key(e) for e in encoded.examples if (e.record.answer or "").strip()})
     chosen = set(answered[: min(count, len(answered) // 10)])
@@ -114,7 +124,7 @@ def hold_out(
 
 
 def train(
-    training: Training, run: Run, stage: str, first_step: int = 0, resumed: Checkpoint | None = None
+    training: Training, directory: RunDirectory, stage: str, first_step: int = 0, resumed: Checkpoint | None = None
 ) -> dict[str, float]:
     """Run one stage: `optim.steps` optimiser steps, counted on from `first_step` in everything written.
 
@@ -124,7 +134,8 @@ def train(
     weights; Interrupted after a checkpoint when SIGTERM came; CheckpointError.
     """
     config, accelerator, clock = training.config, training.accelerator, training.clock
-    optim, model, folder = config.optim, training.student.model, run.path / "stages" / stage
+    optim, log, model = config.optim, training.run.log, training.student.model
+    folder = directory.path / "stages" / stage
     optimizer = torch.optim.AdamW(
         checkpoint.trained(model).values(),
         lr=optim.lr,
@@ -134,7 +145,7 @@ def train(
     )
     predictor, optimizer = accelerator.prepare(training.student, optimizer)
     method = METHODS[config.method](training, folder)
-    progress = Progress(stage, first_step=first_step, stages=dict(run.stages))
+    progress = Progress(stage, first_step=first_step, stages=dict(directory.stages))
     if resumed is not None:
         progress = resumed.progress
         checkpoint.restore(model, optimizer, accelerator, resumed.groups)
@@ -148,7 +159,7 @@ def train(
         groups = {**checkpoint.state_of(model, optimizer, accelerator), "memory": method.memory}
         progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
         if accelerator.is_main_process:
-            run.checkpoint(progress, groups, model, config.log.checkpoints_kept)
+            directory.checkpoint(progress, groups, model, log.checkpoints_kept)
         accelerator.wait_for_everyone()
 
     started, begun = time.perf_counter(), progress.step
@@ -159,7 +170,7 @@ def train(
             step = progress.step + 1
             step_started = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = optim.lr * lr_factor(step, config)
+                group["lr"] = optim.lr * lr_factor(step, optim)
             parts, metrics = method.step(step)
             micros = [
                 Micro(part, rows, *part.make(rows))
@@ -176,7 +187,7 @@ def train(
             if not (math.isfinite(metrics["loss"]) and finite):
                 raise FloatingPointError(
                     f"{stage}, step {step}: loss {metrics['loss']}, gradient norm {grad_norm}; "
-                    f"{blame(training, micros)}. The weights were not updated. {run.how_to_resume()}"
+                    f"{blame(training, micros)}. The weights were not updated. {directory.how_to_resume()}"
                 )
             optimizer.step()
             optimizer.zero_grad()
@@ -201,20 +212,20 @@ def train(
             for name in ("step_time", *(name for name in phases if name.startswith("time/"))):
                 progress.totals[name] = progress.totals.get(name, 0.0) + metrics[name]
             progress.history.append(metrics)
-            if step % config.log.every == 0 or step == optim.steps:
+            if step % log.every == 0 or step == optim.steps:
                 left = (time.perf_counter() - started) / (step - begun) * (optim.steps - step)
                 if accelerator.is_main_process:
                     line = average(progress.history) | {"num_tokens": progress.num_tokens}
-                    run.log(stage, step, optim.steps, progress.global_step, line, left)
+                    directory.log(stage, step, optim.steps, progress.global_step, line, left)
                 progress.history = []
 
             # ---- save
-            every, stop = config.log.checkpoint_every, interrupt.asked(accelerator)
+            every, stop = log.checkpoint_every, interrupt.asked(accelerator)
             if stop or (every and (step % every == 0 or step == optim.steps)):
                 with clock("save"):
                     save()
             if stop:
-                raise Interrupted(run.how_to_resume())
+                raise Interrupted(directory.how_to_resume())
     selection.restore(progress)
     accelerator.free_memory()  # of the optimiser, before the next stage allocates its own
     best = {f"best_{name}": value for name, value in progress.best.items()}
@@ -274,13 +285,13 @@ def total(accelerator: Accelerator, *values: Tensor | float) -> float:
     return float(accelerator.reduce(here, "sum"))
 
 
-def lr_factor(step: int, config: Config) -> float:
+def lr_factor(step: int, optim: OptimConfig) -> float:
     """Learning rate of a step (from 1) as a share of the peak."""
-    warmup, total = config.optim.warmup_steps, config.optim.steps
+    warmup, total = optim.warmup_steps, optim.steps
     if step <= warmup:
         return step / warmup
     done = (step - warmup - 1) / max(1, total - warmup)
-    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.optim.schedule]
+    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[optim.schedule]
 
 
 def average(history: list[dict[str, float]]) -> dict[str, float]:

@@ -37,7 +37,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minillm.config.schema import Objective
+from minillm.config.schema import ObjectiveConfig
 from minillm.model.sampling import Rollout
 
 
@@ -83,7 +83,7 @@ def importance_weights(rollout: Rollout) -> Tensor:
     return torch.exp(rollout.student_logprobs - rollout.mixture_logprobs)
 
 
-def policy_terms(rollout: Rollout, objective: Objective) -> list[PolicyTerms]:
+def policy_terms(rollout: Rollout, objective: ObjectiveConfig) -> list[PolicyTerms]:
     """The constants of each sequence of a rollout, trimmed to its length; the returns not whitened yet.
 
     Without the single-step term, a token's own reward can only come from its return (eq 2), which then includes it.

@@ -71,8 +71,8 @@ class Selection:
                     training.student,
                     training.tokenizer,
                     [example.prompt for example in examples],
-                    settings.validation.max_new_tokens,
-                    settings.eval.batch_size,
+                    settings.validation.greedy_tokens,
+                    training.run.eval.batch_size,
                 )
             scores = rouge_l(answers, [example.record.references for example in examples])
             sums = torch.stack([scores.totals.sum(), scores.counts.sum()])

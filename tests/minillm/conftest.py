@@ -115,7 +115,8 @@ def recipe_tree(path) -> dict:
             "max_response_length": 16,
         },
         "validation": {"every": 0},
-        "eval": {"prompts": 6, "samples": 2, "max_new_tokens": 6, "rouge_new_tokens": 6, "batch_size": 4},
+        "eval": {"prompts": 6, "samples": 2, "sample_tokens": 6, "greedy_tokens": 6, "batch_size": 4},
+        "log": {"checkpoint_every": 5},
         "stages": {
             "warm-up": {"method": "kd", "optim": {"steps": 3, "batch_size": 4, "lr": 1e-3}},
             "minillm": {
@@ -123,7 +124,6 @@ def recipe_tree(path) -> dict:
                 "rollout": {"batch_size": 8, "max_new_tokens": 6, "epochs": 2},
                 "objective": {"pt_batch_size": 2, "pt_length": 16},
                 "optim": {"steps": 5, "batch_size": 4, "lr": 1e-3},
-                "log": {"checkpoint_every": 5},
             },
         },
         "smoke": {"stages": {"warm-up": {"optim": {"steps": 1}}, "minillm": {"optim": {"steps": 1}}}},

@@ -34,14 +34,14 @@ def test_smoke_distillation_then_generate_and_evaluate(files, capsys):
     assert status == 0
     status, out, _ = run(
         capsys, "evaluate", model, "--data", files / "eval.jsonl", "--teacher", files / "teacher",
-        "--eval.prompts=4", "--eval.samples=2", "--eval.max_new_tokens=4", "--eval.rouge_new_tokens=4",
+        "--eval.prompts=4", "--eval.samples=2", "--eval.sample_tokens=4", "--eval.greedy_tokens=4",
     )  # fmt: skip
     assert status == 0
     found = json.loads(out)
     assert found["reverse_kl"]["own_samples"]["prompts"] == 4
     status, out, _ = run(
         capsys, "evaluate", model, "--data", files / "eval.jsonl", "--teacher", files / "teacher",
-        "--eval.prompts=4", "--eval.samples=2", "--eval.max_new_tokens=4", "--eval.rouge_new_tokens=4",
+        "--eval.prompts=4", "--eval.samples=2", "--eval.sample_tokens=4", "--eval.greedy_tokens=4",
         "--model.head=logits",
     )  # fmt: skip
     assert status == 0

@@ -1,8 +1,8 @@
 import pytest
 import yaml
 
-from minillm.config.recipe import config_from, load_recipe, parse_flags, save
-from minillm.config.schema import Config, ConfigError, check
+from minillm.config.recipe import load_recipe, nested, parse_flags, recipe_from, run_from, save, split, stage_from
+from minillm.config.schema import ConfigError, StageConfig
 
 VALID = {"model": {"teacher": "t", "student": "s"}, "data": {"train": "x.jsonl", "text": "x.txt"}}
 
@@ -35,17 +35,16 @@ def with_keys(**sections):
 )
 def test_what_cannot_be_read_is_named(tree, message):
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
-        config_from(tree)
+        recipe_from("r", with_keys(**tree) if all(isinstance(v, dict) for v in tree.values()) else tree)
 
 
 def test_numbers_are_read_as_people_write_them():
     # YAML 1.1 reads 1e-5 as text, and every flag is text
-    config = config_from(
-        {"optim": {"lr": "1e-5", "betas": "[0.8, 0.9]", "steps": "7"}, "model": {"drop_layers": None}}
-    )
-    assert (config.optim.lr, config.optim.betas, config.optim.steps) == (1e-5, (0.8, 0.9), 7)
-    assert config_from({"model": {"drop_layers": [3, 5]}}).model.drop_layers == (3, 5)
-    assert config_from({"optim": {"lr": 1}}).optim.lr == 1.0
+    optim = stage_from({"optim": {"lr": "1e-5", "betas": "[0.8, 0.9]", "steps": "7"}}).optim
+    assert (optim.lr, optim.betas, optim.steps) == (1e-5, (0.8, 0.9), 7)
+    assert run_from({"model": {"drop_layers": [3, 5]}}).model.drop_layers == (3, 5)
+    assert run_from({"model": {"drop_layers": None}}).model.drop_layers is None
+    assert stage_from({"optim": {"lr": 1}}).optim.lr == 1.0
 
 
 @pytest.mark.parametrize(
@@ -72,11 +71,11 @@ def test_numbers_are_read_as_people_write_them():
 def test_contradictions_are_refused(sections, message):
     base = {"rollout": {"batch_size": 64}}
     with pytest.raises(ConfigError, match=message):
-        check(config_from(with_keys(**{**base, **sections})))
+        recipe_from("r", with_keys(**{**base, **sections}))
 
 
 def test_filtered_sampling_is_refused_for_minillm_alone():
-    check(config_from({**with_keys(rollout={"top_p": 0.9}), "method": "kd"}))
+    recipe_from("r", {**with_keys(rollout={"top_p": 0.9}), "method": "kd"})
 
 
 def test_precedence_defaults_recipe_stage_smoke_flags(tmp_path):
@@ -93,13 +92,13 @@ def test_precedence_defaults_recipe_stage_smoke_flags(tmp_path):
     flagged = load_recipe(path, ["--optim.lr=9", "--stages.b.optim.steps=5"], smoke=True).stages
     assert [flagged[s].optim.lr for s in "ab"] == [9.0, 9.0]
     assert [flagged[s].optim.steps for s in "ab"] == [2, 5]
-    assert plain["a"].optim.weight_decay == Config().optim.weight_decay
+    assert plain["a"].optim.weight_decay == StageConfig().optim.weight_decay
 
 
 def test_a_config_without_stages_is_a_recipe_of_one(tmp_path):
     recipe = load_recipe(write(tmp_path, {**VALID, "method": "kd"}))
     assert list(recipe.stages) == ["kd"]
-    assert recipe.first.method == "kd"
+    assert recipe.stages["kd"].method == "kd"
 
 
 def test_a_saved_recipe_reads_back_the_same(tmp_path):
@@ -107,7 +106,7 @@ def test_a_saved_recipe_reads_back_the_same(tmp_path):
     recipe = load_recipe(write(tmp_path, tree), ["--optim.lr=3e-4", "--model.student=", "--model.drop_layers=[2, 3]"])
     save(recipe, tmp_path / "config.yaml")
     again = load_recipe(tmp_path / "config.yaml")
-    assert again.stages == recipe.stages
+    assert (again.run, again.stages) == (recipe.run, recipe.stages)
     assert again.digest() == recipe.digest()
     assert load_recipe(tmp_path / "config.yaml", ["--output=elsewhere"]).digest() == recipe.digest()
     assert load_recipe(tmp_path / "config.yaml", ["--optim.lr=1"]).digest() != recipe.digest()
@@ -134,3 +133,48 @@ def test_files_that_are_not_recipes(tmp_path):
         load_recipe(
             write(tmp_path, {**VALID, "stages": {"warm-up": {"method": "kd"}}}), ["--stages.warmup.optim.lr=1"]
         )
+
+
+@pytest.mark.parametrize(
+    ("flag", "right"),
+    [
+        ("stages.a.model.dtype=bfloat16", "model.dtype"),
+        ("stages.a.lora.rank=8", "lora.rank"),
+        ("stages.a.eval.prompts=3", "eval.prompts"),
+        ("stages.a.data.eval=x.jsonl", "data.eval"),
+        ("stages.a.output=/elsewhere", "output"),
+        ("stages.a.seed=3", "seed"),
+    ],
+)
+def test_what_belongs_to_the_run_is_refused_in_a_stage(tmp_path, flag, right):
+    path = write(tmp_path, {**VALID, "stages": {"a": {"method": "kd"}}})
+    with pytest.raises(ConfigError, match=rf"cannot differ between stages: write {right} at the top .*\(--{right}="):
+        load_recipe(path, [f"--{flag}"])
+    inside = nested({flag.partition("=")[0]: flag.partition("=")[2]})
+    with pytest.raises(ConfigError, match=rf"stages\.a\.{right} cannot differ"):
+        recipe_from("r", {**VALID, **inside})
+
+
+@pytest.mark.parametrize(
+    ("tree", "right"),
+    [
+        ({"optim": {"alpha": 0.3}}, "rollout.alpha or lora.alpha"),
+        ({"rollout": {"lr": 1.0}}, "optim.lr"),
+        ({"model": {"rank": 4}}, "lora.rank"),
+        ({"objective": {"packing": True}}, "data.packing"),
+        ({"loss": {"prompt_template": "alpaca"}}, "data.prompt_template"),
+        ({"drop_layers": [1, 2]}, "model.drop_layers"),
+    ],
+)
+def test_a_key_in_the_wrong_section_is_an_error_that_names_the_right_one(tree, right):
+    found = {part.strip() for part in right.split(" or ")}
+    with pytest.raises(ConfigError, match="did you mean ") as raised:
+        recipe_from("r", {**VALID, "method": "kd", **tree})
+    named = str(raised.value).partition("did you mean ")[2].removesuffix("?")
+    assert set(named.split(" or ")) == found
+
+
+def test_the_section_data_is_shared_by_run_and_stage():
+    run, stage = split({"data": {"eval": "e.jsonl", "train": "t.jsonl", "prompt_template": "alpaca"}, "seed": 3})
+    assert run == {"data": {"eval": "e.jsonl", "prompt_template": "alpaca"}, "seed": 3}
+    assert stage == {"data": {"train": "t.jsonl"}}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from minillm.config.schema import Eval
+from minillm.config.schema import EvalConfig
 from minillm.data.examples import Example, Record
 from minillm.evaluate.calibration import most_likely, next_token, options, reliability
 from minillm.model.head import CausalLM, Output
@@ -57,7 +57,7 @@ def test_next_tokens_against_plain_torch(make_llama, head):
         correct.append(top.indices == targets)
         losses.append(-log_q.gather(-1, targets[:, None]).sum().item())
     expected = reliability(torch.cat(confidence), torch.cat(correct))
-    found, loss = next_token(lm, examples, Eval(batch_size=8))
+    found, loss = next_token(lm, examples, EvalConfig(batch_size=8))
     assert found["ece"] == pytest.approx(expected["ece"], abs=1e-5) and found["accuracy"] == expected["accuracy"]
     assert loss.totals.tolist() == pytest.approx(losses, rel=1e-5)
 
@@ -91,7 +91,7 @@ def test_options_are_chosen_by_the_probability_of_their_tokens(make_llama, token
         confidence.append(law.max())
         correct.append(words[int(law.argmax())] == example.record.answer)
     expected = reliability(torch.stack(confidence), torch.tensor(correct))
-    found = options(CausalLM(model), tokenizer, examples, Eval(batch_size=4))
+    found = options(CausalLM(model), tokenizer, examples, EvalConfig(batch_size=4))
     assert found is not None and found["count"] == 2
     assert found["ece"] == pytest.approx(expected["ece"], abs=1e-5) and found["accuracy"] == expected["accuracy"]
-    assert options(CausalLM(model), tokenizer, examples[2:], Eval()) is None
+    assert options(CausalLM(model), tokenizer, examples[2:], EvalConfig()) is None

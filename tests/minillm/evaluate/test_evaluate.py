@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from minillm.config.recipe import load_recipe
-from minillm.config.schema import Eval
+from minillm.config.schema import DataConfig, EvalConfig
 from minillm.data.examples import DataError, encode, read_records
-from minillm.evaluate import evaluate, held_out
+from minillm.evaluate import evaluate, evaluation_set
 from minillm.evaluate.divergence import own_samples, references
 from minillm.evaluate.means import Estimate, difference
 from minillm.model.head import CausalLM
@@ -50,15 +50,15 @@ def test_one_prompt_has_no_standard_error():
 
 @pytest.fixture
 def world(files, make_llama, tokenizer):
-    config = load_recipe(files / "recipe.yaml").first
-    examples = encode(read_records(config.data.eval), tokenizer, config.data, "eval").examples
+    config = load_recipe(files / "recipe.yaml").run
+    examples = encode(read_records(config.data.eval), tokenizer, "chat", DataConfig(), "eval").examples
     return config, CausalLM(make_llama(2, seed=1)), CausalLM(make_llama(4)), tokenizer, examples
 
 
 @torch.no_grad()
 def test_divergences_on_references_against_plain_torch(world):
     _, student, teacher, _, examples = world
-    reverse, forward = references(student, teacher, examples, Eval(batch_size=8))
+    reverse, forward = references(student, teacher, examples, EvalConfig(batch_size=8))
     for i, example in enumerate(examples):
         ids = torch.tensor([example.prompt + example.response])
         log_q, log_p = (
@@ -72,7 +72,7 @@ def test_divergences_on_references_against_plain_torch(world):
 def test_own_samples_do_not_depend_on_the_batch(world):
     _, student, teacher, _, examples = world
     one, all_at_once = (
-        own_samples(student, teacher, examples, Eval(samples=2, max_new_tokens=5, batch_size=size), 0)
+        own_samples(student, teacher, examples, EvalConfig(samples=2, sample_tokens=5, batch_size=size), 0)
         for size in (2, 64)
     )
     torch.testing.assert_close(one.totals, all_at_once.totals, rtol=1e-4, atol=1e-4)
@@ -81,27 +81,28 @@ def test_own_samples_do_not_depend_on_the_batch(world):
 
 def test_a_student_that_is_the_teacher_has_no_divergence(world):
     _, _, teacher, _, examples = world
-    assert own_samples(teacher, teacher, examples, Eval(max_new_tokens=4), 0).mean == pytest.approx(0, abs=1e-5)
+    assert own_samples(teacher, teacher, examples, EvalConfig(sample_tokens=4), 0).mean == pytest.approx(0, abs=1e-5)
 
 
 def test_held_out_prompts_are_not_those_trained_on(world, files):
     config, _, _, tokenizer, _ = world
-    examples = held_out(config, tokenizer)
+    train = [str(files / "train.jsonl")]
+    examples = evaluation_set(config, tokenizer, train)
     assert len(examples) == 6
-    trained_on = {record.prompt for record in read_records(config.data.train)}
+    trained_on = {record.prompt for record in read_records(train[0])}
     assert not trained_on & {example.record.prompt for example in examples}
-    assert [e.prompt for e in examples] == [e.prompt for e in held_out(config, tokenizer)]
+    assert [e.prompt for e in examples] == [e.prompt for e in evaluation_set(config, tokenizer, train)]
     both = files / "both.jsonl"
     both.write_text((files / "train.jsonl").read_text() + (files / "eval.jsonl").read_text())
     flags = [f"--data.eval={both}", "--eval.prompts=7"]
     with pytest.raises(DataError, match=r"has 6 held-out prompts.*eval.prompts asks for 7"):
-        held_out(load_recipe(files / "recipe.yaml", flags).first, tokenizer)
+        evaluation_set(load_recipe(files / "recipe.yaml", flags).run, tokenizer, train)
 
 
 def test_zero_prompts_are_all(world, files):
     _, _, _, tokenizer, _ = world
-    config = load_recipe(files / "recipe.yaml", ["--eval.prompts=0"]).first
-    assert len(held_out(config, tokenizer)) == 6
+    config = load_recipe(files / "recipe.yaml", ["--eval.prompts=0"]).run
+    assert len(evaluation_set(config, tokenizer)) == 6
 
 
 def test_evaluating_changes_nothing(world):

@@ -7,7 +7,7 @@ import torch
 
 from minillm.cli import main
 from minillm.config.recipe import load_recipe
-from minillm.config.schema import ConfigError, Eval
+from minillm.config.schema import ConfigError, DataConfig, EvalConfig
 from minillm.data.examples import encode, read_records
 from minillm.evaluate.measure import measure, measure_answers, over_seeds
 from minillm.evaluate.rouge import rouge_l
@@ -15,20 +15,20 @@ from minillm.evaluate.samples import draw
 from minillm.model.head import CausalLM
 from minillm.report.summary import evaluation_text
 
-FLAGS = ["--eval.samples=3", "--eval.max_new_tokens=6", "--eval.rouge_new_tokens=5", "--eval.batch_size=8"]
+FLAGS = ["--eval.samples=3", "--eval.sample_tokens=6", "--eval.greedy_tokens=5", "--eval.batch_size=8"]
 
 
 @pytest.fixture
 def world(files, make_llama, tokenizer):
-    config = load_recipe(files / "recipe.yaml", FLAGS).first
-    examples = encode(read_records(config.data.eval), tokenizer, config.data, "eval").examples
+    config = load_recipe(files / "recipe.yaml", FLAGS).run
+    examples = encode(read_records(config.data.eval), tokenizer, "chat", DataConfig(), "eval").examples
     return config, CausalLM(make_llama(2, seed=1)), CausalLM(make_llama(4)), tokenizer, examples
 
 
 @torch.no_grad()
 def test_divergences_of_samples_against_plain_torch(world):
     _, student, teacher, _, examples = world
-    drawn = draw(teacher, student, examples[:2], Eval(samples=2, max_new_tokens=5, batch_size=2), 0)
+    drawn = draw(teacher, student, examples[:2], EvalConfig(samples=2, sample_tokens=5, batch_size=2), 0)
     for row, tokens in enumerate(drawn.token_ids):
         prompt = examples[row // 2].prompt
         log_p, log_q = (
@@ -43,7 +43,7 @@ def test_divergences_of_samples_against_plain_torch(world):
 
 def test_a_seed_draws_the_same_however_many_there_are(world):
     _, student, _, _, examples = world
-    few, many = (draw(student, None, examples, Eval(samples=s, max_new_tokens=5), 0).token_ids for s in (1, 3))
+    few, many = (draw(student, None, examples, EvalConfig(samples=s, sample_tokens=5), 0).token_ids for s in (1, 3))
     assert few == many[::3] and many[::3] != many[1::3]
 
 
@@ -98,17 +98,17 @@ def test_answers_alone(world):
 
 def test_settings_that_cannot_be_measured(world, files):
     _, student, teacher, tokenizer, examples = world
-    warm = load_recipe(files / "recipe.yaml", ["--eval.temperature=0.7"]).first
+    warm = load_recipe(files / "recipe.yaml", ["--eval.temperature=0.7"]).run
     with pytest.raises(ConfigError, match=r"eval.temperature is 0.7.*defined at 1"):
         measure(student, teacher, tokenizer, examples, warm)
-    long = load_recipe(files / "recipe.yaml", ["--eval.max_new_tokens=600"]).first
+    long = load_recipe(files / "recipe.yaml", ["--eval.sample_tokens=600"]).run
     with pytest.raises(ConfigError, match="512 positions"):
         measure(student, teacher, tokenizer, examples, long)
 
 
 def test_what_is_undefined_is_null_in_json(world):
     config, student, teacher, tokenizer, examples = world
-    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, max_new_tokens=1, samples=1))
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, sample_tokens=1, samples=1))
     result = measure(student, teacher, tokenizer, examples[:1], config)
     json.dumps(result, allow_nan=False)
     assert result["distinct"]["4"]["mean"] is None  # no text has four words

@@ -10,7 +10,7 @@ from minillm.cli import main
 from minillm.config.recipe import load_recipe
 from minillm.config.schema import ConfigError
 from minillm.distill import load_pair
-from minillm.model.cost import estimate, trial
+from minillm.model.cost import cost, trial
 from minillm.model.load import cached, skeleton
 from minillm.train.baselines import METHODS
 from minillm.train.loop import prepare
@@ -18,7 +18,8 @@ from minillm.train.loop import prepare
 
 def config_of(files, method, *flags):
     stage = "minillm" if method == "minillm" else "warm-up"
-    return load_recipe(files / "recipe.yaml", [f"--method={method}", *flags]).stages[stage]
+    recipe = load_recipe(files / "recipe.yaml", [f"--method={method}", *flags])
+    return recipe.run, recipe.stages[stage]
 
 
 @pytest.mark.parametrize("make", ["make_llama", "make_gpt2"])
@@ -53,14 +54,14 @@ def test_a_pass_without_weights_is_counted_like_one_with(request, make, tmp_path
 @pytest.mark.parametrize("lora", [0, pytest.param(4, marks=needs_adapters)])
 def test_what_is_held_is_what_a_step_leaves(files, lora):
     config = config_of(files, "kd", f"--lora.rank={lora}")
-    student, teacher, _ = load_pair(config)
+    student, teacher, _ = load_pair(config[0])
     trained = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     for p in trained:
         p.grad = torch.zeros_like(p)
     optimizer.step()
     moments = sum(x.nbytes for state in optimizer.state.values() for name, x in state.items() if name != "step")
-    assert estimate(config).held == {
+    assert cost(*config).held == {
         "student": sum(p.nbytes for p in student.parameters()),
         "teacher": sum(p.nbytes for p in teacher.parameters()),
         "gradients": sum(p.grad.nbytes for p in trained),
@@ -69,7 +70,7 @@ def test_what_is_held_is_what_a_step_leaves(files, lora):
 
 
 def test_the_work_grows_with_what_is_done(files):
-    whole = {method: estimate(config_of(files, method)) for method in METHODS}
+    whole = {method: cost(*config_of(files, method)) for method in METHODS}
     assert {method: set(found.work) for method, found in whole.items()} == {
         "sft": {"update"},
         "kd": {"update", "score"},
@@ -77,13 +78,13 @@ def test_the_work_grows_with_what_is_done(files):
         "gkd": {"update", "score", "rollout"},
         "minillm": {"update", "rollout"},  # scored while it samples
     }
-    twice = estimate(config_of(files, "minillm", "--stages.minillm.optim.steps=8"))
-    once = estimate(config_of(files, "minillm", "--stages.minillm.optim.steps=4"))  # one rollout lasts four steps
+    twice = cost(*config_of(files, "minillm", "--stages.minillm.optim.steps=8"))
+    once = cost(*config_of(files, "minillm", "--stages.minillm.optim.steps=4"))  # one rollout lasts four steps
     assert twice.work == {phase: 2 * value for phase, value in once.work.items()}
-    assert estimate(config_of(files, "minillm", "--objective.pt_weight=0")).tokens == 5 * 4 * (64 + 6)
+    assert cost(*config_of(files, "minillm", "--objective.pt_weight=0")).tokens == 5 * 4 * (64 + 6)
     # the longest sequences bound those of the data
     config = config_of(files, "kd")
-    training = prepare(config, *load_pair(config))
+    training = prepare(*config, *load_pair(config[0]))
     method = METHODS["kd"](training, files)
     batches = [part.make(part.rows)[0] for step in (1, 2, 3) for part in method.step(step).parts]
     assert sum(int(batch.attention_mask.sum()) for batch in batches) <= whole["kd"].tokens
@@ -91,12 +92,12 @@ def test_the_work_grows_with_what_is_done(files):
 
 def test_logits_cost_memory_that_fused_heads_do_not(files):
     flags = ["--data.max_response_length=256", "--optim.micro_batch_size=4"]
-    logits = estimate(config_of(files, "kd", "--model.head=logits", *flags)).update["losses"]
+    logits = cost(*config_of(files, "kd", "--model.head=logits", *flags)).update["losses"]
     assert logits == 3 * 4 * 256 * 257 * 4  # of both models and their gradient, fp32
 
 
 def test_recomputing_keeps_the_inputs_of_the_layers(files):
-    whole, less = (estimate(config_of(files, "sft", f"--model.recompute={on}")) for on in (False, True))
+    whole, less = (cost(*config_of(files, "sft", f"--model.recompute={on}")) for on in (False, True))
     batch, tokens, layers = 4, 64 + 16, 2
     inputs = layers * batch * tokens * 32 * 4
     assert inputs < less.update["activations"] < inputs + 0.3 * whole.update["activations"]
@@ -112,4 +113,4 @@ def test_no_weights_are_read(files, capsys):
     assert out.count("peak") == 2 and "TFLOP/s of a large matmul here" in out
     (files / "student" / "config.json").unlink()
     with pytest.raises(ConfigError, match="no model is described at"):
-        estimate(config_of(files, "kd"))
+        cost(*config_of(files, "kd"))

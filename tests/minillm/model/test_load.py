@@ -6,7 +6,7 @@ import torch
 from adapters import needs_adapters
 from transformers import LlamaForCausalLM
 
-from minillm.config.schema import ConfigError, Lora
+from minillm.config.schema import ConfigError, LoraConfig
 from minillm.model.head import CausalLM
 from minillm.model.load import (
     add_adapters,
@@ -110,7 +110,7 @@ def test_models_load_in_eval_mode(make_llama, tmp_path):
 
 def adapted(make_llama, **settings):
     model = make_llama()
-    add_adapters(model, Lora(**{"rank": 4, "alpha": 8, **settings}), seed=0)
+    add_adapters(model, LoraConfig(**{"rank": 4, "alpha": 8, **settings}), seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero until trained
             torch.nn.init.normal_(parameter, std=0.1)
@@ -161,14 +161,14 @@ def test_adapters_that_cannot_be(make_llama):
 def test_without_peft_the_command_is_named(make_llama, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r'lora.rank needs peft: pip install "minillm-kernels\[lora\]"'):
-        add_adapters(make_llama(), Lora(rank=4), seed=0)
+        add_adapters(make_llama(), LoraConfig(rank=4), seed=0)
 
 
 def test_a_peft_too_old_for_transformers_is_named(make_llama, monkeypatch):
     peft = pytest.importorskip("peft")
     monkeypatch.setattr(peft, "__version__", "0.1")
     with pytest.raises(ConfigError, match=r"wants peft .* or later, not 0\.1: pip install"):
-        add_adapters(make_llama(), Lora(rank=4), seed=0)
+        add_adapters(make_llama(), LoraConfig(rank=4), seed=0)
 
 
 def test_attention_is_chosen_and_an_absent_one_is_refused(make_llama, tmp_path):
@@ -181,6 +181,6 @@ def test_attention_is_chosen_and_an_absent_one_is_refused(make_llama, tmp_path):
 
 def test_flash_attention_where_it_is_installed(monkeypatch):
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
-    assert attention("auto", "bfloat16") == "flash_attention_2"
-    assert attention("auto", "float32") is None  # it has no float32
-    assert attention("sdpa", "bfloat16") == "sdpa"
+    assert attention("auto", torch.bfloat16) == "flash_attention_2"
+    assert attention("auto", torch.float32) is None  # it has no float32
+    assert attention("sdpa", torch.bfloat16) == "sdpa"

@@ -21,8 +21,9 @@ from minillm.config.recipe import load_recipe
 from minillm.config.schema import ConfigError
 from minillm.distill import run_recipe
 from minillm.model.load import load_model
+from minillm.run import checkpoint
 from minillm.run.checkpoint import CheckpointError, Progress
-from minillm.run.directory import Run, checkpoint
+from minillm.run.directory import RunDirectory
 from minillm.run.interrupt import Interrupt, Interrupted
 
 
@@ -228,7 +229,7 @@ def fake_save(folder, recipe, step, size=1000):
 def test_a_full_disk_keeps_the_checkpoint_before(files, capsys):
     """The limit on file sizes is a real failure of write(2), in the middle of the weights."""
     recipe = load_recipe(files / "recipe.yaml")
-    run = Run(recipe, command="minillm train recipe.yaml")
+    run = RunDirectory(recipe, command="minillm train recipe.yaml")
     folder = run.path / "checkpoints"
     first = fake_save(folder, recipe, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from minillm.cli import main
-from minillm.run.trackers import flat
 
 
 def test_tensorboard_gets_what_metrics_jsonl_holds(files):
@@ -36,10 +35,3 @@ def test_a_tracker_that_cannot_be_used_is_named_before_any_work(files, capsys, n
             pytest.skip("clearml is installed here")
     assert main(["train", str(files / "recipe.yaml"), f"--log.trackers={names}"]) == 2
     assert says in capsys.readouterr().err and not (files / "run").exists()
-
-
-def test_configurations_become_flat():
-    tree = {"stages": {"kd": {"optim": {"lr": 1e-3, "betas": [0.9, 0.95]}, "model": {"drop_layers": None}}}}
-    assert flat(tree) == {
-        "stages.kd.optim.lr": 1e-3, "stages.kd.optim.betas": "[0.9, 0.95]", "stages.kd.model.drop_layers": "None",
-    }  # fmt: skip

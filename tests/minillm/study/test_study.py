@@ -59,11 +59,12 @@ def test_the_committed_study_is_the_one_asked_for():
         ("no-teacher-mixing", "rollout", "alpha", 0.0),
         ("no-single-step", "objective", "single_step", False),
     ):
-        config = plan.config(Cell(plan.ablated_size, name, 1))
+        config = plan.recipe(Cell(plan.ablated_size, name, 1)).stages[name]
         assert config.method == "minillm" and getattr(getattr(config, section), key) == value
-    assert plan.config(Cell("24-layers", "lower-lr", 1)).optim.lr < plan.config(Cell("24-layers", "sft", 1)).optim.lr
+    lr = {name: plan.recipe(Cell("24-layers", name, 1)).stages[name].optim.lr for name in ("lower-lr", "sft")}
+    assert lr["lower-lr"] < lr["sft"]
     names = (*plan.methods, *plan.ablations, *plan.variations)
-    starts = {plan.config(Cell("18-layers", name, 2)).model.student for name in names}
+    starts = {plan.recipe(Cell("18-layers", name, 2)).run.model.student for name in names}
     assert len(starts) == 1  # the same initialisation
 
 
@@ -84,7 +85,7 @@ def test_one_cell_after_the_other_then_the_page(study, files, capsys):
     for size in plan.sizes:
         budget = found[Cell(size, "minillm", 0)]["training"]["num_tokens"]
         for name in ("sft", "kd", "seqkd"):
-            config = found[Cell(size, name, 0)]["config"]
+            config = found[Cell(size, name, 0)]["config"]["stages"][name]
             tokens, steps = found[Cell(size, name, 0)]["training"]["num_tokens"], config["optim"]["steps"]
             assert tokens >= budget and tokens * (steps - 1) / steps < budget * 1.2  # equal to about a step
         assert (files / "work" / size / "start-0/model").exists()  # others begin there; the rest is deleted

@@ -9,13 +9,13 @@ import yaml
 from adapters import needs_adapters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minillm.config.recipe import config_from, load_recipe
-from minillm.config.schema import Config, ConfigError, Optim
+from minillm.config.recipe import load_recipe
+from minillm.config.schema import ConfigError, OptimConfig, StageConfig
 from minillm.distill import run_recipe
 from minillm.evaluate.divergence import own_samples
 from minillm.model.head import CausalLM
 from minillm.model.load import load_model, load_student, load_tokenizer
-from minillm.run.directory import Run
+from minillm.run.directory import RunDirectory
 from minillm.train import loop as loop
 from minillm.train.baselines import METHODS
 
@@ -35,14 +35,15 @@ def stage(files, name, **sections):
     """The training of one stage of the recipe, with keys replaced."""
     flags = [f"--{k}={v}" for k, v in sections.items() if not isinstance(v, dict)]
     flags += [f"--{s}.{k}={v}" for s, keys in sections.items() if isinstance(keys, dict) for k, v in keys.items()]
-    config = load_recipe(files / "recipe.yaml", flags).stages[name]
-    teacher = CausalLM(load_model(config.model.teacher), config.model.head)
-    student = CausalLM(load_student(config, teacher.model), config.model.head)
-    return loop.prepare(config, student, teacher, load_tokenizer(config.model.student))
+    recipe = load_recipe(files / "recipe.yaml", flags)
+    run = recipe.run
+    teacher = CausalLM(load_model(run.model.teacher), run.model.head)
+    student = CausalLM(load_student(run, teacher.model), run.model.head)
+    return loop.prepare(run, recipe.stages[name], student, teacher, load_tokenizer(run.model.student))
 
 
 def new_run(files, name="again"):
-    return Run(load_recipe(files / "recipe.yaml", [f"--output={files / name}"]))
+    return RunDirectory(load_recipe(files / "recipe.yaml", [f"--output={files / name}"]))
 
 
 def test_a_distillation_leaves_everything_behind(files, capsys):
@@ -221,8 +222,8 @@ def test_what_would_not_train_the_same_model_is_refused(files, monkeypatch, kind
 
 def test_learning_rate_schedules():
     def factors(schedule):
-        config = Config(optim=Optim(steps=6, warmup_steps=2, schedule=schedule))
-        return [round(loop.lr_factor(step, config), 3) for step in range(1, 7)]
+        optim = OptimConfig(steps=6, warmup_steps=2, schedule=schedule)
+        return [round(loop.lr_factor(step, optim), 3) for step in range(1, 7)]
 
     assert factors("constant") == [0.5, 1, 1, 1, 1, 1]
     assert factors("linear") == [0.5, 1, 1, 0.75, 0.5, 0.25]
@@ -233,4 +234,4 @@ def test_methods_of_the_loop_are_those_of_the_config():
     from minillm.config import schema as config
 
     assert tuple(METHODS) == config.METHODS
-    assert config_from({}).method in METHODS
+    assert StageConfig().method in METHODS

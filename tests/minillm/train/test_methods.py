@@ -11,7 +11,8 @@ from minillm.config.schema import ConfigError
 from minillm.data.examples import DataError
 from minillm.model.head import CausalLM
 from minillm.model.sampling import draw_uniforms, sample
-from minillm.run.directory import Run, checkpoint
+from minillm.run import checkpoint
+from minillm.run.directory import RunDirectory
 from minillm.train.baselines import METHODS
 from minillm.train.loop import blame, prepare, train
 from minillm.train.selection import Selection
@@ -24,9 +25,9 @@ def make(files, make_llama, make_tokenizer):
     """A training of one method on the tiny pair."""
 
     def build(method, *flags):
-        config = load_recipe(files / "recipe.yaml", [*FLAGS, f"--method={method}", *flags]).stages["warm-up"]
+        recipe = load_recipe(files / "recipe.yaml", [*FLAGS, f"--method={method}", *flags])
         student, teacher = CausalLM(make_llama(2, seed=1)), CausalLM(make_llama(4))
-        return prepare(config, student, teacher, make_tokenizer())
+        return prepare(recipe.run, recipe.stages["warm-up"], student, teacher, make_tokenizer())
 
     return build
 
@@ -100,7 +101,7 @@ def test_the_share_of_own_samples_grows_when_the_validation_loss_rises(make, fil
         return next(losses)
 
     monkeypatch.setattr(Selection, "_loss", loss)
-    run = Run(load_recipe(files / "recipe.yaml"))
+    run = RunDirectory(load_recipe(files / "recipe.yaml"))
     train(training, run, "x")
     assert shares == pytest.approx([0.0, 0.0, 0.0, 0.4, 0.4, 0.8])  # rises: 0.05, 0.15, none, 0.2, 7.8
     method = METHODS["gkd"](training, files)
@@ -182,7 +183,7 @@ def test_gkd_on_policy_is_the_divergence_alone(make, tmp_path, divergence):
 def test_every_method_trains_packed_or_not_the_same(make, files, method, packing):
     def losses(packing):
         training = make(method, "--optim.steps=3", f"--data.packing={packing}", "--rollout.batch_size=4")
-        run = Run(load_recipe(files / "recipe.yaml", [f"--output={files / str(packing)}"]))
+        run = RunDirectory(load_recipe(files / "recipe.yaml", [f"--output={files / str(packing)}"]))
         train(training, run, "x")
         return [json.loads(line)["loss"] for line in (run.path / "metrics.jsonl").read_text().splitlines()]
 
@@ -202,7 +203,7 @@ def test_the_sample_at_fault_is_named(make, files):
     assert sum(token in example.response for example in training.examples) == 1
     with torch.no_grad():
         training.student.model.model.embed_tokens.weight[token] = float("inf")
-    run = Run(load_recipe(files / "recipe.yaml"))
+    run = RunDirectory(load_recipe(files / "recipe.yaml"))
     message = r"x, step 1: loss nan.*the first sample at fault is .*train.jsonl, record 6 \(answers\).*not updated"
     with pytest.raises(FloatingPointError, match=message):
         train(training, run, "x")
@@ -212,7 +213,7 @@ def test_the_sample_at_fault_is_named(make, files):
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(make, files):
     """Two good steps, then weights that give nothing finite."""
     training = make("sft", "--optim.steps=9", "--log.checkpoint_every=1")
-    run, steps = Run(load_recipe(files / "recipe.yaml")), []
+    run, steps = RunDirectory(load_recipe(files / "recipe.yaml")), []
     method_step = METHODS["sft"].step
 
     def poisoned(self, number):

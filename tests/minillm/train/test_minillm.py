@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm.config.schema import Objective
+from minillm.config.schema import ObjectiveConfig
 from minillm.model.sampling import Rollout
 from minillm.train.minillm import PolicyTerms, concatenate, importance_weights, policy_terms, returns
 from minillm_kernels import minillm_loss, token_logprobs
@@ -89,7 +89,7 @@ def test_importance_weights_are_student_over_mixture(alpha):
 
 def test_terms_have_the_lengths_of_the_responses_and_ignore_padding():
     rollout = make_rollout([3, 0, 5, 1], 6)
-    terms = policy_terms(rollout, Objective())
+    terms = policy_terms(rollout, ObjectiveConfig())
     assert [len(t.advantages) for t in terms] == [3, 0, 5, 1]
     joined = concatenate(terms)
     assert all(torch.isfinite(field).all() and field.abs().max() < 1e3 for field in joined)
@@ -124,7 +124,7 @@ def test_clipping_takes_the_pessimistic_branch(ratio, advantage, gain, clipped):
 
 
 def test_a_single_token_response_learns_from_the_single_step_term_alone():
-    (terms,) = policy_terms(make_rollout([1], 3), Objective())
+    (terms,) = policy_terms(make_rollout([1], 3), ObjectiveConfig())
     g = torch.Generator().manual_seed(3)
     student, teacher = torch.randn(2, 1, 11, dtype=torch.float64, generator=g)
     result = summed(student, teacher, torch.tensor([4]), terms)
@@ -135,7 +135,7 @@ def test_a_single_token_response_learns_from_the_single_step_term_alone():
 
 
 def test_no_tokens_at_all_is_a_zero_loss():
-    terms = concatenate(policy_terms(make_rollout([0, 0], 3), Objective()))
+    terms = concatenate(policy_terms(make_rollout([0, 0], 3), ObjectiveConfig()))
     empty = torch.zeros(0, 11, dtype=torch.float64, requires_grad=True)
     result = summed(empty, empty.detach(), torch.zeros(0, dtype=torch.long), terms)
     assert result.loss == 0
@@ -146,7 +146,7 @@ def test_no_tokens_at_all_is_a_zero_loss():
 @pytest.mark.parametrize("weighted", [True, False])
 def test_gradient_of_the_whole_loss_against_plain_torch(clip_range, single_step, weighted):
     rollout = make_rollout([5, 1, 0, 4], 6, seed=1)
-    terms = concatenate(policy_terms(rollout, Objective(single_step=single_step, importance_weights=weighted)))
+    terms = concatenate(policy_terms(rollout, ObjectiveConfig(single_step=single_step, importance_weights=weighted)))
     ids, vocab, count = rollout.token_ids[rollout.mask], 11, int(rollout.lengths.sum())
     g = torch.Generator().manual_seed(2)
     student = torch.randn(count, vocab, dtype=torch.float64, generator=g, requires_grad=True)
@@ -199,7 +199,7 @@ def test_expected_gradient_without_mixing_and_normalisation_is_that_of_the_seque
             hidden,
             hidden,
         )
-        (terms,) = policy_terms(rollout, Objective(length_norm=False, single_step=single_step))
+        (terms,) = policy_terms(rollout, ObjectiveConfig(length_norm=False, single_step=single_step))
         loss = summed(student[rows], teacher[rows], ids, terms, clip_range=0.0, single_step=single_step).loss
         surrogate = surrogate + q.detach().sum().exp() * loss
     torch.testing.assert_close(torch.autograd.grad(surrogate, student), torch.autograd.grad(kl, student))

@@ -7,11 +7,11 @@ import torch
 
 from minillm.config.recipe import load_recipe
 from minillm.config.schema import ConfigError
-from minillm.evaluate import held_out
+from minillm.evaluate import evaluation_set
 from minillm.evaluate.rouge import greedy_answers, rouge_l
 from minillm.model.head import CausalLM
 from minillm.model.load import load_model
-from minillm.run.directory import Run
+from minillm.run.directory import RunDirectory
 from minillm.train.baselines import MiniLLM
 from minillm.train.loop import prepare, train
 from minillm.train.selection import Selection
@@ -19,9 +19,8 @@ from minillm.train.selection import Selection
 
 def stage(files, make_tokenizer, name, *flags):
     recipe = load_recipe(files / "recipe.yaml", [f"--output={files / 'selected'}", *flags])
-    config = recipe.stages[name]
-    student, teacher = CausalLM(load_model(config.model.student)), CausalLM(load_model(config.model.teacher))
-    return prepare(config, student, teacher, make_tokenizer()), Run(recipe)
+    student, teacher = (CausalLM(load_model(s)) for s in (recipe.run.model.student, recipe.run.model.teacher))
+    return prepare(recipe.run, recipe.stages[name], student, teacher, make_tokenizer()), RunDirectory(recipe)
 
 
 def metrics(run):
@@ -53,7 +52,7 @@ def test_the_best_validation_wins(files, make_tokenizer, monkeypatch, name, metr
 
 def test_the_scores_are_loss_and_rouge(files, make_tokenizer):
     flags = [f"--validation.data={files / 'eval.jsonl'}", "--validation.every=1", "--optim.steps=2"]
-    flags.append("--validation.max_new_tokens=4")
+    flags.append("--validation.greedy_tokens=4")
     training, run = stage(files, make_tokenizer, "warm-up", *flags, "--method=sft", "--optim.lr=0")
     train(training, run, "warm-up")
     total = count = 0.0
@@ -92,7 +91,9 @@ def test_validation_prompts_are_never_tested_on(files, make_tokenizer):
     recipe = load_recipe(
         files / "recipe.yaml", [f"--validation.data={files / 'validation.jsonl'}", "--eval.prompts=4"]
     )
-    tested = {example.record.prompt for example in held_out(recipe.first, make_tokenizer())}
+    tested = {
+        example.record.prompt for example in evaluation_set(recipe.run, make_tokenizer(), [str(files / "train.jsonl")])
+    }
     assert len(tested) == 4
     assert not tested & {json.loads(line)["instruction"] for line in lines[:2]}
 

@@ -10,8 +10,8 @@ import dataclasses
 import pytest
 import torch
 
-from minillm.config.recipe import config_from
-from minillm.config.schema import Config
+from minillm.config.recipe import stage_from
+from minillm.config.schema import RunConfig, StageConfig
 from minillm.model.head import CausalLM
 from minillm.train import loop as loop
 from minillm.train.baselines import METHODS
@@ -23,12 +23,12 @@ ALPHA, CLIP, LR = 0.2, 0.2, 1e-2
 ABLATIONS = ("single_step", "importance_weights", "weight_single_step", "length_norm")
 
 
-def build(files, make_llama, tokenizer, **objective) -> tuple[Training, Config]:
+def build(files, make_llama, tokenizer, **objective) -> tuple[Training, StageConfig]:
     from accelerate import Accelerator
 
     from minillm.data.examples import Example, Record
 
-    config = config_from(
+    config = stage_from(
         {
             "method": "minillm",
             "rollout": {"batch_size": 4, "max_new_tokens": 7, "epochs": 2, "alpha": ALPHA},
@@ -40,7 +40,7 @@ def build(files, make_llama, tokenizer, **objective) -> tuple[Training, Config]:
     student, teacher = (CausalLM(make_llama(layers, seed=layers).double()) for layers in (2, 3))
     teacher.requires_grad_(False)
     examples = [Example(Record([], None), prompt, []) for prompt in PROMPTS]
-    return Training(config, Accelerator(), student, teacher, tokenizer, examples, [], TEXT), config
+    return Training(RunConfig(), config, Accelerator(), student, teacher, tokenizer, examples, [], TEXT), config
 
 
 def logits_of(model, prompt, response):
@@ -139,9 +139,9 @@ def test_three_updates_by_hand(tmp_path, make_llama, tokenizer, objective):
 
 
 def test_what_the_reference_variant_changes():
-    paper, reference = (config_from({"objective": {"variant": v}}).objective for v in ("paper", "reference"))
+    paper, reference = (stage_from({"objective": {"variant": v}}).objective for v in ("paper", "reference"))
     differing = {k for k, v in dataclasses.asdict(paper).items() if getattr(reference, k) != v} - {"variant"}
     assert differing == {
         "weight_single_step", "include_current", "discount", "reward_scaling", "reward_clip", "whiten", "pt_teacher",
     }  # fmt: skip
-    assert config_from({"objective": {"variant": "reference", "discount": 1.0}}).objective.discount == 1.0
+    assert stage_from({"objective": {"variant": "reference", "discount": 1.0}}).objective.discount == 1.0

@@ -1,0 +1,107 @@
+"""What must hold between the values of a configuration."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from minillm.config.schema import ConfigError, RunConfig, StageConfig
+from minillm_kernels.logits.losses import DIVERGENCES
+
+METHODS = ("sft", "kd", "seqkd", "gkd", "minillm")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_run(run: RunConfig) -> None:
+    """Refuse settings of a run that contradict each other; enough for evaluation, of any model."""
+    one_of("model.head", run.model.head, ("fused", "logits"))
+    one_of("model.dtype", run.model.dtype, DTYPES)
+    one_of("teacher.dtype", run.teacher.dtype, ("checkpoint", *DTYPES))
+    _at_least_one(run.eval, "eval", "samples", "sample_tokens", "greedy_tokens", "batch_size", "max_prompt_length")
+    _at_least_one(run.log, "log", "every", "checkpoints_kept")
+    if run.eval.prompts < 0:
+        raise ConfigError(f"eval.prompts is {run.eval.prompts}; give a number, or 0 for all")
+    if run.lora.rank < 0:
+        raise ConfigError(f"lora.rank is {run.lora.rank}; give a rank, or 0 for no adapters")
+    template = run.data.prompt_template
+    if template not in ("chat", "alpaca") and "{prompt}" not in template:
+        raise ConfigError("data.prompt_template must be `chat`, `alpaca` or a text that contains {prompt}")
+
+
+def check_stage(stage: StageConfig, run: RunConfig) -> None:
+    """Refuse settings of a stage that contradict each other, the run or the method's mathematics."""
+    one_of("method", stage.method, METHODS)
+    one_of("loss.divergence", stage.loss.divergence, DIVERGENCES)
+    one_of("optim.schedule", stage.optim.schedule, ("constant", "linear", "cosine"))
+    one_of("data.overlong_prompts", stage.data.overlong_prompts, ("error", "drop"))
+    one_of("data.empty_answers", stage.data.empty_answers, ("error", "drop"))
+    _at_least_one(stage.data, "data", "max_prompt_length", "max_response_length")
+    _at_least_one(stage.rollout, "rollout", "batch_size", "max_new_tokens", "epochs")
+    _at_least_one(stage.objective, "objective", "pt_batch_size")
+    _at_least_one(stage.optim, "optim", "steps", "batch_size", "micro_batch_size")
+    _at_least_one(stage.validation, "validation", "prompts", "greedy_tokens")
+    _between_zero_and_one(stage.rollout, "rollout", "alpha", "on_policy", "on_policy_step")
+    _between_zero_and_one(stage.loss, "loss", "beta")
+    _between_zero_and_one(stage.objective, "objective", "pt_teacher", "discount")
+    if not stage.data.train:
+        raise ConfigError("data.train is empty: name a JSONL file or package:NAME to train on")
+    model = run.model
+    if not model.teacher and (stage.method != "sft" or model.drop_layers is not None):
+        needs = "model.drop_layers" if model.drop_layers is not None else f"method {stage.method}"
+        raise ConfigError(f"{needs} needs model.teacher: a hub id, a directory or package:NAME")
+    if not model.student and model.drop_layers is None:
+        raise ConfigError("no student: set model.student, or model.drop_layers to cut it from the teacher")
+    if model.student and model.drop_layers is not None:
+        raise ConfigError("model.student and model.drop_layers are both set; keep one of them")
+    if stage.objective.reward_scaling <= 0:
+        raise ConfigError(f"objective.reward_scaling is {stage.objective.reward_scaling}; rewards are divided by it")
+    if stage.rollout.on_policy_step and not 0 < stage.validation.every < stage.optim.steps:
+        raise ConfigError("rollout.on_policy_step follows the validation loss: set validation.every below optim.steps")
+    if stage.method == "minillm":
+        _check_minillm(stage)
+
+
+def _at_least_one(section: Any, name: str, *keys: str) -> None:
+    for key in keys:
+        if getattr(section, key) < 1:
+            raise ConfigError(f"{name}.{key} is {getattr(section, key)}; it must be at least 1")
+
+
+def _between_zero_and_one(section: Any, name: str, *keys: str) -> None:
+    for key in keys:
+        if not 0 <= getattr(section, key) <= 1:
+            raise ConfigError(f"{name}.{key} is {getattr(section, key)}; it lies in [0, 1]")
+
+
+def _check_minillm(stage: StageConfig) -> None:
+    # Filtered or tempered log-probs are -inf or another law for the other model's tokens, so the importance weights
+    # and rewards of the method exist only for the plain softmax of both models.
+    for key, needed in (("temperature", 1), ("top_k", 0), ("top_p", 1)):
+        value = getattr(stage.rollout, key)
+        if value != needed:
+            raise ConfigError(f"rollout.{key} is {value}; MiniLLM's importance weights need {needed}")
+    if stage.loss.temperature != 1:
+        raise ConfigError(f"loss.temperature is {stage.loss.temperature}; MiniLLM's rewards are defined at 1")
+    if stage.objective.importance_weights and stage.rollout.alpha == 1:
+        raise ConfigError("rollout.alpha is 1: the student is never sampled and importance weights are unbounded")
+    if stage.rollout.batch_size % stage.optim.batch_size:
+        raise ConfigError(
+            f"rollout.batch_size {stage.rollout.batch_size} is not a multiple of optim.batch_size "
+            f"{stage.optim.batch_size}: every pass over the rollouts must use each of them once"
+        )
+    if stage.objective.pt_weight > 0 and not stage.data.text:
+        raise ConfigError(
+            "objective.pt_weight is above 0 but data.text is empty: name the text, or set the weight to 0"
+        )
+    if stage.objective.pt_weight > 0 and stage.objective.pt_length < 2:
+        raise ConfigError(f"objective.pt_length is {stage.objective.pt_length}; a text chunk needs at least 2 tokens")
+
+
+def one_of(path: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(unknown(f"value of {path}:", value, allowed))
+
+
+def unknown(what: str, name: str, allowed: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, allowed, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"unknown {what} {name!r}; {hint}(known: {', '.join(allowed)})"

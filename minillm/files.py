@@ -1,0 +1,41 @@
+"""Files that are whole or absent, and nested data as flat keys."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is either absent or whole, whatever interrupts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def publish(source: Path, target: Path) -> None:
+    """Move a finished directory into place; if another process was first, keep that one's."""
+    try:
+        os.replace(source, target)
+    except OSError:
+        if not target.exists():
+            raise
+
+
+def flush(path: Path) -> None:
+    """Make sure that a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested dicts by dotted path."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from flatten(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
