@@ -41,11 +41,11 @@ def blocks(language: str) -> list:
 
 
 def commands() -> list:
-    """(page, arguments) of each `minillm …` line in a block of code, also where something else launches it."""
+    """(page, arguments) of each `minillm …` line of code, fenced or indented, also behind a launcher."""
     return [
         pytest.param(page, shlex.split(line, comments=True), id=f"{page}: minillm {line}")
         for page, text in PAGES.items()
-        for line in re.findall(r"(?m)^ {4,}(?:.*(?:&& |-m ))?minillm ([a-z]+.*)$", text)
+        for line in re.findall(r"(?m)^(?: {4})?(?:\w.*(?:&& |-m ))?minillm ([a-z]+.*)$", text)
     ]
 
 
