@@ -268,8 +268,8 @@ def in_words(judged: Sequence[Difference]) -> str:
     decidable = sum(len(each.values) > 1 for each in judged)
     if decidable:
         lines.append(
-            f"\n{decidable} of these differences have two seeds or more, and so an interval. If all of them were truly "
-            f"zero, {decidable / 20:.1f} of the intervals would still exclude 0, on average."
+            f"\n{decidable} of these differences have two seeds or more, and so an interval. If all of them were "
+            f"truly zero, {decidable / 20:.1f} of the intervals would still exclude 0, on average."
         )
     return "\n".join(lines)
 
