@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import re
 import shlex
 import subprocess
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+import minillm
+import minillm_kernels
 from minillm import cli
 from minillm.config import schema
 from minillm.config.recipe import load_recipe
@@ -125,6 +128,21 @@ def test_every_key_is_documented(generator):
             inner = list(generator.keys_of(key.kind)) if generator.is_section(key) else [key]
             assert all(each.text or dataclasses.is_dataclass(each.kind) for each in inner), (key.name, inner)
     assert all(f"`{name}`" in page for name in known_keys(generator))
+
+
+def test_every_kernel_is_named():
+    page = PAGES["docs/kernels.md"]
+    functions = {name for name in minillm_kernels.__all__ if inspect.isfunction(getattr(minillm_kernels, name))}
+    assert not [name for name in functions if f"`{name}`" not in page]
+    named = {name for text in PAGES.values() for name in re.findall(r"`(fused_\w+|Fused\w+)`", text)}
+    assert named <= set(minillm_kernels.__all__)
+
+
+@pytest.mark.parametrize("package", [minillm, minillm_kernels], ids=lambda package: package.__name__)
+def test_examples_are_sections_of_their_own(package):
+    """griffe reads `Examples:`; below `Example:` it sees prose, and the page a quotation."""
+    for name in getattr(package, "__all__", ()):
+        assert not re.search(r"(?m)^ *Example:$", getattr(package, name).__doc__ or ""), name
 
 
 def test_files_it_names_exist():
