@@ -72,7 +72,8 @@ def headline_table() -> str:
         ("a token from the mixture of both models", "mixed_sample bf16-8x151936", "minillm"),
     ):
         found = rows_of(cpu, group)
-        row, shape = found[name], shape_of(found["minillm"])
+        row = found[name]
+        shape = "{} rows of {} tokens".format(*found["minillm"]["shape"].split("x")) + f", {found['minillm']['dtype']}"
         peers = ", ".join(f"{peer}: {found[peer]['ms']:.2f}" for peer in ("eager", "torch.compile"))
         rows.append([f"{title}, {shape}: time, ms", f"{row['ms']:.2f}", peers])
         if "reverse_kl" in group:
@@ -80,13 +81,13 @@ def headline_table() -> str:
             rows.append([f"{title}, {shape}: bandwidth, share of the machine's own", share, "`torch.add`: 1"])
     group = next(b["group"] for b in cpu["benchmarks"] if b["group"].startswith("linear reverse_kl"))
     found = rows_of(cpu, group)
-    size = group.partition("-")[2].replace("x", " × ")
+    size = "{} rows of width {}, {} tokens".format(*group.partition("-")[2].split("x"))
     for unit, value in (
         ("time, s", lambda row: f"{row['ms'] / 1e3:.2f}"),
         ("working memory, MiB", lambda row: f"{row['working_MiB']:.0f}"),
     ):
         peers = ", ".join(f"{peer}: {value(found[peer])}" for peer in ("eager", "torch.compile"))
-        title = f"reverse KL of hidden states, float32 {size}: {unit}"
+        title = f"reverse KL of hidden states, {size}, float32: {unit}"
         rows.append([title, value(found["minillm"]), peers])
     return markdown([f"measured on a CPU, {machine(cpu)}", "minillm", "for comparison"], rows)
 
@@ -109,7 +110,8 @@ def demo_table() -> str:
     environment = summary["environment"]
     minutes = summary["seconds"]["total"] / 60
     note = f"`{summary['command']}`: {minutes:.1f} minutes on {environment['cpu']}, torch {environment['torch']}."
-    return markdown(["64 held-out prompts", *stages, f"change in {stages[-1]}"], rows) + "\n\n" + note
+    prompts = summary["evaluations"][stages[0]]["rouge_l"]["prompts"]
+    return markdown([f"{prompts} held-out prompts", *stages, f"change in {stages[-1]}"], rows) + "\n\n" + note
 
 
 def recipes_table() -> str:
@@ -121,16 +123,17 @@ def recipes_table() -> str:
         text = path.read_text()
         recipe = yaml.safe_load(text)
         about = text.splitlines()[0].removeprefix("#").strip()
-        stages = ", ".join(stage.get("method", "minillm") for stage in recipe["stages"].values())
+        stages = recipe.get("stages") or {"": recipe}
+        methods = ", ".join(stage.get("method", "minillm") for stage in stages.values())
         summary = measured.get(path.stem)
         unknown = "not measured"
-        card, minutes = unknown, unknown
+        card, hours = unknown, unknown
         if summary:
             environment = summary["environment"]
             accelerator, threads = environment["accelerator"], environment["threads"]
             card = f"{environment['cpu']}, {threads} threads" if accelerator == "none" else accelerator
-            minutes = f"{summary['seconds']['total'] / 3600:.2f}"
-        rows.append([f"`recipes/{path.name}`", about, stages, card, minutes, unknown])
+            hours = f"{summary['seconds']['total'] / 3600:.2f}"
+        rows.append([f"`recipes/{path.name}`", about, methods, card, hours, unknown])
     return markdown(["recipe", "what it does", "methods", "card", "time, hours", "memory, GiB"], rows)
 
 
