@@ -31,8 +31,7 @@ def run_recipe(recipe: Recipe, command: str, with_evaluation: bool = True, resum
         raise ConfigError("data.eval is empty: distill evaluates before and after; `minillm train` does without")
     student, teacher, tokenizer = load_pair(config)
     trainings = {name: prepare(config, stage, student, teacher, tokenizer) for name, stage in recipe.stages.items()}
-    seen = [s for stage in recipe.stages.values() for s in (stage.data.train, stage.validation.data) if s]
-    examples = evaluation_set(config, tokenizer, seen) if with_evaluation else []
+    examples = evaluation_set(config, tokenizer, recipe.training_sources) if with_evaluation else []
     run = RunDirectory(recipe, resume, command)
     seconds = {"load": time.perf_counter() - started}
     print(headline(teacher, student, run), flush=True)

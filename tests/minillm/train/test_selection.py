@@ -91,9 +91,8 @@ def test_validation_prompts_are_never_tested_on(files, make_tokenizer):
     recipe = load_recipe(
         files / "recipe.yaml", [f"--validation.data={files / 'validation.jsonl'}", "--eval.prompts=4"]
     )
-    tested = {
-        example.record.prompt for example in evaluation_set(recipe.run, make_tokenizer(), [str(files / "train.jsonl")])
-    }
+    examples = evaluation_set(recipe.run, make_tokenizer(), recipe.training_sources)
+    tested = {example.record.prompt for example in examples}
     assert len(tested) == 4
     assert not tested & {json.loads(line)["instruction"] for line in lines[:2]}
 
