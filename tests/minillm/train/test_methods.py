@@ -252,7 +252,7 @@ def test_empty_answers_are_an_error_or_left_out(make, files):
 
 
 def test_a_model_that_mixes_packed_sequences_up_is_refused(make_gpt2, make_llama):
-    from minillm.model.load import check_packing
+    from minillm.model.check import check_packing
 
     check_packing(make_llama())
     check_packing(make_gpt2())
