@@ -114,6 +114,12 @@ def attention(wanted: str, dtype: torch.dtype) -> str | None:
     return "flash_attention_2" if dtype != torch.float32 and is_flash_attn_2_available() else None
 
 
+def packs_in_one_row(model: "PreTrainedModel") -> bool:
+    """Whether packed sequences of a micro-batch must share a single row: transformers tells flash-attention where they
+    begin, from their positions, for one row only; several would be read as one long sequence each."""
+    return "flash" in (model.config._attn_implementation or "")
+
+
 def load_tokenizer(source: str) -> "PreTrainedTokenizerBase":
     """The tokenizer that travels with a model; it must name an end-of-sequence token."""
     from transformers import AutoTokenizer
