@@ -1,10 +1,13 @@
 """What is tried on models before they are trained."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minillm.config.schema import ConfigError
+from minillm.model import check
 from minillm.model.check import check_decoding, check_ids, check_packing
 from minillm.model.head import CausalLM
 from minillm.model.load import packs_in_one_row
@@ -34,11 +37,14 @@ def test_a_model_that_reads_the_positions_of_the_first_row_only_is_refused(make_
     model.forward = first_row_only
     with pytest.raises(ConfigError, match="does not keep packed sequences apart"):
         check_packing(model)
-    model.config._attn_implementation = (
-        "flash_attention_2"  # then all sequences are in one row, which it reads rightly
-    )
-    assert packs_in_one_row(model)
+    monkeypatch.setattr(check, "packs_in_one_row", lambda model: True)  # then all sequences share one row
     check_packing(model)
+
+
+@pytest.mark.parametrize(("attention", "one"), [("flash_attention_2", True), ("sdpa", False), ("eager", False)])
+def test_flash_attention_packs_in_one_row(attention, one):
+    model = SimpleNamespace(config=SimpleNamespace(_attn_implementation=attention))
+    assert packs_in_one_row(model) == one
 
 
 SIZES = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
