@@ -75,9 +75,9 @@ def test_losses_of_hidden_states_read_the_logits_once(cuda_on_host, divergence, 
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         cuda_on_host.count(True)
         with mk.use_backend("cuda"):
-            loss = mk.fused_linear_divergence_loss(
-                *leaves, 2 * hidden, weight.flip(0), divergence, softcap=softcap, chunk_rows=5
-            )
+            student, teacher = (mk.Head(x, softcap=softcap) for x in (leaves[1], weight.flip(0)))
+            models = (leaves[0], student, 2 * hidden, teacher)
+            loss = mk.fused_linear_divergence_loss(*models, divergence, chunk_rows=5)
         launches.append(cuda_on_host.counters()["launches"])
         cuda_on_host.count(False)
         loss.backward()
