@@ -17,38 +17,13 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..logits import ops
+from ..backends.protocol import Backend
 from ..logits.minillm import PolicyRows, policy_coefficients, policy_terms
-from ..rows import DIFFERENTIABLE_INDEX, RowStats
+from ..logits.ops import no_double_backward, register
+from ..rows import DIFFERENTIABLE_INDEX, Pair, RowStats
 from . import tiled
 from .chunked import Gradients, Head, empty_gradients, over_chunks
 from .tiled import TILED
-
-_library = ops._library
-_STUDENT = "Tensor student_hidden, Tensor student_weight, Tensor? student_bias"
-_TEACHER = "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias"
-_SETTINGS = "float[] softcap, float[] scale, float temperature, int vocab_size, int chunk_rows, str backend"
-_HEADS = f"{_STUDENT}, {_TEACHER}"
-_GRADIENTS = "Tensor, Tensor, Tensor"
-
-_library.define(f"linear_stats({_HEADS}, Tensor? token_ids, Tensor? mask, {_SETTINGS}) -> Tensor")
-_library.define(
-    f"linear_stats_grad({_HEADS}, Tensor? token_ids, Tensor? mask, Tensor stats, Tensor coefficients, bool[] needs, "
-    f"{_SETTINGS}) -> ({_GRADIENTS})"
-)
-_library.define(
-    f"linear_stats_loss({_HEADS}, Tensor? token_ids, Tensor? mask, Tensor coefficients, bool[] needs, {_SETTINGS}) "
-    f"-> (Tensor, Tensor, {_GRADIENTS})"
-)
-_library.define(f"linear_divergence({_HEADS}, Tensor? mask, str divergence, float beta, {_SETTINGS}) -> Tensor")
-_library.define(
-    f"linear_divergence_loss({_HEADS}, Tensor row_weights, str divergence, float beta, bool[] needs, {_SETTINGS}) "
-    f"-> (Tensor, {_GRADIENTS})"
-)
-_library.define(
-    f"linear_minillm_loss({_HEADS}, Tensor token_ids, Tensor mask, Tensor rows, Tensor loss_scale, "
-    f"float clip_range, float entropy_coef, bool[] needs, {_SETTINGS}) -> (Tensor, Tensor, {_GRADIENTS})"
-)
 
 N_HEADS = 6  # tensors that describe the two heads
 
@@ -62,12 +37,11 @@ def _heads(tensors: tuple, softcap: list[float], scale: list[float]) -> tuple[He
     return student, Head(hidden, weight, bias, softcap[1], scale[1])
 
 
-def _resolve(backend: str, tensors: tuple) -> str:
+def _resolve(backend: str, tensors: tuple) -> Backend:
     return choose.resolve(backend, tensors[1], tensors[4])  # the weights have the logits' types
 
 
 # ---- implementations
-# -------------------------------------------------------------------------------------------------
 
 
 def _linear_stats(*args):
@@ -76,11 +50,11 @@ def _linear_stats(*args):
     backend = _resolve(backend, tensors)
     heads = _heads(tensors, softcap, scale)
     if chunk_rows == TILED:
-        return tiled.statistics(*heads, token_ids, mask, temperature, vocab_size, backend)
+        return tiled.statistics(*heads, token_ids, mask, temperature, vocab_size)
 
     def row_loss(rows, z_s, z_t):
         ids = None if token_ids is None else token_ids[rows]
-        return choose.run(backend, "row_stats", z_s, z_t, ids, None, temperature, vocab_size), None
+        return backend.row_stats(Pair(z_s, z_t, temperature, vocab_size), ids, None), None
 
     return over_chunks(*heads, mask, vocab_size, chunk_rows, len(RowStats._fields), [False] * 3, row_loss)[0]
 
@@ -91,26 +65,22 @@ def _linear_stats_grad(*args):
     backend = _resolve(backend, tensors)
     heads = _heads(tensors, softcap, scale)
     if chunk_rows == TILED:
-        return tuple(tiled.gradients(*heads, token_ids, stats, coefficients, needs, temperature, vocab_size, backend))
+        return tuple(tiled.gradients(*heads, token_ids, stats, coefficients, needs, temperature, vocab_size))
 
     def row_loss(rows, z_s, z_t):
         ids = None if token_ids is None else token_ids[rows]
         kept = stats[:, rows]
-        return kept[:0], _row_gradient(z_s, z_t, ids, kept, coefficients[:, rows], temperature, backend, softcap[0])
+        pair = Pair(z_s, z_t, temperature, vocab_size)
+        return kept[:0], backend.row_grad(pair, ids, kept, coefficients[:, rows], _gradient_buffer(z_s, softcap[0]))
 
     read = (coefficients != 0).any(0)
     mask = read if mask is None else mask & read
     return tuple(over_chunks(*heads, mask, vocab_size, chunk_rows, 0, needs, row_loss)[1])
 
 
-def _row_gradient(z_s, z_t, ids, stats, coefficients, temperature, backend, softcap) -> Tensor:
-    """The student's logits turned into their gradient; into another tensor where a soft-cap needs both."""
-    args = (z_t, ids, stats, coefficients, temperature, z_s.shape[1])
-    return choose.run(backend, "row_grad", z_s, *args, *_gradient_buffer(z_s, backend, softcap))
-
-
-def _gradient_buffer(z_s: Tensor, backend: str, softcap: float) -> tuple[Tensor, ...]:
-    return () if backend == "reference" else (torch.empty_like(z_s) if softcap else z_s,)
+def _gradient_buffer(z_s: Tensor, softcap: float) -> Tensor:
+    """Where the gradient goes: over the student's logits; beside them where a soft-cap needs both."""
+    return torch.empty_like(z_s) if softcap else z_s
 
 
 def _sweep(
@@ -122,28 +92,28 @@ def _sweep(
     temperature: float,
     vocab_size: int,
     chunk_rows: int,
-    backend: str,
+    backend: Backend,
 ) -> tuple[Tensor, Gradients]:
     """Statistics [fields, N] and, from the same logits, the gradients of sum(coefficients * differentiable
     statistics). The coefficients are [5, N] known beforehand, where no row that `mask` keeps has all 0, or
     coefficients(stats, rows) gives those of some rows."""
     if chunk_rows == TILED:
-        stats = tiled.statistics(*heads, token_ids, mask, temperature, vocab_size, backend)
+        stats = tiled.statistics(*heads, token_ids, mask, temperature, vocab_size)
         known = coefficients if isinstance(coefficients, Tensor) else coefficients(stats, slice(None))
         if mask is not None:
             known = torch.where(mask, known, 0)
-        args = (*heads, token_ids, stats, known, needs, temperature, vocab_size, backend)
-        return stats, tiled.gradients(*args)
+        return stats, tiled.gradients(*heads, token_ids, stats, known, needs, temperature, vocab_size)
 
     def row_loss(rows, z_s, z_t):
-        ids, softcap = None if token_ids is None else token_ids[rows], heads[0].softcap
-        if any(needs) and isinstance(coefficients, Tensor):
-            row = (z_s, z_t, ids, coefficients[:, rows], temperature, vocab_size)
-            return choose.stats_and_gradient(backend, *row, *_gradient_buffer(z_s, backend, softcap))
-        stats = choose.run(backend, "row_stats", z_s, z_t, ids, None, temperature, vocab_size)
+        ids = None if token_ids is None else token_ids[rows]
+        pair = Pair(z_s, z_t, temperature, vocab_size)
         if not any(needs):
-            return stats, None
-        return stats, _row_gradient(z_s, z_t, ids, stats, coefficients(stats, rows), temperature, backend, softcap)
+            return backend.row_stats(pair, ids, None), None
+        out = _gradient_buffer(z_s, heads[0].softcap)
+        if isinstance(coefficients, Tensor):
+            return backend.row_stats_grad(pair, ids, coefficients[:, rows], out)
+        stats = backend.row_stats(pair, ids, None)
+        return stats, backend.row_grad(pair, ids, stats, coefficients(stats, rows), out)
 
     return over_chunks(*heads, mask, vocab_size, chunk_rows, len(RowStats._fields), needs, row_loss)
 
@@ -158,12 +128,10 @@ def _linear_stats_loss(*args):
     return terms.sum(), stats, *gradients
 
 
-def _divergence_of(z_s, z_t, name, beta, temperature, backend):
+def _divergence_of(pair: Pair, name: str, beta: float, backend: Backend) -> tuple[Tensor, Tensor]:
     """(stats, values): values[0] is the divergence of each row."""
-    vocab_size = z_s.shape[1]
-    stats = choose.run(backend, "row_stats", z_s, z_t, None, None, temperature, vocab_size)
-    args = (z_s, z_t, None, stats, name, beta, temperature, vocab_size)
-    return stats, choose.run(backend, "row_divergence", *args)
+    stats = backend.row_stats(pair, None, None)
+    return stats, backend.row_divergence(pair, None, stats, name, beta)
 
 
 def _linear_divergence(*args):
@@ -172,7 +140,7 @@ def _linear_divergence(*args):
     backend = _resolve(backend, tensors)
 
     def row_loss(rows, z_s, z_t):
-        return _divergence_of(z_s, z_t, name, beta, temperature, backend)[1][:1], None
+        return _divergence_of(Pair(z_s, z_t, temperature, vocab_size), name, beta, backend)[1][:1], None
 
     heads = _heads(tensors, softcap, scale)
     return over_chunks(*heads, mask, vocab_size, chunk_rows, 1, [False] * 3, row_loss)[0][0]
@@ -185,12 +153,12 @@ def _linear_divergence_loss(*args):
     heads = _heads(tensors, softcap, scale)
 
     def row_loss(rows, z_s, z_t):
-        stats, values = _divergence_of(z_s, z_t, name, beta, temperature, backend)
+        pair = Pair(z_s, z_t, temperature, vocab_size)
+        stats, values = _divergence_of(pair, name, beta, backend)
         if not any(needs):
             return values[:1], None
-        args = (z_s, z_t, stats, values, row_weights[rows], name, beta, temperature, vocab_size)
-        out = _gradient_buffer(z_s, backend, softcap[0])
-        return values[:1], choose.run(backend, "row_divergence_grad", *args, *out)
+        out = _gradient_buffer(z_s, softcap[0])
+        return values[:1], backend.row_divergence_grad(pair, stats, values, row_weights[rows], name, beta, out)
 
     outputs, gradients = over_chunks(*heads, row_weights != 0, vocab_size, chunk_rows, 1, needs, row_loss)
     return (outputs[0] * row_weights).sum(), *gradients
@@ -214,20 +182,7 @@ def _linear_minillm_loss(*args):
     return per_row.sum() * loss_scale, stats, *gradients
 
 
-_IMPLEMENTATIONS = {
-    "linear_stats": _linear_stats,
-    "linear_stats_grad": _linear_stats_grad,
-    "linear_stats_loss": _linear_stats_loss,
-    "linear_divergence": _linear_divergence,
-    "linear_divergence_loss": _linear_divergence_loss,
-    "linear_minillm_loss": _linear_minillm_loss,
-}
-for _name, _implementation in _IMPLEMENTATIONS.items():
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-
-
 # ---- fakes
-# -----------------------------------------------------------------------------------------------------------
 
 
 def _per_row(fields: int):
@@ -245,32 +200,29 @@ def _fake_gradients(args: tuple, needs: list[bool]) -> Gradients:
     return empty(Head(hidden, weight, bias, 0.0, 1.0), needs)
 
 
-torch.library.register_fake("minillm::linear_stats", _per_row(len(RowStats._fields)), lib=_library)
-torch.library.register_fake(
-    "minillm::linear_stats_grad",
-    lambda *args: tuple(_fake_gradients(args, args[N_HEADS + 4])),
-    lib=_library,
-)
-torch.library.register_fake("minillm::linear_divergence", lambda *args: _per_row(1)(*args)[0], lib=_library)
-torch.library.register_fake(
-    "minillm::linear_divergence_loss",
-    lambda *args: (_per_row(1)(*args).sum(), *_fake_gradients(args, args[N_HEADS + 3])),
-    lib=_library,
-)
-for _name, _needs_index in (("linear_stats_loss", 3), ("linear_minillm_loss", 6)):
-    torch.library.register_fake(
-        f"minillm::{_name}",
-        lambda *args, i=_needs_index: (
-            _per_row(1)(*args).sum(),
-            _per_row(len(RowStats._fields))(*args),
-            *_fake_gradients(args, args[N_HEADS + i]),
-        ),
-        lib=_library,
-    )
+def _stats_grad_fake(*args):
+    return tuple(_fake_gradients(args, args[N_HEADS + 4]))
+
+
+def _divergence_fake(*args):
+    return _per_row(1)(*args)[0]
+
+
+def _divergence_loss_fake(*args):
+    return _per_row(1)(*args).sum(), *_fake_gradients(args, args[N_HEADS + 3])
+
+
+def _loss_fake(needs: int):
+    """(loss, stats, gradients) of an operator whose argument of that number, after the heads, is `needs`."""
+
+    def fake(*args):
+        stats = _per_row(len(RowStats._fields))(*args)
+        return _per_row(1)(*args).sum(), stats, *_fake_gradients(args, args[N_HEADS + needs])
+
+    return fake
 
 
 # ---- autograd: in the student's hidden states, weight and bias
-# -------------------------------------------------------
 
 
 def _needs(ctx) -> list[bool]:
@@ -343,14 +295,57 @@ def _loss_backward(ctx, grad_loss, *_ignored):
     return _head_gradients(ctx, tuple(scaled), ctx.n_inputs)
 
 
-for _name, _backward, _context in (
-    ("linear_stats", _stats_backward, _stats_context),
-    ("linear_divergence", _divergence_backward, _divergence_context),
-    ("linear_stats_loss", _loss_backward, _loss_context),
-    ("linear_divergence_loss", _loss_backward, _loss_context),
-    ("linear_minillm_loss", _loss_backward, _loss_context),
-):
-    torch.library.register_autograd(f"minillm::{_name}", _backward, setup_context=_context, lib=_library)
-torch.library.register_autograd("minillm::linear_stats_grad", ops._no_double_backward, lib=_library)
-for _name in _IMPLEMENTATIONS:
-    torch.library.register_vmap(f"minillm::{_name}", ops._no_vmap, lib=_library)
+# ---- the operators
+
+_HEADS = (
+    "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
+    "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias"
+)
+_SETTINGS = "float[] softcap, float[] scale, float temperature, int vocab_size, int chunk_rows, str backend"
+_GRADIENTS = "Tensor, Tensor, Tensor"
+
+register(
+    f"linear_stats({_HEADS}, Tensor? token_ids, Tensor? mask, {_SETTINGS}) -> Tensor",
+    _linear_stats,
+    _per_row(len(RowStats._fields)),
+    _stats_backward,
+    _stats_context,
+)
+register(
+    f"linear_stats_grad({_HEADS}, Tensor? token_ids, Tensor? mask, Tensor stats, Tensor coefficients, bool[] needs, "
+    f"{_SETTINGS}) -> ({_GRADIENTS})",
+    _linear_stats_grad,
+    _stats_grad_fake,
+    no_double_backward,
+)
+register(
+    f"linear_stats_loss({_HEADS}, Tensor? token_ids, Tensor? mask, Tensor coefficients, bool[] needs, {_SETTINGS}) "
+    f"-> (Tensor, Tensor, {_GRADIENTS})",
+    _linear_stats_loss,
+    _loss_fake(needs=3),
+    _loss_backward,
+    _loss_context,
+)
+register(
+    f"linear_divergence({_HEADS}, Tensor? mask, str divergence, float beta, {_SETTINGS}) -> Tensor",
+    _linear_divergence,
+    _divergence_fake,
+    _divergence_backward,
+    _divergence_context,
+)
+register(
+    f"linear_divergence_loss({_HEADS}, Tensor row_weights, str divergence, float beta, bool[] needs, {_SETTINGS}) "
+    f"-> (Tensor, {_GRADIENTS})",
+    _linear_divergence_loss,
+    _divergence_loss_fake,
+    _loss_backward,
+    _loss_context,
+)
+register(
+    f"linear_minillm_loss({_HEADS}, Tensor token_ids, Tensor mask, Tensor rows, Tensor loss_scale, "
+    f"float clip_range, float entropy_coef, bool[] needs, {_SETTINGS}) -> (Tensor, Tensor, {_GRADIENTS})",
+    _linear_minillm_loss,
+    _loss_fake(needs=6),
+    _loss_backward,
+    _loss_context,
+)

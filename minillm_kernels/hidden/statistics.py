@@ -73,7 +73,7 @@ def fused_linear_token_logprobs(
     ids = torch.where(mask, token_ids, 0)
     stats = torch.ops.minillm.linear_stats(*heads.tensors, flat(ids), flat(mask), *heads.settings)
     stats = RowStats(*(x.reshape(heads.leading) for x in stats.unbind(0)))
-    return (stats.student_logprob, stats.student_entropy) if return_entropy else stats.student_logprob
+    return (stats.student_logprobs, stats.student_entropy) if return_entropy else stats.student_logprobs
 
 
 def fused_linear_distill_stats(

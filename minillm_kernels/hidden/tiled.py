@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import choose
+from ..backends import triton
 from .chunked import Gradients, Head
 
 TILED = 0  # as chunk_rows: no chunks
@@ -29,10 +29,9 @@ def statistics(
     mask: Tensor | None,
     temperature: float,
     vocab_size: int,
-    backend: str,
 ) -> Tensor:
     """[len(RowStats), N], 0 in rows that `mask` leaves out."""
-    return choose.run(backend, "linear_stats", student, teacher, token_ids, mask, temperature, vocab_size)
+    return triton.linear_stats(student, teacher, token_ids, mask, temperature, vocab_size)
 
 
 def empty_gradients(student: Head, needs: list[bool]) -> Gradients:
@@ -53,7 +52,6 @@ def gradients(
     needs: list[bool],
     temperature: float,
     vocab_size: int,
-    backend: str,
 ) -> Gradients:
     """Of sum(coefficients * differentiable statistics), rows without a coefficient not read."""
     result = empty_gradients(student, needs)
@@ -68,8 +66,8 @@ def gradients(
     for start in range(0, vocab_size, width):
         end = min(start + width, vocab_size)
         g = buffer[:, : end - start]
-        args = (student, teacher, token_ids, stats, coefficients, temperature, vocab_size, g, start)
-        choose.run(backend, "linear_grad_tile", *args)
+        args = (student, teacher, token_ids, stats, coefficients, temperature, vocab_size)
+        triton.linear_grad_tile(*args, out=g, start=start)
         if needs[0]:
             result.hidden.add_(g @ student.weight[start:end])
         if needs[1]:

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from .. import arguments
 from ..backends import choose
-from ..rows import MIXTURE_DIVERGENCES, RowStats
+from ..rows import DIVERGENCES, RowStats
 from . import ops  # noqa: F401  (registers torch.ops.minillm)
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
-DIVERGENCES = ("reverse_kl", "forward_kl", *MIXTURE_DIVERGENCES)
 
 
 def fused_rkl_loss(

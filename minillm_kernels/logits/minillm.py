@@ -62,7 +62,7 @@ class PolicyTerms(NamedTuple):
 
 def policy_terms(stats: RowStats, rows: PolicyRows, clip_range: float, entropy_coef: float) -> PolicyTerms:
     """The formulas above, differentiable in `stats`."""
-    ratio = torch.exp(stats.student_logprob - rows.old_logprobs) * rows.importance_weights
+    ratio = torch.exp(stats.student_logprobs - rows.old_logprobs) * rows.importance_weights
     plain = ratio * rows.advantages
     bounded = ratio.clamp(1 - clip_range, 1 + clip_range) * rows.advantages
     return PolicyTerms(
@@ -79,12 +79,12 @@ def policy_coefficients(stats: RowStats, rows: PolicyRows, clip_range: float, en
     Where the clipped branch is the smaller one it is constant in the student; everywhere else d policy / d log q =
     -rho A.
     """
-    ratio = torch.exp(stats.student_logprob - rows.old_logprobs) * rows.importance_weights
+    ratio = torch.exp(stats.student_logprobs - rows.old_logprobs) * rows.importance_weights
     plain = ratio * rows.advantages
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * rows.advantages < plain
     by_name = {
         "reverse_kl": rows.single_step_weights,
-        "student_logprob": torch.where(clipped, 0, -plain),
+        "student_logprobs": torch.where(clipped, 0, -plain),
         "student_entropy": torch.full_like(plain, -entropy_coef),
     }
     return torch.stack([by_name.get(name, torch.zeros_like(plain)) for name in DIFFERENTIABLE])
@@ -142,8 +142,8 @@ def summarize(
         clip_fraction=(terms.clipped & mask).sum() / denominator(mask, None, zero.dtype),
         reverse_kl=stats.reverse_kl.detach(),
         entropy=stats.student_entropy.detach(),
-        student_logprobs=stats.student_logprob.detach(),
-        teacher_logprobs=stats.teacher_logprob.detach(),
+        student_logprobs=stats.student_logprobs.detach(),
+        teacher_logprobs=stats.teacher_logprobs.detach(),
     )
 
 

@@ -29,8 +29,8 @@ class DistillStats(NamedTuple):
         return cls(
             reverse_kl=stats.reverse_kl,
             forward_kl=stats.forward_kl,
-            student_logprobs=stats.student_logprob,
-            teacher_logprobs=stats.teacher_logprob.detach(),
+            student_logprobs=stats.student_logprobs,
+            teacher_logprobs=stats.teacher_logprobs.detach(),
             student_entropy=stats.student_entropy,
             student_logsumexp=stats.student_logsumexp,
             teacher_logsumexp=stats.teacher_logsumexp.detach(),
@@ -93,7 +93,7 @@ def token_logprobs(
             logits, None, ids, mask, False, temperature, vocab_size, choose.requested()
         ).unbind(0)
     )
-    return (stats.student_logprob, stats.student_entropy) if return_entropy else stats.student_logprob
+    return (stats.student_logprobs, stats.student_entropy) if return_entropy else stats.student_logprobs
 
 
 def distill_stats(

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import minillm_kernels as mk
 from minillm_kernels.hidden import chunked
-from minillm_kernels.logits.losses import DIVERGENCES, REDUCTIONS
+from minillm_kernels.logits.losses import REDUCTIONS
+from minillm_kernels.rows import DIVERGENCES
 
 
 @pytest.mark.parametrize("cap", [None, CAP])
