@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from minillm_kernels.rows import DIVERGENCES
+
 METHODS = ("sft", "kd", "seqkd", "gkd", "minillm")
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 
 
 class ConfigError(ValueError):
