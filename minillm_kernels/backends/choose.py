@@ -40,21 +40,56 @@ if request.NAME.get() != "auto":
 
 
 def available_backends() -> dict[str, str]:
-    """For each backend "ok", or why it does not run here."""
+    """Which backends run on this machine.
+
+    Returns:
+        For "cuda", "triton", "cpu" and "reference" each "ok", or why it does not run here and what to do about it.
+
+    Examples:
+        >>> from minillm_kernels import available_backends
+        >>> available_backends()["reference"]
+        'ok'
+    """
     return {name: backend.unavailable() or "ok" for name, backend in BACKENDS.items()}
 
 
 def last_backend() -> str:
-    """The backend of the operation that ran last in this process, "none" before the first."""
+    """The backend of the operation that ran last in this process.
+
+    Returns:
+        Its name, "none" before the first operation.
+
+    Examples:
+        >>> import torch
+        >>> from minillm_kernels import last_backend, token_logprobs, use_backend
+        >>> with use_backend("reference"):
+        ...     logprobs = token_logprobs(torch.zeros(2, 4), torch.tensor([0, 3]))
+        >>> last_backend()
+        'reference'
+    """
     return _state["last"]
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Every operation inside runs on this backend or raises: there is no fall-back. Other threads and asyncio tasks
-    keep their own choice.
+    """A context in which every operation runs on one backend or raises: there is no fall-back.
 
-    Raises ValueError for an unknown name, RuntimeError when the backend does not run here.
+    Other threads and asyncio tasks keep their own choice. Outside of any such context the environment variable
+    MINILLM_KERNELS_BACKEND chooses, and without it the device of the tensors.
+
+    Args:
+        name: "cuda", "triton", "cpu" or "reference".
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the backend does not run here; from an operation inside, it cannot take these tensors.
+
+    Examples:
+        >>> import torch
+        >>> from minillm_kernels import fused_rkl_loss, use_backend
+        >>> with use_backend("reference"):
+        ...     fused_rkl_loss(torch.zeros(2, 4), torch.zeros(2, 4))
+        tensor(0.)
     """
     reason = BACKENDS[_known(name)].unavailable()
     if reason:

@@ -84,6 +84,7 @@ class Head:
 
         Examples:
             >>> import torch
+            >>> from minillm_kernels import Head
             >>> Head(torch.ones(5, 2, requires_grad=True)).detach().weight.requires_grad
             False
         """
