@@ -2,6 +2,7 @@
 Triton's kernels run in its interpreter, which must be said before anything imports triton, and the CUDA kernels are
 compiled for the host."""
 
+import dataclasses
 import os
 from contextlib import nullcontext
 
@@ -32,12 +33,12 @@ def host_cuda_kernels():
 @pytest.fixture
 def cuda_on_host(host_cuda_kernels, monkeypatch):
     """The backend "cuda" takes CPU tensors and runs the host build of its kernels."""
-    from minillm_kernels.backends import compiled, cuda
+    from minillm_kernels.backends import choose, cuda
 
-    monkeypatch.setattr(cuda._operations, "module", host_cuda_kernels)
-    monkeypatch.setattr(cuda._operations, "stream_of", lambda x: nullcontext(0))
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    monkeypatch.setattr(cuda, "refusal", lambda x: compiled.refusal(x, "cpu"))
+    host = dataclasses.replace(cuda.backend, device="cpu", module=host_cuda_kernels, why_not=lambda: None)
+    monkeypatch.setattr(cuda, "backend", host)
+    monkeypatch.setattr(cuda, "stream_of", lambda x: nullcontext(0))
+    monkeypatch.setitem(choose.BACKENDS, "cuda", host)
     yield host_cuda_kernels
     host_cuda_kernels.processors(132)  # those of an H100
     host_cuda_kernels.shared_memory(227 << 10)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ..rows import Pair
 from . import compiled
 
 _core = compiled.core
-
-
-def unavailable() -> str | None:
-    return compiled.missing()
-
-
-def refusal(x: Tensor) -> str | None:
-    return compiled.refusal(x, "cpu")
 
 
 def advise(x: Tensor) -> Tensor:
@@ -25,16 +20,10 @@ def advise(x: Tensor) -> Tensor:
     return x
 
 
-class _Cpu(compiled.Compiled):
-    def call(self, operation: str, student: Tensor, n_rows: int, vocab_size: int, *args: object) -> None:
-        # Waking threads takes longer than 32768 elements do: torch's own grain, and the same bits either way.
-        threads = torch.get_num_threads() if n_rows * vocab_size > 32768 else 1
-        getattr(self.module, operation)(threads, *args)
+def _call(module: Any, operation: str, pair: Pair, *args: object) -> None:
+    # Waking threads takes longer than 32768 elements do: torch's own grain, and the same bits either way.
+    threads = torch.get_num_threads() if pair.n_rows * pair.vocab_size > 32768 else 1
+    getattr(module, operation)(threads, *args)
 
 
-_operations = _Cpu()
-row_stats = _operations.row_stats
-row_grad = _operations.row_grad
-row_divergence = _operations.row_divergence
-row_divergence_grad = _operations.row_divergence_grad
-row_sample = _operations.row_sample
+backend = compiled.Compiled("cpu", _core, compiled.missing, _call, holds_rows=lambda module, pair: False)

@@ -3,6 +3,7 @@ in the binary, and fails well."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm_kernels.backends import cuda
+from minillm_kernels.backends import compiled, cuda
+from minillm_kernels.rows import Pair
 
 pytest.importorskip("triton", reason="cuobjdump and nvdisasm come with the Triton wheel")
 from benchmarks.gpu_static import cuda_kernels, sass
@@ -101,26 +103,26 @@ def test_versions_are_readable_without_a_gpu():
     assert driver >= 0  # 0: no driver
 
 
-class _WithoutGpu(cuda._Cuda):
+def _without_gpu() -> compiled.Compiled:
     """The compiled launchers on CPU tensors: they get as far as a launch does where there is no GPU."""
-
-    def stream_of(self, x):
-        return nullcontext(0)
+    return dataclasses.replace(cuda.backend, holds_rows=lambda module, pair: True)
 
 
 _STATS, _ROWS = torch.zeros(11, 4), torch.zeros(4, 10)
 LAUNCHES = {
-    "row_stats_kernel<<<4, 256, 0>>>": lambda run: run.row_stats(_ROWS, None, None, None, 1.0, 10),
-    "row_grad_kernel<<<4, 256, 0>>>": lambda run: run.row_grad(_ROWS, None, None, _STATS, _STATS[:5], 1.0, 10),
-    "row_stats_grad_kernel<<<4, 256, 128>>>": lambda run: run.row_stats_grad(_ROWS, _ROWS, None, _STATS[:5], 1.0, 10),
+    "row_stats_kernel<<<4, 256, 0>>>": lambda run: run.row_stats(Pair(_ROWS, None, 1.0, 10), None, None),
+    "row_grad_kernel<<<4, 256, 0>>>": lambda run: run.row_grad(Pair(_ROWS, None, 1.0, 10), None, _STATS, _STATS[:5]),
+    "row_stats_grad_kernel<<<4, 256, 128>>>": lambda run: run.row_stats_grad(
+        Pair(_ROWS, _ROWS, 1.0, 10), None, _STATS[:5]
+    ),
     "row_divergence_kernel<<<4, 256, 0>>>": lambda run: run.row_divergence(
-        _ROWS, _ROWS, None, _STATS, "jsd", 0.5, 1.0, 10
+        Pair(_ROWS, _ROWS, 1.0, 10), None, _STATS, "jsd", 0.5
     ),
     "row_divergence_grad_kernel<<<4, 256, 0>>>": lambda run: run.row_divergence_grad(
-        _ROWS, _ROWS, _STATS, _STATS[:2], _STATS[0], "jsd", 0.5, 1.0, 10
+        Pair(_ROWS, _ROWS, 1.0, 10), _STATS, _STATS[:2], _STATS[0], "jsd", 0.5
     ),
     "row_sample_mass_kernel<<<1, 256, 0>>>": lambda run: run.row_sample(
-        _ROWS, None, torch.zeros(4, 2).double(), 0.0, 1.0, 0, 1.0, 10
+        Pair(_ROWS, None, 1.0, 10), torch.zeros(4, 2).double(), 0.0, 0, 1.0
     ),
 }
 
@@ -128,9 +130,10 @@ LAUNCHES = {
 @needs_cuda_build
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows the errors of a machine without a GPU")
 @pytest.mark.parametrize("launch", LAUNCHES)
-def test_an_error_names_the_kernel_and_its_launch(launch):
+def test_an_error_names_the_kernel_and_its_launch(monkeypatch, launch):
+    monkeypatch.setattr(cuda, "stream_of", lambda x: nullcontext(0))
     with pytest.raises(RuntimeError, match=rf"^{re.escape(launch)} on 4 x 10 logits: \w+"):
-        LAUNCHES[launch](_WithoutGpu())
+        LAUNCHES[launch](_without_gpu())
 
 
 def test_too_long_a_row_is_an_error(host_cuda_kernels):

@@ -43,7 +43,7 @@ def simd(request, tmp_path_factory):
 def _processor_has(name: str) -> bool:
     from minillm_kernels.backends import cpu
 
-    if cpu.unavailable():
+    if cpu.backend.unavailable():
         return False
     before = cpu._core.instruction_set()
     has = cpu._core.use_instruction_set(name)

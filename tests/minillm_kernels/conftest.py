@@ -38,8 +38,8 @@ INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 
 def select_instruction_set(name: str) -> None:
-    if cpu.unavailable():
-        pytest.skip(cpu.unavailable())
+    if reason := cpu.backend.unavailable():
+        pytest.skip(reason)
     if not cpu._core.use_instruction_set(name):
         pytest.skip(f"this processor has no {name}")
 
@@ -47,8 +47,8 @@ def select_instruction_set(name: str) -> None:
 @pytest.fixture
 def core():
     """The compiled module, with its choice of instruction set given back."""
-    if cpu.unavailable():
-        pytest.skip(cpu.unavailable())
+    if reason := cpu.backend.unavailable():
+        pytest.skip(reason)
     chosen = cpu._core.instruction_set()
     yield cpu._core
     cpu._core.use_instruction_set(chosen)
