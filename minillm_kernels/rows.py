@@ -37,9 +37,9 @@ class RowStats(NamedTuple):
     teacher_logz: Tensor
     reverse_kl: Tensor
     forward_kl: Tensor
-    student_entropy: Tensor
     student_logprobs: Tensor
     teacher_logprobs: Tensor
+    student_entropy: Tensor
     student_logsumexp: Tensor
     teacher_logsumexp: Tensor
 

@@ -2,9 +2,7 @@
 Triton's kernels run in its interpreter, which must be said before anything imports triton, and the CUDA kernels are
 compiled for the host."""
 
-import dataclasses
 import os
-from contextlib import nullcontext
 
 import host_build
 import pytest
@@ -35,9 +33,8 @@ def cuda_on_host(host_cuda_kernels, monkeypatch):
     """The backend "cuda" takes CPU tensors and runs the host build of its kernels."""
     from minillm_kernels.backends import choose, cuda
 
-    host = dataclasses.replace(cuda.backend, device="cpu", module=host_cuda_kernels, why_not=lambda: None)
+    host = host_build.backend(host_cuda_kernels)
     monkeypatch.setattr(cuda, "backend", host)
-    monkeypatch.setattr(cuda, "stream_of", lambda x: nullcontext(0))
     monkeypatch.setitem(choose.BACKENDS, "cuda", host)
     yield host_cuda_kernels
     host_cuda_kernels.processors(132)  # those of an H100

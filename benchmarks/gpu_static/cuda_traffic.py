@@ -6,11 +6,11 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from minillm_kernels.backends import cuda
 from minillm_kernels.rows import MIXTURE_DIVERGENCES, Pair
 
 from .triton_kernels import TYPES, N, V, _rows
@@ -22,33 +22,30 @@ HELD = {"bf16": 50256, "fp32": 28672}  # columns of row_stats_grad: what an H100
 TILE = 1024  # columns of csrc/cuda/row_sample.cuh: one is read a second time to draw a token from it
 
 
-class Counted:
-    """A backend of the host build, and the bytes of workspace that its last launch was given."""
-
-    def __init__(self) -> None:
-        self.module, self.workspace = host_build.module(), 0
-        self.backend = dataclasses.replace(
-            cuda.backend, module=self.module, call=self.call, holds_rows=lambda module, pair: True
-        )
-
-    def call(self, module, operation, pair, *args):
-        size = getattr(self.module, f"cuda_{operation}_workspace", None)
-        self.workspace = size(pair.n_rows, pair.vocab_size) if size else 0
-        workspace = torch.empty(self.workspace, dtype=torch.uint8)
-        getattr(self.module, f"cuda_{operation}")(workspace.data_ptr(), 0, *args)
-
-
 def traffic() -> list[dict]:
-    counted = Counted()
-    run, module = counted.backend, counted.module
+    module = host_build.module()
+    workspaces: list[int] = []  # bytes that the launches asked for
+
+    @contextmanager
+    def launch(pair: Pair):
+        with host_build.launch(pair) as (allocate, stream):
+
+            def counted(size: int) -> int:
+                workspaces.append(size)
+                return allocate(size)
+
+            yield counted, stream
+
+    run = dataclasses.replace(host_build.backend(module), launch=launch, holds_rows=lambda operations, pair: True)
     found = []
 
     def count(label: str, least: int, operation: Callable, *args, sampled: bool = False):
+        workspaces.clear()
         module.count(True)
         result = operation(*args)
         c = module.counters()
         module.count(False)
-        used = counted.workspace // 2 if sampled else counted.workspace  # it has room for a second model
+        used = sum(workspaces) // (2 if sampled else 1)  # that of a sample has room for a second model
         moved = (c["loaded"] + c["stored"] + 2 * used) // N
         sectors = (c["sectors_loaded"] + c["sectors_stored"]) // N
         row = {"bytes_per_row": moved, "sectors_per_row": sectors, "least": least}

@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..rows import MIXTURE_DIVERGENCES, Pair, RowStats, row_strides
+from ..rows import DIFFERENTIABLE, MIXTURE_DIVERGENCES, Pair, RowStats, row_strides
 from .protocol import Backend
 
-core: ModuleType | None
-try:
-    # After torch: the core then shares torch's OpenMP, hence its threads.
-    from .. import _core as core
-except ImportError as error:
-    core = None
-    import_error = str(error)
+if TYPE_CHECKING:
+    from .._core import How, PairAt, RowsAt
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_INSTALL = "`pip install -e .` (or `pip install .`) in the repository again"
+# The orders that Python and C++ share, as csrc/rowmath names them.
+_ORDERS = {
+    "STATISTICS": tuple(name.upper() for name in RowStats._fields),
+    "COEFFICIENTS": tuple(f"C_{name.upper()}" for name in DIFFERENTIABLE),
+    "DIVERGENCES": MIXTURE_DIVERGENCES,
+}
 
 
-def missing() -> str | None:
-    """Why there is no compiled core, or None."""
-    if core is None:
-        return (
-            f"the compiled core is missing ({import_error}); install a C++ compiler and run "
-            "`pip install -e .` (or `pip install .`) in the repository again"
-        )
-    return None
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The compiled core, or why there is none. Imported after torch, it shares torch's OpenMP, hence its threads."""
+    try:
+        from .. import _core
+    except ImportError as error:
+        return None, f"the compiled core is missing ({error}); install a C++ compiler and run {_INSTALL}"
+    for name, order in _ORDERS.items():
+        if getattr(_core, name, None) != order:
+            return None, f"the compiled core was built from other sources ({name} differ); run {_INSTALL}"
+    return _core, None
+
+
+core, missing = _load()
 
 
 @dataclass(frozen=True)
@@ -39,10 +47,10 @@ class Compiled(Backend):
     """The functions of a compiled module on the tensors of one device type. cpu.py and cuda.py say what is theirs."""
 
     device: str
-    module: Any
-    why_not: Callable[[], str | None]  # the module does not run here
-    call: Callable[..., None]  # (module, operation, pair, *arguments)
-    holds_rows: Callable[[Any, Pair], bool]  # the module's row_stats_grad is there and takes this pair
+    operations: Any  # a submodule of _core: CpuOperations or CudaOperations
+    why_not: Callable[[], str | None]  # it does not run on this machine
+    launch: Callable[[Pair], AbstractContextManager[How]]  # how its functions are to run on that pair, inside
+    holds_rows: Callable[[Any, Pair], bool]  # whether its row_stats_grad, if any, takes that pair
 
     def unavailable(self) -> str | None:
         return self.why_not()
@@ -58,7 +66,8 @@ class Compiled(Backend):
         ids_at, _ids = pointer(token_ids, torch.int64)
         mask_at, _mask = pointer(mask, torch.bool)
         stats = per_row(pair, len(RowStats._fields))
-        self.run("row_stats", pair, mask_at, ids_at, stats.data_ptr())
+        with self.launch(pair) as how:
+            self.operations.row_stats(how, pair_at(pair), mask_at, ids_at, stats.data_ptr())
         return stats
 
     def row_grad(
@@ -68,7 +77,9 @@ class Compiled(Backend):
         stats_at, _stats = pointer(stats, torch.float32)
         coefficients_at, _coefficients = pointer(coefficients, torch.float32)
         grad = gradient_of(pair, out)
-        self.run("row_grad", pair, ids_at, stats_at, coefficients_at, self.rows(grad), grad.shape[-1])
+        with self.launch(pair) as how:
+            inputs = (pair_at(pair), ids_at, stats_at, coefficients_at)
+            self.operations.row_grad(how, *inputs, rows_at(grad), grad.shape[-1])
         return grad
 
     def row_stats_grad(
@@ -76,20 +87,23 @@ class Compiled(Backend):
     ) -> tuple[Tensor, Tensor]:
         """One launch where the device can hold a row pair: the bits of two, and zeros as the statistics of a row
         whose coefficients are all 0."""
-        if not self.holds_rows(self.module, pair):
+        if not self.holds_rows(self.operations, pair):
             return super().row_stats_grad(pair, token_ids, coefficients, out)
         ids_at, _ids = pointer(token_ids, torch.int64)
         coefficients_at, _coefficients = pointer(coefficients, torch.float32)
         stats, grad = per_row(pair, len(RowStats._fields)), gradient_of(pair, out)
-        outputs = (stats.data_ptr(), self.rows(grad), grad.shape[-1])
-        self.run("row_stats_grad", pair, ids_at, coefficients_at, *outputs)
+        with self.launch(pair) as how:
+            outputs = (stats.data_ptr(), rows_at(grad), grad.shape[-1])
+            self.operations.row_stats_grad(how, pair_at(pair), ids_at, coefficients_at, *outputs)
         return stats, grad
 
     def row_divergence(self, pair: Pair, mask: Tensor | None, stats: Tensor, divergence: str, beta: float) -> Tensor:
         mask_at, _mask = pointer(mask, torch.bool)
         stats_at, _stats = pointer(stats, torch.float32)
         out = per_row(pair, 2)
-        self.run("row_divergence", pair, code_of(divergence), beta, mask_at, stats_at, out.data_ptr())
+        with self.launch(pair) as how:
+            inputs = (pair_at(pair), code_of(divergence), beta, mask_at, stats_at)
+            self.operations.row_divergence(how, *inputs, out.data_ptr())
         return out
 
     def row_divergence_grad(
@@ -106,8 +120,9 @@ class Compiled(Backend):
         values_at, _values = pointer(values, torch.float32)
         scale_at, _scale = pointer(scale, torch.float32)
         grad = gradient_of(pair, out)
-        inputs = (code_of(divergence), beta, stats_at, values_at, scale_at)
-        self.run("row_divergence_grad", pair, *inputs, self.rows(grad), grad.shape[-1])
+        with self.launch(pair) as how:
+            inputs = (pair_at(pair), code_of(divergence), beta, stats_at, values_at, scale_at)
+            self.operations.row_divergence_grad(how, *inputs, rows_at(grad), grad.shape[-1])
         return grad
 
     def row_sample(
@@ -121,17 +136,20 @@ class Compiled(Backend):
         greedy = pair.temperature == 0
         if greedy:
             pair = pair._replace(temperature=1.0)
-        outputs = (token_ids.data_ptr(), logprobs.data_ptr(), from_teacher.data_ptr())
-        self.run("row_sample", pair, uniforms_at, alpha, top_k, top_p, greedy, *outputs)
+        with self.launch(pair) as how:
+            inputs = (pair_at(pair), uniforms_at, alpha, top_k, top_p, greedy)
+            outputs = (token_ids.data_ptr(), logprobs.data_ptr(), from_teacher.data_ptr())
+            self.operations.row_sample(how, *inputs, *outputs)
         return token_ids, logprobs, from_teacher
 
-    def run(self, operation: str, pair: Pair, *args: object) -> None:
-        teacher = None if pair.teacher is None else self.rows(pair.teacher)
-        rows = (self.rows(pair.student), teacher, pair.n_rows, pair.vocab_size, pair.temperature)
-        self.call(self.module, operation, pair, *rows, *args)
 
-    def rows(self, x: Tensor) -> object:
-        return self.module.Rows(x.data_ptr(), DTYPES[x.dtype], *row_strides(x))
+def rows_at(x: Tensor) -> RowsAt:
+    return (x.data_ptr(), DTYPES[x.dtype], *row_strides(x))
+
+
+def pair_at(pair: Pair) -> PairAt:
+    student, teacher, temperature, vocab_size = pair
+    return rows_at(student), None if teacher is None else rows_at(teacher), pair.n_rows, vocab_size, temperature
 
 
 def pointer(x: Tensor | None, dtype: torch.dtype) -> tuple[int, Tensor | None]:

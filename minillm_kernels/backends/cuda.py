@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..rows import Pair
 from . import compiled
 
-_core = compiled.core
+if TYPE_CHECKING:
+    from .._core import CudaOperations
+
+operations = compiled.core.cuda if compiled.core is not None and compiled.core.CUDA_ARCHITECTURES else None
 
 
-def _why_not() -> str | None:
-    missing = compiled.missing()
-    if missing or _core is None:
-        return missing
-    if not _core.CUDA_ARCHITECTURES:
+def why_not() -> str | None:
+    if compiled.missing is not None:
+        return compiled.missing
+    if operations is None:
         return (
             "the compiled core was built without nvcc; put nvcc on PATH (or set CUDA_HOME) and install again with "
             "MINILLM_CUDA=1"
         )
-    driver, runtime = _core.cuda_versions()
+    driver, runtime = operations.versions()
     if driver == 0:
         return "there is no CUDA driver on this machine"
     if driver // 1000 < runtime // 1000:
@@ -44,25 +45,26 @@ def _version(v: int) -> str:
 
 
 @contextmanager
-def stream_of(x: Tensor) -> Iterator[int]:
-    """The current stream of the tensor's device, which is the current device inside."""
-    with torch.cuda.device(x.device):
-        yield torch.cuda.current_stream().cuda_stream
+def launch(pair: Pair) -> Iterator[tuple[Callable[[int], int], int]]:
+    """Memory for an operation, and the current stream of the pair's device, which is the current device inside."""
+    workspaces = []
+
+    def allocate(size: int) -> int:
+        workspaces.append(pair.student.new_empty(size, dtype=torch.uint8))
+        return workspaces[-1].data_ptr()
+
+    with torch.cuda.device(pair.student.device):
+        yield allocate, torch.cuda.current_stream().cuda_stream
 
 
-def _call(module: Any, operation: str, pair: Pair, *args: object) -> None:
-    size = getattr(module, f"cuda_{operation}_workspace", None)
-    workspace = pair.student.new_empty(size(pair.n_rows, pair.vocab_size) if size else 0, dtype=torch.uint8)
-    with stream_of(pair.student) as stream:
-        getattr(module, f"cuda_{operation}")(workspace.data_ptr(), stream, *args)
-
-
-def _holds_rows(module: Any, pair: Pair) -> bool:
+def holds_rows(operations: CudaOperations, pair: Pair) -> bool:
     """Whether a multiprocessor can hold a row pair, and there are rows for all of them."""
     if pair.teacher is None or pair.teacher.dtype != pair.student.dtype:
         return False
-    with stream_of(pair.student):
-        return module.cuda_holds_rows(pair.n_rows, pair.vocab_size, compiled.DTYPES[pair.student.dtype])
+    with torch.cuda.device(pair.student.device):
+        return operations.holds_rows(pair.n_rows, pair.vocab_size, compiled.DTYPES[pair.student.dtype])
 
 
-backend = compiled.Compiled("cuda", _core, _why_not, _call, _holds_rows)
+backend = compiled.Compiled(
+    device="cuda", operations=operations, why_not=why_not, launch=launch, holds_rows=holds_rows
+)

@@ -32,11 +32,11 @@ def logits(N: int, V: int, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
 
 def in_one_launch() -> compiled.Compiled:
     """The backend with row_stats_grad in one launch whatever the number of rows."""
-    return dataclasses.replace(cuda.backend, holds_rows=lambda module, pair: True)
+    return dataclasses.replace(cuda.backend, holds_rows=lambda operations, pair: True)
 
 
 def holds_rows(s: torch.Tensor, t: torch.Tensor | None, V: int) -> bool:
-    return cuda.backend.holds_rows(cuda.backend.module, Pair(s, t, 1.0, V))
+    return cuda.backend.holds_rows(cuda.backend.operations, Pair(s, t, 1.0, V))
 
 
 def everything(s: torch.Tensor, t: torch.Tensor) -> list[torch.Tensor]:
@@ -97,9 +97,9 @@ def test_nothing_outside_the_rows_is_read_or_written(cuda_on_host, dtype, offset
     tokens, logprobs, coin = torch.empty(N, dtype=torch.int64), torch.empty(3, N), torch.empty(N, dtype=torch.bool)
     uniforms, coefficients = torch.rand(N, 2, dtype=torch.float64), torch.ones(5, N)
     m, code = cuda_on_host, {FP32: 0, BF16: 1}[dtype]
-    rows = [m.Rows(x.data_ptr(), code, N, 0, V) for x in (s, t, g)]
+    rows = [(x.data_ptr(), code, N, 0, V) for x in (s, t, g)]
     workspace = torch.empty(1 << 16)
-    run = (workspace.data_ptr(), 0)
+    how = (lambda size: workspace.data_ptr(), 0)
     # The cut is in the vocabulary: columns from V - 5 on are those of another row.
     pair = (rows[0], rows[1], N, V - 5, 1.0)
     for x in (stats, out, logprobs):
@@ -110,17 +110,17 @@ def test_nothing_outside_the_rows_is_read_or_written(cuda_on_host, dtype, offset
     for i in range(N):
         m.allow(g[i].data_ptr(), (V - 5) * g.element_size())
     try:
-        m.cuda_row_stats(*run, *pair, 0, 0, stats.data_ptr())
-        m.cuda_row_grad(*run, *pair, 0, stats.data_ptr(), coefficients.data_ptr(), rows[2], V - 5)
-        m.cuda_row_stats_grad(*run, *pair, 0, coefficients.data_ptr(), stats.data_ptr(), rows[2], V - 5)
+        m.row_stats(how, pair, 0, 0, stats.data_ptr())
+        m.row_grad(how, pair, 0, stats.data_ptr(), coefficients.data_ptr(), rows[2], V - 5)
+        m.row_stats_grad(how, pair, 0, coefficients.data_ptr(), stats.data_ptr(), rows[2], V - 5)
         for kind in range(4):
-            m.cuda_row_divergence(*run, *pair, kind, 0.5, 0, stats.data_ptr(), out.data_ptr())
-            m.cuda_row_divergence_grad(
-                *run, *pair, kind, 0.5, stats.data_ptr(), out.data_ptr(), coefficients.data_ptr(), rows[2], V - 5
+            m.row_divergence(how, pair, kind, 0.5, 0, stats.data_ptr(), out.data_ptr())
+            m.row_divergence_grad(
+                how, pair, kind, 0.5, stats.data_ptr(), out.data_ptr(), coefficients.data_ptr(), rows[2], V - 5
             )
         for top_k, greedy in ((0, False), (20, False), (0, True)):
             outputs = (tokens.data_ptr(), logprobs.data_ptr(), coin.data_ptr())
-            m.cuda_row_sample(*run, *pair, uniforms.data_ptr(), 0.5, top_k, 1.0, greedy, *outputs)
+            m.row_sample(how, pair, uniforms.data_ptr(), 0.5, top_k, 1.0, greedy, *outputs)
     finally:
         m.allow_everything()
 

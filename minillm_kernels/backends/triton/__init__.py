@@ -4,8 +4,9 @@ rowmath.py. Triton is imported when an operation first runs; importing this pack
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib.metadata
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,7 @@ from ..protocol import Backend
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MINIMUM = (8, 0)  # compute capability: what the kernels are compiled for and counted on
+_OLDEST = (3, 7)  # Triton that compiles them
 
 
 def interpreted() -> bool:
@@ -25,8 +27,14 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def version() -> str | None:
+    """Of the installed Triton, without importing it; None where there is none."""
+    for distribution in ("triton", "pytorch-triton"):  # the second comes with torch's nightly builds
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 @contextmanager
@@ -44,8 +52,11 @@ def _launching(x: Tensor) -> Iterator[None]:
 
 class Triton(Backend):
     def unavailable(self) -> str | None:
-        if not installed():
+        found = version()
+        if found is None:
             return "Triton is not installed; `pip install triton` (Linux)"
+        if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < _OLDEST:
+            return f"it needs Triton {_OLDEST[0]}.{_OLDEST[1]} or newer, installed is {found}; `pip install -U triton`"
         if interpreted():
             return None
         if torch.version.hip:

@@ -1,6 +1,9 @@
 """Which implementation runs: the choice, the refusals, the environment variable, the fall-back that is logged once."""
 
+import asyncio
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -149,6 +152,71 @@ except RuntimeError as error:
     assert reason.startswith("the compiled core is missing (") and "install a C++ compiler and run" in reason
     assert error == f"backend 'cpu' is not available: {reason}"
     assert result.stderr.strip() == f"backend 'cpu' is passed over: {reason}"
+
+
+def test_a_core_that_was_built_from_other_sources_is_not_used():
+    """As after an update of an editable installation: its statistics may lie in another order."""
+    code = f"""
+import sys, types
+old = types.ModuleType("minillm_kernels._core")
+old.STATISTICS = ("REVERSE_KL",)
+sys.modules["minillm_kernels._core"] = old
+{RUN}
+print(mk.available_backends()["cpu"])
+"""
+    ran, reason = in_a_process(code, MINILLM_KERNELS_BACKEND="").stdout.splitlines()
+    assert ran == "reference"
+    assert reason.startswith("the compiled core was built from other sources (STATISTICS differ); run `pip install -e")
+
+
+def both_sides(first: str, second: str) -> tuple[str, str]:
+    """What two runs of rows see, the first having begun before the second and going on after it."""
+    s, t = Case(60).logits()
+    inside, done = threading.Event(), threading.Event()
+    seen = []
+
+    def run() -> None:
+        with use_backend(first):
+            inside.set()
+            done.wait(30)
+            mk.fused_rkl_loss(s, t)
+            seen.append(last_backend())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    inside.wait(30)
+    with use_backend(second):
+        mk.fused_rkl_loss(s, t)
+        here = last_backend()
+        done.set()
+        thread.join()
+    return here, seen[0]
+
+
+@needs_core
+def test_threads_keep_their_own_choice():
+    """The one that came last must not decide for the one that is still inside."""
+    assert both_sides("reference", "cpu") == ("cpu", "reference")
+    s, t = Case(60).logits()
+    with use_backend("reference"), ThreadPoolExecutor(1) as pool:  # nor is a choice inherited
+        pool.submit(mk.fused_rkl_loss, s, t).result()
+        assert last_backend() == "cpu"
+
+
+@needs_core
+def test_tasks_keep_their_own_choice():
+    s, t = Case(60).logits()
+
+    async def task(name: str) -> str:
+        with use_backend(name):
+            await asyncio.sleep(0)  # the other task enters its own
+            mk.fused_rkl_loss(s, t)
+            return last_backend()
+
+    async def both() -> list[str]:
+        return await asyncio.gather(task("reference"), task("cpu"))
+
+    assert asyncio.run(both()) == ["reference", "cpu"]
 
 
 @needs_core

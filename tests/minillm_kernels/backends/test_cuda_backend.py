@@ -12,14 +12,14 @@ import minillm_kernels as mk
 from minillm_kernels.backends import choose, compiled, cuda
 
 
-def core(architectures: str = "90", driver: int = 13000, runtime: int = 13000) -> SimpleNamespace:
-    return SimpleNamespace(CUDA_ARCHITECTURES=architectures, cuda_versions=lambda: (driver, runtime))
+def core(driver: int = 13000, runtime: int = 13000) -> SimpleNamespace:
+    return SimpleNamespace(versions=lambda: (driver, runtime))
 
 
 @pytest.mark.parametrize(
-    ("module", "reason"),
+    ("operations", "reason"),
     [
-        (core(architectures=""), "built without nvcc; put nvcc on PATH .* install again with MINILLM_CUDA=1"),
+        (None, "built without nvcc; put nvcc on PATH .* install again with MINILLM_CUDA=1"),
         (core(driver=0), "there is no CUDA driver"),
         (
             core(driver=12040),
@@ -27,17 +27,16 @@ def core(architectures: str = "90", driver: int = 13000, runtime: int = 13000) -
         ),
     ],
 )
-def test_why_it_does_not_run_here(monkeypatch, module, reason):
-    monkeypatch.setattr(compiled, "core", module)
-    monkeypatch.setattr(cuda, "_core", module)
+def test_why_it_does_not_run_here(monkeypatch, operations, reason):
+    monkeypatch.setattr(compiled, "missing", None)
+    monkeypatch.setattr(cuda, "operations", operations)
     assert re.search(reason, cuda.backend.unavailable() or "")
 
 
 def test_an_older_driver_of_the_same_generation_is_no_reason(monkeypatch):
     """CUDA is compatible inside a major version; what is left is that this torch has no device."""
-    module = core(driver=12020, runtime=12090)
-    monkeypatch.setattr(compiled, "core", module)
-    monkeypatch.setattr(cuda, "_core", module)
+    monkeypatch.setattr(compiled, "missing", None)
+    monkeypatch.setattr(cuda, "operations", core(driver=12020, runtime=12090))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert cuda.backend.unavailable() is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -134,7 +134,7 @@ def run(executor: Executor, s: torch.Tensor, t: torch.Tensor, token_ids: torch.T
     simple = coefficients * (torch.arange(5) < 1)[:, None]
     executor.buffers.append(simple)
     out["rkl grad"] = cuda.backend.row_grad(Pair(s, t, 1.0, V), None, out["stats"], simple)
-    in_one_launch = dataclasses.replace(cuda.backend, holds_rows=lambda module, pair: True)
+    in_one_launch = dataclasses.replace(cuda.backend, holds_rows=lambda operations, pair: True)
     at_once = in_one_launch.row_stats_grad(Pair(s, t, 1.0, V), token_ids, coefficients)
     assert torch.equal(at_once[0], out["stats"]) and torch.equal(at_once[1], out["grad"])
     for executor.divergence, name in ((0, "jsd"), (3, "tvd")):
@@ -175,7 +175,7 @@ def test_compiled_kernels_give_the_definitions_in_any_order(executor, shape):
             assert torch.equal(x, other[name]), name
     ours, truth = results[0], oracle.statistics(s.double(), t, ids)
     for i, name in enumerate(
-        ("reverse_kl", "forward_kl", "student_entropy", "student_logprobs", "teacher_logprobs"), start=4
+        ("reverse_kl", "forward_kl", "student_logprobs", "teacher_logprobs", "student_entropy"), start=4
     ):
         torch.testing.assert_close(ours["stats"][i].double(), truth[name], rtol=3e-6, atol=3e-6, msg=name)
     torch.manual_seed(1)
