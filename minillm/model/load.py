@@ -72,7 +72,7 @@ def load_tokenizer(source: str) -> "PreTrainedTokenizerBase":
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(_locate(source), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:  # ImportError: its kind needs a package that is missing
         raise ConfigError(f"no tokenizer could be loaded from {source!r}: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {source!r} has no end-of-sequence token, so no response would ever end")
