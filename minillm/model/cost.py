@@ -184,7 +184,7 @@ def describe(recipe: Recipe) -> str:
 
 def matmul_rate(dtype: str, size: int = 2048) -> float:
     """Operations per second of one large matmul in the student's dtype, the best of a few, on this machine."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
     best = float("inf")
     for _ in range(4):

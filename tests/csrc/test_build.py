@@ -61,12 +61,18 @@ def test_architecture_that_nvcc_cannot_target_is_named(tmp_path):
     assert "cannot target 37" in result.stderr
 
 
-def test_without_cuda_the_core_has_no_cuda_in_it(tmp_path):
+def test_built_in_place_without_cuda_the_core_has_no_cuda_in_it(tmp_path):
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("needs a C++ compiler")
-    result = build(tmp_path, MINILLM_CUDA="0")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "minillm_kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    env = {**os.environ, "MINILLM_CUDA": "0"}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr
-    (core,) = (tmp_path / "lib").rglob("_core*.so")
+    (core,) = (tmp_path / "minillm_kernels").glob("_core*.so")
     probe = "import torch, _core; print(_core.CUDA_ARCHITECTURES == '', hasattr(_core, 'cuda'))"
     output = subprocess.run(
         [sys.executable, "-c", probe], cwd=core.parent, capture_output=True, text=True, check=True

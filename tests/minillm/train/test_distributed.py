@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,13 +23,19 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 ACCELERATE = [
     sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2",
-    "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-    "-m", "minillm",
+    "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+    "--main_process_port",
 ]  # fmt: skip
 COMPARED = {
     "loss", "grad_norm", "kl/reverse", "reward/mean", "completions/mean_length", "loss/pt", "validation/rouge_l",
     "validation/loss", "rollout/from_teacher", "clip_fraction",
 }  # fmt: skip
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
 
 
 def metrics(run):
@@ -38,7 +45,7 @@ def metrics(run):
 def launch(files, command, *flags):
     """Two processes; what the first of them printed."""
     two = subprocess.run(
-        [*ACCELERATE, command, str(files / "recipe.yaml"), *flags],
+        [*ACCELERATE, free_port(), "-m", "minillm", command, str(files / "recipe.yaml"), *flags],
         env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert two.returncode == 0, two.stdout[-3000:]
@@ -90,10 +97,7 @@ def test_two_processes_are_one_for_every_other_method(files):
 
 def test_a_worker_that_is_killed_ends_the_other_with_an_error(files):
     """By torch's rendezvous alone, without a launcher that would end the survivor itself."""
-    from torch.distributed import TCPStore
-
-    port = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port + 1
-    shared = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    shared = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     command = [
         sys.executable,
         "-m",

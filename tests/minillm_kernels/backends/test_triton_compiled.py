@@ -5,10 +5,10 @@ import json
 import pytest
 from processes import ROOT, in_a_process
 
-from minillm_kernels.backends import triton as backend
+from minillm_kernels import available_backends
 
-if backend.version() is None:
-    pytest.skip("Triton is not installed", allow_module_level=True)
+if available_backends()["triton"] != "ok":
+    pytest.skip(available_backends()["triton"], allow_module_level=True)
 
 
 def compiled(code: str):

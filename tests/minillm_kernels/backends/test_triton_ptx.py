@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT
 
-from minillm_kernels.backends import triton as backend
+from minillm_kernels import available_backends
 
 PTXJIT = Path(os.environ.get("MINILLM_PTXJIT", ROOT.parent / "shared" / "tools" / "ptxjit"))
 
@@ -16,8 +16,8 @@ PTXJIT = Path(os.environ.get("MINILLM_PTXJIT", ROOT.parent / "shared" / "tools" 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_the_compiled_kernels(architecture):
-    if backend.version() is None:
-        pytest.skip("Triton is not installed")
+    if available_backends()["triton"] != "ok":
+        pytest.skip(available_backends()["triton"])
     if not (PTXJIT / "ptxjit.py").exists():
         pytest.skip(f"no ptxjit at {PTXJIT}: set MINILLM_PTXJIT to its folder")
     command = [sys.executable, str(ROOT / "tests" / "tools" / "triton_ptx.py"), str(architecture)]
