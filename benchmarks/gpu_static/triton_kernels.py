@@ -91,13 +91,13 @@ def row_kernels() -> list[Kernel]:
 def linear_kernels() -> list[Kernel]:
     """Their loop is a matmul's: no bytes a column, but tensor-core instructions and no spill."""
     from minillm_kernels.backends.triton import linear
-    from minillm_kernels.hidden.chunked import Head
+    from minillm_kernels.hidden.operands import Projection
 
     found = []
     for label, dtype in TYPES.items():
         n, width, hidden = 256, 4096, 1024
-        heads = [Head(torch.zeros(n, h, dtype=dtype), torch.zeros(width, h, dtype=dtype), None, 30.0, 1.0) for h in
-                 (hidden, 2 * hidden)]  # fmt: skip
+        tensors = [(torch.zeros(n, h, dtype=dtype), torch.zeros(width, h, dtype=dtype)) for h in (hidden, 2 * hidden)]
+        heads = [Projection(*states_and_weight, None, 30.0, 1.0) for states_and_weight in tensors]
         tile = torch.zeros(n, 1024, dtype=dtype)
         args = (torch.zeros(n, dtype=torch.int64), torch.zeros(11, n), torch.ones(5, n), 1.0, width, tile, 0)
 

@@ -14,7 +14,7 @@ from ptxjit import Module  # type: ignore[import-not-found]
 from benchmarks.gpu_static.recording import Launch, recording
 from minillm_kernels.backends.reference import backend as REFERENCE
 from minillm_kernels.backends.triton import divergence, grad, linear, sample, stats
-from minillm_kernels.hidden.chunked import Head
+from minillm_kernels.hidden.operands import Projection
 from minillm_kernels.rows import Pair
 
 modules: dict[int, Module] = {}
@@ -91,7 +91,7 @@ def heads(dtype: torch.dtype) -> None:
     models = []
     for h in (40, 72):
         hidden, weight, bias = torch.randn(n, h), 0.3 * torch.randn(V, h), torch.randn(V)
-        models.append(Head(hidden.to(dtype), weight.to(dtype), bias.to(dtype), 5.0, 0.7))
+        models.append(Projection(hidden.to(dtype), weight.to(dtype), bias.to(dtype), 5.0, 0.7))
     z = []
     for m in models:
         x = (m.hidden.double() @ m.weight.double().t() + m.bias.double()) * 0.7

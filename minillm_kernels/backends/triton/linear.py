@@ -188,7 +188,7 @@ def linear_grad_kernel(
 
 
 def operand(head) -> Operand:
-    """Of a minillm_kernels.hidden.chunked.Head."""
+    """Of a minillm_kernels.hidden.operands.Projection."""
     for name, x in (("hidden states", head.hidden), ("head weight", head.weight)):
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(

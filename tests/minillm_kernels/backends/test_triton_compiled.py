@@ -79,7 +79,7 @@ SIZES = """
 import json, torch
 from benchmarks.gpu_static.recording import recording
 from minillm_kernels.backends.triton import divergence, grad, linear, sample, stats
-from minillm_kernels.hidden.chunked import Head
+from minillm_kernels.hidden.operands import Projection
 from minillm_kernels.rows import Pair
 kernels = {}
 with recording(90) as launches:
@@ -90,7 +90,8 @@ with recording(90) as launches:
         divergence.row_divergence(Pair(s, s, 1.0, V), None, r, "jsd", 0.1 + 0.01 * n)
         divergence.row_divergence_grad(Pair(s, s, 1.0, V), r, r[:2], r[0], "jsd", 0.1 + 0.01 * n)
         sample.row_sample(Pair(s, s, 1.0, V), torch.rand(n, 2).double(), 0.01 * n, n, 0.9)
-        head = Head(torch.zeros(n, 64, dtype=torch.bfloat16), torch.zeros(V, 64, dtype=torch.bfloat16), None, 0.0, 1.0)
+        hidden, weight = (torch.zeros(size, 64, dtype=torch.bfloat16) for size in (n, V))
+        head = Projection(hidden, weight, None, 0.0, 1.0)
         linear.linear_stats(head, head, ids, None, 1.0, V)
 for x in launches:
     kernels.setdefault(x.name, set()).add(id(x.kernel))
