@@ -11,10 +11,10 @@ struct Operations {
 
 // The operations of an instruction set: the names of Operations, looked up in the namespace that they were compiled in.
 #define MINILLM_ADDRESS(name, Args) &name,
-#define MINILLM_DECLARE_ISA(isa)                                                                  \
-    namespace isa {                                                                               \
-    MINILLM_ROW_OPERATIONS(MINILLM_DECLARE)                                                       \
-    static const Operations operations = {#isa, MINILLM_ROW_OPERATIONS(MINILLM_ADDRESS)};         \
+#define MINILLM_DECLARE_ISA(isa)                                                          \
+    namespace isa {                                                                       \
+    MINILLM_ROW_OPERATIONS(MINILLM_DECLARE)                                               \
+    static const Operations operations = {#isa, MINILLM_ROW_OPERATIONS(MINILLM_ADDRESS)}; \
     }
 
 MINILLM_DECLARE_ISA(baseline)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,7 @@ from ..rows import DIFFERENTIABLE, MIXTURE_DIVERGENCES, Pair, RowStats, row_stri
 from .protocol import Backend
 
 if TYPE_CHECKING:
-    from .._core import How, PairAt, RowsAt
+    from .._core import How, Operations, PairAt, RowsAt
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INSTALL = "`pip install -e .` (or `pip install .`) in the repository again"
@@ -27,7 +26,7 @@ _ORDERS = {
 }
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
+def _load() -> tuple[Any, str | None]:
     """The compiled core, or why there is none. Imported after torch, it shares torch's OpenMP, hence its threads."""
     try:
         from .. import _core
@@ -47,10 +46,10 @@ class Compiled(Backend):
     """The functions of a compiled module on the tensors of one device type. cpu.py and cuda.py say what is theirs."""
 
     device: str
-    operations: Any  # a submodule of _core: CpuOperations or CudaOperations
+    operations: Operations  # _core.cpu or _core.cuda; None where why_not() says that there is none
     why_not: Callable[[], str | None]  # it does not run on this machine
     launch: Callable[[Pair], AbstractContextManager[How]]  # how its functions are to run on that pair, inside
-    holds_rows: Callable[[Any, Pair], bool]  # whether its row_stats_grad, if any, takes that pair
+    holds_rows: Callable[[Operations, Pair], bool]  # whether its row_stats_grad, if any, takes that pair
 
     def unavailable(self) -> str | None:
         return self.why_not()

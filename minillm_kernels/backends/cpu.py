@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..rows import Pair
 from . import compiled
 
-operations = compiled.core.cpu if compiled.core is not None else None
+operations: Any = compiled.core.cpu if compiled.core is not None else None
 
 
 def advise(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,9 +12,9 @@ from ..rows import Pair
 from . import compiled
 
 if TYPE_CHECKING:
-    from .._core import CudaOperations
+    from .._core import Operations
 
-operations = compiled.core.cuda if compiled.core is not None and compiled.core.CUDA_ARCHITECTURES else None
+operations: Any = compiled.core.cuda if compiled.core is not None and compiled.core.CUDA_ARCHITECTURES else None
 
 
 def why_not() -> str | None:
@@ -57,7 +57,7 @@ def launch(pair: Pair) -> Iterator[tuple[Callable[[int], int], int]]:
         yield allocate, torch.cuda.current_stream().cuda_stream
 
 
-def holds_rows(operations: CudaOperations, pair: Pair) -> bool:
+def holds_rows(operations: Operations, pair: Pair) -> bool:
     """Whether a multiprocessor can hold a row pair, and there are rows for all of them."""
     if pair.teacher is None or pair.teacher.dtype != pair.student.dtype:
         return False

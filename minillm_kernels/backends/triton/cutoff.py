@@ -17,9 +17,8 @@ from . import rowmath as rm
 from .launch import Rows
 
 PIVOTS: tl.constexpr = tl.constexpr(16)
-TILE: tl.constexpr = tl.constexpr(
-    4096 if triton.knobs.runtime.interpret else 1024
-)  # the interpreter takes its time by the operation
+# The interpreter takes its time by the operation, not by the column.
+TILE: tl.constexpr = tl.constexpr(4096 if triton.knobs.runtime.interpret else 1024)
 
 
 @triton.jit
