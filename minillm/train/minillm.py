@@ -72,8 +72,8 @@ class MiniLLM:
 
         # ---- a minibatch of the responses: R_t, log q(y_t) and w_t ride with their tokens
         rows = self.minibatches.take(done * config.optim.batch_size, config.optim.batch_size)
-        everywhere = policy_constants(rollout, config.objective)
-        constants = [everywhere[row] for row in rows]
+        fixed = policy_constants(rollout, config.objective)
+        constants = [fixed[row] for row in rows]
         if config.objective.whiten:
             constants = whiten(constants)
         minibatch = []
