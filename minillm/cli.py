@@ -79,7 +79,8 @@ def evaluate(options: argparse.Namespace, flags: list[str]) -> int:
     from minillm.evaluate import evaluation_set
     from minillm.evaluate.measure import DEFAULTS, generation, measure
     from minillm.files import write_atomically
-    from minillm.model.load import check_same_tokenizer, load_tokenizer
+    from minillm.model.check import check_same_tokenizer
+    from minillm.model.load import load_tokenizer
     from minillm.report.summary import evaluation_text
     from minillm.run.directory import environment
 

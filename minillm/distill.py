@@ -8,8 +8,9 @@ from minillm.config.schema import ConfigError, RunConfig
 from minillm.data.examples import show
 from minillm.evaluate import ROUGE, Evaluation, evaluate, evaluation_set
 from minillm.evaluate.rouge import rouge_l
+from minillm.model.check import check_same_tokenizer
 from minillm.model.head import CausalLM
-from minillm.model.load import check_same_tokenizer, load_student, load_teacher, load_tokenizer
+from minillm.model.load import load_student, load_teacher, load_tokenizer
 from minillm.model.sampling import greedy_responses
 from minillm.report.summary import card, changes, report, samples
 from minillm.run.directory import RunDirectory

@@ -23,8 +23,8 @@ from minillm.evaluate.exposure import excess_accumulated_error
 from minillm.evaluate.means import Estimate
 from minillm.evaluate.rouge import exact_match, rouge_l
 from minillm.evaluate.samples import Samples, draw
+from minillm.model.check import check_context
 from minillm.model.head import CausalLM
-from minillm.model.load import check_context
 from minillm.model.sampling import decode, greedy
 
 if TYPE_CHECKING:

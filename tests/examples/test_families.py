@@ -12,8 +12,9 @@ import torch
 from families import FAMILIES, V, hidden, logits, pair, rollout
 
 from minillm.config.schema import ConfigError
+from minillm.model.check import check_packing
 from minillm.model.head import CausalLM, heads, read_head
-from minillm.model.load import check_packing, drop_layers
+from minillm.model.layers import drop_layers
 from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm_kernels import fused_linear_minillm_loss, fused_linear_token_logprobs, minillm_loss
 
