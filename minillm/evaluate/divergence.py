@@ -12,7 +12,8 @@ from minillm.config.schema import EvalConfig
 from minillm.data.examples import Example, collate
 from minillm.evaluate.means import Estimate
 from minillm.evaluate.samples import draw
-from minillm.model.head import CausalLM, common_vocabulary, distill_stats
+from minillm.model.head import CausalLM, common_vocabulary
+from minillm_kernels import fused_linear_distill_stats
 
 
 def own_samples(
@@ -34,8 +35,9 @@ def references(
     for start in range(0, len(examples), size):
         part = examples[start : start + size]
         batch = collate([e.prompt for e in part], [e.response for e in part]).to(student.device)
-        outputs = student.output(batch), teacher.output(batch)
-        stats = distill_stats(*outputs, batch.targets, vocab_size=common_vocabulary(student, teacher))
+        models = (*student.output(batch), *teacher.output(batch))
+        vocab_size = common_vocabulary(student, teacher)
+        stats = fused_linear_distill_stats(*models, batch.targets, vocab_size=vocab_size)
         lengths = [len(e.response) for e in part]
         reverse += [piece.sum() for piece in stats.reverse_kl.split(lengths)]
         forward += [piece.sum() for piece in stats.forward_kl.split(lengths)]

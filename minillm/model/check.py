@@ -6,9 +6,10 @@ import torch
 
 from minillm.config.schema import ConfigError
 from minillm.data.examples import collate
-from minillm.model.head import CausalLM, token_logprobs
+from minillm.model.head import CausalLM
 from minillm.model.load import packs_in_one_row
 from minillm.model.sampling import Decoding, draw_uniforms, sample
+from minillm_kernels import fused_linear_token_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,7 +62,7 @@ def check_decoding(lm: CausalLM) -> None:
     uniforms = draw_uniforms(0, 3, len(prompts))
     rollout = sample(lm, None, prompts, Decoding(3, eos_token_id=-1), alpha=0.0, uniforms=uniforms)
     batch = collate(prompts, rollout.responses()).to(lm.device)
-    whole = token_logprobs(lm.output(batch), batch.targets, None)
+    whole = fused_linear_token_logprobs(*lm.output(batch), batch.targets)
     apart = float((rollout.student_logprobs[rollout.mask] - whole).abs().max())
     if not apart < (1e-2 if lm.model.dtype in (torch.float32, torch.float64) else 0.5):
         raise ConfigError(

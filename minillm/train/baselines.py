@@ -16,6 +16,7 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -24,9 +25,10 @@ from torch import Tensor
 from minillm.data.examples import Batch, Example, Shuffled
 from minillm.data.sources import DataError
 from minillm.files import write_atomically
-from minillm.model.head import Output, Sums, cross_entropy, distill_loss, divergence
+from minillm.model.head import Output, Sums
 from minillm.model.sampling import draw_uniforms
 from minillm.train.context import Context, Loss, Part, Step, chunks
+from minillm_kernels import fused_linear_distill_loss, fused_linear_divergence_loss
 
 
 def sft(context: Context, folder: Path) -> "Given":
@@ -111,19 +113,26 @@ class Gkd:
 
 def label_loss(context: Context, student: Output, batch: Batch) -> Sums:
     """Cross entropy with the targets."""
-    return {"loss": cross_entropy(student, batch.targets, context.vocab_size)}
+    return {"loss": cross_entropy(context, student, batch)}
 
 
 def kd_loss(context: Context, student: Output, batch: Batch) -> Sums:
     """Divergence from the teacher and cross entropy with the targets."""
-    settings, vocab_size = context.config.loss, context.vocab_size
+    settings = context.config.loss
     if settings.divergence in ("forward_kl", "reverse_kl") and settings.temperature == 1:  # one sweep for both
-        weights = {settings.divergence: settings.distill_weight, "student_logprobs": -settings.label_weight}
-        loss, stats = distill_loss(student, context.score(batch), batch.targets, vocab_size=vocab_size, **weights)
+        weights: dict[str, Any] = {settings.divergence: settings.distill_weight}
+        loss, stats = fused_linear_distill_loss(
+            *student,
+            *context.score(batch),
+            batch.targets,
+            student_logprobs=-settings.label_weight,
+            vocab_size=context.vocab_size,
+            **weights,
+        )
         label = -stats.student_logprobs.sum()
         return {"loss": loss, "loss/distill": getattr(stats, settings.divergence).sum(), "loss/label": label}
     distilled = divergence_from_teacher(context, student, batch)
-    label = cross_entropy(student, batch.targets, vocab_size)
+    label = cross_entropy(context, student, batch)
     total = settings.distill_weight * distilled + settings.label_weight * label
     return {"loss": total, "loss/distill": distilled, "loss/label": label}
 
@@ -134,11 +143,25 @@ def on_policy_loss(context: Context, student: Output, batch: Batch) -> Sums:
     return {"loss": context.config.loss.distill_weight * distilled, "loss/distill": distilled}
 
 
+def cross_entropy(context: Context, student: Output, batch: Batch) -> Tensor:
+    """Summed over the targets, in nats."""
+    return fused_linear_distill_loss(
+        *student, token_ids=batch.targets, student_logprobs=-1.0, vocab_size=context.vocab_size
+    ).loss
+
+
 def divergence_from_teacher(context: Context, student: Output, batch: Batch) -> Tensor:
-    """Summed over the targets."""
+    """Summed over the targets, in nats."""
     settings = context.config.loss
-    options = {"beta": settings.beta, "temperature": settings.temperature, "vocab_size": context.vocab_size}
-    return divergence(student, context.score(batch), settings.divergence, **options)
+    return fused_linear_divergence_loss(
+        *student,
+        *context.score(batch),
+        settings.divergence,
+        beta=settings.beta,
+        temperature=settings.temperature,
+        reduction="sum",
+        vocab_size=context.vocab_size,
+    )
 
 
 # ---- the teacher's text

@@ -40,9 +40,10 @@ from torch import Tensor
 
 from minillm.config.schema import ObjectiveConfig
 from minillm.data.examples import Batch, Example, PolicyConstants, Record, Shuffled
-from minillm.model.head import Output, Sums, cross_entropy, distill_loss, minillm_loss
+from minillm.model.head import Output, Sums
 from minillm.model.sampling import Rollout
 from minillm.train.context import Context, Part, Step
+from minillm_kernels import fused_linear_distill_loss, fused_linear_minillm_loss
 
 
 class MiniLLM:
@@ -94,12 +95,14 @@ class MiniLLM:
         """Single + Long, from what the rollout fixed: the teacher's states and the constants of each token."""
         settings, teacher = self.context.config.objective, self.context.teacher
         assert teacher is not None and batch.teacher_states is not None and batch.policy is not None
-        result = minillm_loss(
-            student,
-            Output(batch.teacher_states, teacher.head),
+        result = fused_linear_minillm_loss(
+            *student,
+            batch.teacher_states,
+            teacher.head,
             batch.targets,
-            **batch.policy._asdict(),
-            mask=torch.ones_like(batch.targets, dtype=torch.bool),
+            advantages=batch.policy.advantages,
+            old_logprobs=batch.policy.old_logprobs,
+            importance_weights=batch.policy.importance_weights,
             clip_range=settings.clip_range or math.inf,
             single_step=float(settings.single_step),
             weight_single_step=settings.weight_single_step,
@@ -117,13 +120,17 @@ class MiniLLM:
 
     def text_loss(self, student: Output, batch: Batch) -> Sums:
         """L_PT: cross entropy with the text and, for a share pt_teacher, with the teacher's distribution."""
-        settings, vocab_size = self.context.config.objective, self.context.vocab_size
-        if settings.pt_teacher:
-            weights = {"forward_kl": settings.pt_teacher, "student_logprobs": settings.pt_teacher - 1}
-            teacher = self.context.score(batch)
-            total = distill_loss(student, teacher, batch.targets, vocab_size=vocab_size, **weights).loss
-        else:
-            total = cross_entropy(student, batch.targets, vocab_size)
+        settings = self.context.config.objective
+        states, head = self.context.score(batch) if settings.pt_teacher else (None, None)
+        total = fused_linear_distill_loss(
+            *student,
+            states,
+            head,
+            batch.targets,
+            forward_kl=settings.pt_teacher,
+            student_logprobs=settings.pt_teacher - 1,
+            vocab_size=self.context.vocab_size,
+        ).loss
         return {"loss": settings.pt_weight * total, "loss/pt": total}
 
     def rolled_out(self, iteration: int) -> list[Example]:
