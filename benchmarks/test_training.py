@@ -14,12 +14,11 @@ import pytest
 import torch
 
 from minillm.config.recipe import load_recipe
+from minillm.data.examples import PolicyConstants, collate
 from minillm.distill import load_pair
-from minillm.model.sampling import draw_uniforms, sample
-from minillm.train.baselines import METHODS
+from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm.train.context import chunks
-from minillm.train.loop import Micro, backward, prepare
-from minillm.train.minillm import concatenate, policy_terms
+from minillm.train.loop import METHODS, Micro, backward, prepare
 
 pytestmark = pytest.mark.download
 RECIPE = Path(__file__).parents[1] / "recipes" / "smollm2-cpu.yaml"
@@ -28,7 +27,7 @@ NO_END = -1  # every sequence runs its full length: the same number of tokens wh
 
 
 @pytest.fixture(scope="module")
-def training():
+def context():
     recipe = load_recipe(
         RECIPE, [f"--rollout.max_new_tokens={NEW_TOKENS}", "--rollout.epochs=1", "--rollout.batch_size=8"]
     )
@@ -46,13 +45,13 @@ def in_turns(functions: dict[str, Callable[[], object]], rounds: int) -> dict[st
     return least
 
 
-def test_rollout(benchmark, training):
-    prompts = [example.prompt for example in training.examples[:PROMPTS]]
+def test_rollout(benchmark, context):
+    prompts = [example.prompt for example in context.examples[:PROMPTS]]
     uniforms = draw_uniforms(0, NEW_TOKENS, len(prompts))
 
     def roll(student, teacher, alpha):
-        options = {"max_new_tokens": NEW_TOKENS, "eos_token_id": NO_END, "alpha": alpha, "uniforms": uniforms}
-        return sample(student, teacher, prompts, vocab_size=training.vocab_size, **options)
+        options = {"alpha": alpha, "uniforms": uniforms, "vocab_size": context.vocab_size}
+        return sample(student, teacher, prompts, Decoding(NEW_TOKENS, NO_END), **options)
 
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
@@ -60,12 +59,12 @@ def test_rollout(benchmark, training):
 
     def generate():
         options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": True, "top_k": 0}
-        return training.student.model.generate(ids, attention_mask=mask, pad_token_id=0, **options)
+        return context.student.model.generate(ids, attention_mask=mask, pad_token_id=0, **options)
 
-    student, teacher = training.student, training.teacher
+    student, teacher = context.student, context.teacher
     rollout = roll(student, teacher, 0.2)
     with torch.no_grad():  # verified: the log-probabilities kept are those of a forward pass over prompt and response
-        batch = training.collate(prompts[:4], rollout.responses()[:4])
+        batch = collate(prompts[:4], rollout.responses()[:4])
         again = student.logits(student.output(batch).states).log_softmax(-1)[range(len(batch.targets)), batch.targets]
     torch.testing.assert_close(rollout.student_logprobs[:4].flatten(), again, rtol=1e-3, atol=1e-3)
 
@@ -95,26 +94,25 @@ def test_rollout(benchmark, training):
     assert seconds["both_models"] <= 1.25 * alone
 
 
-def test_step(benchmark, training):
+def test_step(benchmark, context):
     """Forward and backward of one minibatch with its text, and the update, from rollouts that exist already."""
-    method = METHODS["minillm"](training, Path())
+    method = METHODS["minillm"](context, Path())
     parts, _ = method.step(1)
-    optimizer = torch.optim.AdamW(training.student.parameters(), lr=0.0, fused=True)
-    size = training.config.optim.micro_batch_size
-    micros = [Micro(part, rows, *part.make(rows)) for part in parts for rows in chunks(part.rows, size)]
+    optimizer = torch.optim.AdamW(context.student.parameters(), lr=0.0, fused=True)
+    size = context.config.optim.micro_batch_size
+    micros = [Micro(part, part.batch(examples)) for part in parts for examples in chunks(part.examples, size)]
     found: dict[str, float] = {}
 
     def step():
-        found.update(backward(training.student, micros, training.accelerator))
+        found.update(backward(context.student, micros, context.accelerator))
         optimizer.step()
         optimizer.zero_grad()
 
     benchmark.group = "one optimiser step of MiniLLM"
     benchmark.pedantic(step, rounds=5)
     # verified: ratios are w on the policy that sampled, so its loss is the mean of -min(w R, clip(w) R)
-    terms = policy_terms(method.rollout, training.config.objective)
-    chosen = concatenate([terms[i] for i in parts[0].rows])
-    w, gain = chosen.importance_weights, chosen.advantages
+    policy = PolicyConstants.concatenate([example.policy for example in parts[0].examples])
+    w, gain = policy.importance_weights, policy.advantages
     expected = -torch.minimum(w * gain, w.clamp(0.8, 1.2) * gain).mean()
     assert found["loss/policy"] == pytest.approx(float(expected), rel=1e-2, abs=1e-3)
     tokens = sum(int(micro.batch.attention_mask.sum()) for micro in micros)

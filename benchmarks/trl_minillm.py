@@ -146,9 +146,9 @@ def run_minillm(folder: Path) -> dict:
     recipe = load_recipe(config)
     student, teacher, tokenizer = load_pair(recipe.run)
     stage = recipe.stages["minillm"]
-    training, run = prepare(recipe.run, stage, student, teacher, tokenizer), RunDirectory(recipe)
+    context, run = prepare(recipe.run, stage, student, teacher, tokenizer), RunDirectory(recipe)
     before = held()
-    train(training, run, "minillm")
+    train(context, run, "minillm")
     bytes_ = extra(before, student.model)
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert all(line["completions/mean_length"] == NEW_TOKENS for line in lines)

@@ -167,7 +167,7 @@ def generate(options: argparse.Namespace, flags: list[str]) -> int:
     from minillm.config.schema import DataConfig, ModelConfig
     from minillm.data.examples import Record, encode
     from minillm.model.load import load_tokenizer
-    from minillm.model.sampling import draw_uniforms, sample
+    from minillm.model.sampling import Decoding, decode, draw_uniforms, sample
 
     tokenizer, model = load_tokenizer(options.model), _open(options.model, ModelConfig(head="logits"))  # any head
     data = DataConfig(max_prompt_length=options.max_prompt_length)
@@ -179,15 +179,12 @@ def generate(options: argparse.Namespace, flags: list[str]) -> int:
             model,
             None,
             [example.prompt],
-            max_new_tokens=options.max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
+            Decoding(options.max_new_tokens, tokenizer.eos_token_id, options.temperature, top_p=options.top_p),
             alpha=0.0,
-            temperature=options.temperature,
-            top_p=options.top_p,
             uniforms=draw_uniforms(options.seed + i, options.max_new_tokens, 1),
         )
-        (answer,) = tokenizer.batch_decode(rollout.responses(), skip_special_tokens=True)
-        print(answer.strip(), flush=True)
+        (response,) = decode(tokenizer, rollout.responses())
+        print(response, flush=True)
     return 0
 
 

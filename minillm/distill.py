@@ -7,10 +7,11 @@ from minillm.config.recipe import Recipe
 from minillm.config.schema import ConfigError, RunConfig
 from minillm.data.examples import show
 from minillm.evaluate import ROUGE, Evaluation, evaluate, evaluation_set
-from minillm.evaluate.rouge import greedy_answers, rouge_l
+from minillm.evaluate.rouge import rouge_l
 from minillm.model.check import check_same_tokenizer
 from minillm.model.head import CausalLM
 from minillm.model.load import load_student, load_teacher, load_tokenizer
+from minillm.model.sampling import greedy_responses
 from minillm.report.summary import card, changes, report, samples
 from minillm.run.directory import RunDirectory
 from minillm.train.loop import prepare, train
@@ -93,7 +94,7 @@ def run_recipe(recipe: Recipe, command: str, with_evaluation: bool = True, resum
     if with_evaluation and teacher is not None:
         began = time.perf_counter()
         prompts = [example.prompt for example in examples]
-        teacher_answers = greedy_answers(
+        teacher_answers = greedy_responses(
             teacher, tokenizer, prompts, config.eval.greedy_tokens, config.eval.batch_size
         )
         score = rouge_l(teacher_answers, [example.record.references for example in examples])

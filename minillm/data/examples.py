@@ -54,12 +54,35 @@ class Record(NamedTuple):
         return "\n\n".join(message["content"] for message in self.messages)
 
 
+class PolicyConstants(NamedTuple):
+    """What a rollout fixes of MiniLLM's loss, [T] of each sampled token: constants of every update that follows."""
+
+    advantages: Tensor
+    """R_t of minillm/train/minillm.py."""
+    old_logprobs: Tensor
+    """log q(y_t) of the student that sampled, in nats."""
+    importance_weights: Tensor
+    """w_t."""
+
+    @staticmethod
+    def concatenate(parts: "Sequence[PolicyConstants]") -> "PolicyConstants":
+        """Those of several responses, in the order of their tokens in a batch."""
+        return PolicyConstants(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
 class Example(NamedTuple):
-    """A record as token ids; the answer ends with end-of-sequence unless it was cut."""
+    """A prompt and the response to learn from, as token ids.
+
+    A response from the data ends with end-of-sequence unless it was cut. A sampled one may bring what was known when
+    it was sampled.
+    """
 
     record: Record
     prompt: list[int]
     response: list[int]
+    policy: PolicyConstants | None = None
+    teacher_states: Tensor | None = None
+    """[T, H] final states of the teacher, each predicting the token of its position."""
 
 
 class Encoded(NamedTuple):
@@ -82,10 +105,12 @@ class Encoded(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Right-padded rows; `predict` marks positions whose next token counts, `targets` are those tokens.
+    """Right-padded rows; `predict` marks the positions whose next token counts, `targets` are those tokens.
 
     input_ids [B, T], attention_mask [B, T], predict [B, T] bool, targets [N] in the row-major order of `predict`.
     position_ids [B, T] where rows hold several sequences: each counts from 0 and attends to itself alone.
+    policy [N] each and teacher_states [N, H], in the order of `targets`, where the responses were sampled and the
+    method needs them.
     """
 
     input_ids: Tensor
@@ -93,10 +118,24 @@ class Batch(NamedTuple):
     predict: Tensor
     targets: Tensor
     position_ids: Tensor | None = None
+    policy: PolicyConstants | None = None
+    teacher_states: Tensor | None = None
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], row_length: int = 0) -> "Batch":
+        """Examples side by side, as in `collate`, with what their rollout fixed."""
+        batch = collate([e.prompt for e in examples], [e.response for e in examples], row_length)
+        policies = [e.policy for e in examples if e.policy is not None]
+        states = [e.teacher_states for e in examples if e.teacher_states is not None]
+        return batch._replace(
+            policy=PolicyConstants.concatenate(policies) if policies else None,
+            teacher_states=torch.cat(states) if states else None,
+        )
 
     def to(self, device: torch.device) -> "Batch":
-        moved = [tensor if tensor is None else tensor.to(device) for tensor in self]
-        return Batch(*moved)  # type: ignore[arg-type]
+        tensors: dict[str, Any] = {k: x.to(device) for k, x in self._asdict().items() if isinstance(x, Tensor)}
+        policy = None if self.policy is None else PolicyConstants(*(x.to(device) for x in self.policy))
+        return self._replace(policy=policy, **tensors)
 
     def inputs(self) -> dict[str, Any]:
         """What a model reads. Without a mask, transformers separates packed sequences where positions restart."""

@@ -15,8 +15,9 @@ from minillm.config.schema import DataConfig, RunConfig
 from minillm.data.examples import DataError, Example, encode, read_records
 from minillm.evaluate.divergence import own_samples, references
 from minillm.evaluate.means import Estimate
-from minillm.evaluate.rouge import greedy_answers, rouge_l
+from minillm.evaluate.rouge import rouge_l
 from minillm.model.head import CausalLM
+from minillm.model.sampling import greedy_responses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,7 +95,7 @@ def evaluate(
         timed(REFERENCES, started)
     started = time.perf_counter()
     prompts = [example.prompt for example in examples]
-    answers = greedy_answers(student, tokenizer, prompts, config.eval.greedy_tokens, config.eval.batch_size)
+    answers = greedy_responses(student, tokenizer, prompts, config.eval.greedy_tokens, config.eval.batch_size)
     estimates[ROUGE] = rouge_l(answers, [example.record.references for example in examples])
     timed(ROUGE, started)
     return Evaluation(estimates, answers, seconds)

@@ -21,10 +21,11 @@ from minillm.evaluate.divergence import references
 from minillm.evaluate.diversity import distinct
 from minillm.evaluate.exposure import excess_accumulated_error
 from minillm.evaluate.means import Estimate
-from minillm.evaluate.rouge import decode, exact_match, greedy, rouge_l
+from minillm.evaluate.rouge import exact_match, rouge_l
 from minillm.evaluate.samples import Samples, draw
 from minillm.model.check import check_context
 from minillm.model.head import CausalLM
+from minillm.model.sampling import decode, greedy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -4,52 +4,13 @@ the best over the references of each prompt."""
 import re
 import string
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from minillm.evaluate.means import Estimate
-from minillm.model.head import CausalLM
-from minillm.model.sampling import sample
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 References = Sequence[Sequence[str]]
 """Right answers of each prompt."""
-
-
-def greedy_answers(
-    model: CausalLM,
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    batch_size: int,
-) -> list[str]:
-    """The most likely token at every step, decoded without special tokens."""
-    return decode(tokenizer, greedy(model, prompts, max_new_tokens, batch_size, tokenizer.eos_token_id))
-
-
-def greedy(
-    model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int, eos_token_id: int
-) -> list[list[int]]:
-    """The same as token ids, end-of-sequence included where it was reached."""
-    answers: list[list[int]] = []
-    for start in range(0, len(prompts), batch_size):
-        answers += sample(
-            model,
-            None,
-            prompts[start : start + batch_size],
-            max_new_tokens=max_new_tokens,
-            eos_token_id=eos_token_id,
-            alpha=0.0,
-            temperature=0.0,
-        ).responses()
-    return answers
-
-
-def decode(tokenizer: "PreTrainedTokenizerBase", token_ids: list[list[int]]) -> list[str]:
-    return [text.strip() for text in tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
 
 
 def rouge_l(answers: Sequence[str], references: References) -> Estimate:

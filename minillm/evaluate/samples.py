@@ -15,7 +15,7 @@ from minillm.config.schema import EvalConfig
 from minillm.data.examples import Example
 from minillm.evaluate.means import Estimate
 from minillm.model.head import CausalLM, common_vocabulary
-from minillm.model.sampling import draw_uniforms, sample
+from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm_kernels import fused_linear_distill_stats
 
 
@@ -57,10 +57,8 @@ def draw(
             author,
             other,
             [example.prompt for example in part],
-            max_new_tokens=settings.sample_tokens,
-            eos_token_id=eos_token_id,
+            Decoding(settings.sample_tokens, eos_token_id, settings.temperature),
             alpha=0.0,
-            temperature=settings.temperature,
             samples_per_prompt=settings.samples,
             uniforms=uniforms[:, start : start + at_once].flatten(1, 2),
             vocab_size=vocab_size,

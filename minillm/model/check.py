@@ -8,7 +8,7 @@ from minillm.config.schema import ConfigError
 from minillm.data.examples import collate
 from minillm.model.head import CausalLM
 from minillm.model.load import packs_in_one_row
-from minillm.model.sampling import draw_uniforms, sample
+from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm_kernels import fused_linear_token_logprobs
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def check_decoding(lm: CausalLM) -> None:
     pass over the whole sequence: rollouts would be of one law and learnt by another."""
     prompts = [[1, 2, 3, 4, 5], [2, 3]]
     uniforms = draw_uniforms(0, 3, len(prompts))
-    rollout = sample(lm, None, prompts, max_new_tokens=3, eos_token_id=-1, alpha=0.0, uniforms=uniforms)
+    rollout = sample(lm, None, prompts, Decoding(3, eos_token_id=-1), alpha=0.0, uniforms=uniforms)
     batch = collate(prompts, rollout.responses()).to(lm.device)
     whole = fused_linear_token_logprobs(*lm.output(batch), batch.targets)
     apart = float((rollout.student_logprobs[rollout.mask] - whole).abs().max())

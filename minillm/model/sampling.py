@@ -1,15 +1,17 @@
-"""Sampling from the teacher-student mixture, both models decoding side by side with their own key-value caches.
+"""All decoding: sampling from the teacher-student mixture, greedy decoding, and token ids to text.
 
-Every token is drawn by `minillm_kernels.mixed_sample`, whose log-probs are those of the law sampled; they are kept,
-and so are the final hidden states that predicted each token. Hence nothing needs a second forward pass over what was
-sampled: the teacher's distribution at any response position is its head applied to the state kept here. Where the
-teacher has no part in the draw (alpha = 0) it does not decode: it reads each sample once, in one forward pass.
+Student and teacher decode side by side, each with its own key-value cache. Every token is drawn by
+`minillm_kernels.mixed_sample`, which returns the log-probs of the law that was sampled. They are kept, and so are the
+final hidden states that predicted each token, so that nothing needs a second forward pass over a response: the
+teacher's distribution at any position is its head applied to the state kept here. Where the teacher has no part in
+the draw (alpha = 0), it does not decode: it reads each response once, in one forward pass.
 
 Legend: B sequences, P longest prompt, T longest response, H hidden.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +20,26 @@ from torch import Tensor
 
 from minillm.data.examples import collate
 from minillm.model.head import CausalLM, common_vocabulary
-from minillm_kernels import fused_linear_token_logprobs, mixed_sample
+from minillm_kernels import MixedSample, fused_linear_token_logprobs, mixed_sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a response is drawn, token by token, and where it ends."""
+
+    max_new_tokens: int
+    """Longest response, in tokens."""
+    eos_token_id: int
+    """The token that ends a response; it is part of it."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Keep the k most likely tokens of each model; 0: all."""
+    top_p: float = 1.0
+    """Then keep this probability mass of each model; 1: all."""
 
 
 class Rollout(NamedTuple):
@@ -57,83 +78,87 @@ def sample(
     student: CausalLM,
     teacher: CausalLM | None,
     prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
     *,
-    max_new_tokens: int,
-    eos_token_id: int,
     alpha: float = 0.2,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     samples_per_prompt: int = 1,
     uniforms: Tensor | None = None,
     vocab_size: int | None = None,
     row_length: int = 0,
 ) -> Rollout:
-    """Continue each prompt by up to `max_new_tokens` tokens of α p + (1-α) q, stopping each at end-of-sequence.
+    """Continue each prompt with tokens drawn from α p + (1-α) q, until end-of-sequence or the limit of tokens.
 
-    `uniforms` [max_new_tokens, B, 2] float64 makes the draw repeatable, token by token, for any pair of models (see
-    `draw_uniforms`); temperature 0 is greedy. Samples of one prompt are neighbours and share its prefill. A teacher
-    that only reads them has several in a row of `row_length` tokens, as in `collate`.
+    Args:
+        student, teacher: q and p; the teacher may be None where alpha is 0.
+        prompts: token ids, none of them empty.
+        decoding: limit, end-of-sequence, temperature and filters.
+        alpha: weight of the teacher in the mixture.
+        samples_per_prompt: samples of one prompt are neighbours in the result and share its prefill.
+        uniforms: [max_new_tokens, B, 2] float64 make the draw repeatable, token by token, for any pair of models (see
+            `draw_uniforms`); None draws from torch's default generator.
+        vocab_size: the columns of the heads that count; None takes those that both models have.
+        row_length: a teacher that only reads the responses reads several of them in a row of this many tokens, as in
+            `collate`.
     """
     device = student.device
     if teacher is not None and vocab_size is None:
         vocab_size = common_vocabulary(student, teacher)
     beside = teacher
-    if alpha == 0 and top_k == 0 and top_p == 1:  # no part in the draw, and its law of a token needs no filter
-        beside = None
+    if alpha == 0 and decoding.top_k == 0 and decoding.top_p == 1:
+        beside = None  # it has no part in the draw, and its law of a token needs no filter
     ids, mask = _left_pad(prompts, device)
     models = [_Decoder(model, ids, mask, samples_per_prompt) for model in (student, beside) if model is not None]
     sampled_prompts = [list(prompt) for prompt in prompts for _ in range(samples_per_prompt)]
     running = torch.ones(len(sampled_prompts), dtype=torch.bool, device=device)
     lengths = torch.zeros(len(sampled_prompts), dtype=torch.long, device=device)
     steps, hidden = [], []
-    for t in range(max_new_tokens):
+    for t in range(decoding.max_new_tokens):
         logits = [decoder.logits() for decoder in models]
         hidden.append([decoder.hidden for decoder in models])
         drawn = mixed_sample(
             logits[0],
             logits[1] if beside is not None else None,
             alpha,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            temperature=decoding.temperature,
+            top_k=decoding.top_k,
+            top_p=decoding.top_p,
             uniforms=None if uniforms is None else uniforms[t].to(device),
             vocab_size=vocab_size,
         )
         steps.append(drawn)
         lengths += running
-        running = running & (drawn.token_ids != eos_token_id)
-        if t + 1 == max_new_tokens or not running.any():
+        running = running & (drawn.token_ids != decoding.eos_token_id)
+        if t + 1 == decoding.max_new_tokens or not running.any():
             break
         for decoder in models:
             decoder.append(drawn.token_ids)
-    valid = torch.arange(len(steps), device=device) < lengths[:, None]
-
-    def gather(name: str) -> Tensor:
-        values = torch.stack([getattr(step, name) for step in steps], dim=1)
-        return torch.where(valid, values, torch.zeros_like(values))
-
     states = [torch.stack(states, dim=1) for states in zip(*hidden, strict=True)]
     rollout = Rollout(
         prompts=sampled_prompts,
-        token_ids=gather("token_ids"),
         lengths=lengths,
-        student_logprobs=gather("student_logprobs"),
-        teacher_logprobs=gather("teacher_logprobs") if beside is not None else None,
-        mixture_logprobs=gather("mixture_logprobs"),
-        from_teacher=gather("from_teacher"),
+        **_stack_steps(steps, lengths),
         student_hidden=states[0],
         teacher_hidden=states[1] if beside is not None else None,
     )
     if teacher is None or beside is not None:
         return rollout
-    return _scored(rollout, teacher, temperature or 1.0, vocab_size, row_length)
+    return _score_rollout(rollout, teacher, decoding.temperature or 1.0, vocab_size, row_length)
 
 
-def _scored(
+def _stack_steps(steps: Sequence[MixedSample], lengths: Tensor) -> dict[str, Any]:
+    """[B, T] of each field that the steps have, 0 beyond the end of a response."""
+    beyond = torch.arange(len(steps), device=lengths.device) >= lengths[:, None]
+    columns = zip(*steps, strict=True)
+    return {
+        name: None if column[0] is None else torch.stack(column, dim=1).masked_fill(beyond, 0)
+        for name, column in zip(MixedSample._fields, columns, strict=True)
+    }
+
+
+def _score_rollout(
     rollout: Rollout, teacher: CausalLM, temperature: float, vocab_size: int | None, row_length: int
 ) -> Rollout:
-    """With the teacher's side of samples that it had no part in."""
+    """Add the teacher's log-probs and states to responses that it had no part in."""
     hidden, logprobs = [], []
     responses, at_once = rollout.responses(), 16  # sequences of a forward pass
     for start in range(0, len(responses), at_once):
@@ -152,12 +177,39 @@ def _scored(
     return rollout._replace(teacher_hidden=teacher_hidden, teacher_logprobs=teacher_logprobs)
 
 
-def gather(rollout: Rollout, accelerator: Accelerator) -> Rollout:
-    """The samples of all processes, known to each: row i of process r becomes row i · processes + r."""
+def greedy(
+    model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int, eos_token_id: int
+) -> list[list[int]]:
+    """The most likely token at every step; a response includes its end-of-sequence where it was reached."""
+    decoding = Decoding(max_new_tokens, eos_token_id, temperature=0.0)
+    responses: list[list[int]] = []
+    for start in range(0, len(prompts), batch_size):
+        responses += sample(model, None, prompts[start : start + batch_size], decoding, alpha=0.0).responses()
+    return responses
+
+
+def greedy_responses(
+    model: CausalLM,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[str]:
+    """The text of greedy responses."""
+    return decode(tokenizer, greedy(model, prompts, max_new_tokens, batch_size, tokenizer.eos_token_id))
+
+
+def decode(tokenizer: "PreTrainedTokenizerBase", token_ids: list[list[int]]) -> list[str]:
+    """Responses as text, without special tokens and outer white space."""
+    return [text.strip() for text in tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
+
+
+def gather_processes(rollout: Rollout, accelerator: Accelerator) -> Rollout:
+    """The responses of all processes, known to each: row i of process r becomes row i · processes + r."""
     if accelerator.num_processes == 1:
         return rollout
 
-    def joined(values: Tensor | None) -> Tensor | None:
+    def interleave(values: Tensor | None) -> Tensor | None:
         if values is None:
             return None
         if values.dim() > 1:
@@ -167,7 +219,9 @@ def gather(rollout: Rollout, accelerator: Accelerator) -> Rollout:
 
     shares = gather_object([rollout.prompts])
     prompts = [prompt for row in zip(*shares, strict=True) for prompt in row]
-    tensors: dict[str, Any] = {name: joined(value) for name, value in rollout._asdict().items() if name != "prompts"}
+    tensors: dict[str, Any] = {
+        name: interleave(value) for name, value in rollout._asdict().items() if name != "prompts"
+    }
     return Rollout(prompts=prompts, **tensors)
 
 

@@ -23,8 +23,7 @@ from minillm.model.head import CausalLM
 from minillm.model.load import load_model, load_tokenizer
 from minillm.run.directory import environment
 from minillm.study.plan import REFERENCE, START, TEACHER, Cell, Study
-from minillm.train.baselines import METHODS
-from minillm.train.loop import prepare
+from minillm.train.loop import METHODS, prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,4 +1,4 @@
-"""What a step is made of: its parts, and all that a method (minillm/train/baselines.py) may use to make them."""
+"""What a method gets to work with, its context, and what it gives back for each optimiser step."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,29 +9,34 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from minillm.config.schema import RunConfig, StageConfig
-from minillm.data.examples import Batch, Example, collate
+from minillm.data.examples import Batch, Example
 from minillm.model.head import CausalLM, Output, Sums, common_vocabulary
-from minillm.model.sampling import Rollout, draw_uniforms, gather, sample
+from minillm.model.sampling import Decoding, Rollout, draw_uniforms, gather_processes, sample
 from minillm.run.clock import Clock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Loss = Callable[[Output, Batch], Sums]
+"""Sums over the targets of a batch, from the student's output on it."""
 
 
 class Part(NamedTuple):
-    """Sequences of a step, known by row numbers, of which micro-batches of any size can be made.
+    """Examples of a step that share a loss; any of them can be put into a batch together.
 
     Losses of one kind are normalised together, by the number of their targets over all processes.
     """
 
     kind: str
-    rows: list[int]
+    examples: list[Example]
     """This process's share."""
-    make: Callable[[list[int]], tuple[Batch, Loss]]
-    name: Callable[[int], str]
-    """Where a row came from, for messages."""
+    loss: Loss
+    row_length: int = 0
+    """As in `collate`."""
+
+    def batch(self, examples: list[Example]) -> Batch:
+        """A micro-batch of some of the examples."""
+        return Batch.of(examples, self.row_length)
 
 
 class Step(NamedTuple):
@@ -42,12 +47,12 @@ class Step(NamedTuple):
 
 
 @dataclass
-class Training:
-    """All that a method may use. The models live on `accelerator.device`."""
+class Context:
+    """All that a method may use in a stage. The models live on `accelerator.device`."""
 
     run: RunConfig
     config: StageConfig
-    """Of this stage."""
+    """The stage's."""
     accelerator: Accelerator
     student: CausalLM
     teacher: CausalLM | None
@@ -55,6 +60,7 @@ class Training:
     examples: list[Example]
     validation: list[Example]
     text: list[list[int]]
+    """Chunks of plain text."""
     about: str = ""
     """What the data filters did, in words."""
     clock: Clock = field(default_factory=Clock)
@@ -64,48 +70,49 @@ class Training:
         """The one vocabulary size that every kernel call gets."""
         return None if self.teacher is None else common_vocabulary(self.student, self.teacher)
 
-    def mine(self, items: list) -> list:
-        """This process's share of what all processes draw alike."""
-        return items[self.accelerator.process_index :: self.accelerator.num_processes]
-
-    def collate(self, prompts: list[list[int]], responses: list[list[int]]) -> Batch:
-        """A batch, packed where data.packing says so."""
-        return collate(prompts, responses, self.row_length)
-
     @property
     def row_length(self) -> int:
         """Tokens that a row of a batch may hold of several sequences; 0: a row each."""
         data = self.config.data
         return data.max_prompt_length + data.max_response_length if data.packing else 0
 
-    def sample(
-        self, student: CausalLM, teacher: CausalLM | None, numbers: list[int], uniforms: Tensor, alpha: float
+    def mine(self, items: list) -> list:
+        """This process's share of what all processes draw alike."""
+        return items[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def sample_responses(
+        self, student: CausalLM, teacher: CausalLM | None, prompts: list[list[int]], uniforms: Tensor, alpha: float
     ) -> Rollout:
-        """Samples for the prompts of these examples, as section `rollout` says."""
+        """Responses of the mixture of these two, drawn as the section `rollout` says."""
         rollout = self.config.rollout
         return sample(
             student,
             teacher,
-            [self.examples[i].prompt for i in numbers],
-            max_new_tokens=rollout.max_new_tokens,
-            eos_token_id=self.tokenizer.eos_token_id,
+            prompts,
+            Decoding(
+                rollout.max_new_tokens,
+                self.tokenizer.eos_token_id,
+                temperature=rollout.temperature,
+                top_k=rollout.top_k,
+                top_p=rollout.top_p,
+            ),
             alpha=alpha,
-            temperature=rollout.temperature,
-            top_k=rollout.top_k,
-            top_p=rollout.top_p,
             uniforms=uniforms,
             vocab_size=self.vocab_size,
             row_length=self.row_length,
         )
 
-    def roll_out(self, iteration: int, chosen: list[int], alpha: float) -> Rollout:
-        """Samples for these examples, shared out over the processes and known to all of them afterwards."""
+    def roll_out(self, iteration: int, examples: list[Example], teacher: CausalLM | None, alpha: float) -> Rollout:
+        """The student's responses, or the mixture's, to these prompts: the processes share the work, and all of them
+        know the result.
+        """
         seed = self.run.seed * 1_000_003 + iteration
-        uniforms = draw_uniforms(seed, self.config.rollout.max_new_tokens, len(chosen))
+        uniforms = draw_uniforms(seed, self.config.rollout.max_new_tokens, len(examples))
         mine = uniforms[:, self.accelerator.process_index :: self.accelerator.num_processes]
-        teacher = self.teacher if alpha > 0 or self.config.method == "minillm" else None
+        prompts = [example.prompt for example in self.mine(examples)]
         with self.clock("rollout"), self.accelerator.autocast():
-            return gather(self.sample(self.student, teacher, self.mine(chosen), mine, alpha), self.accelerator)
+            rollout = self.sample_responses(self.student, teacher, prompts, mine, alpha)
+            return gather_processes(rollout, self.accelerator)
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Output:

@@ -1,15 +1,16 @@
 """The training loop: rollout → score → loss → backward → step → log → validate → save.
 
-A method (baselines.py) says, per optimiser step, which sequences to learn from and what is lost on them; MiniLLM rolls
-out there. The loop knows nothing else of the methods: it cuts a step into micro-batches and divides the summed
-losses by the number of tokens that count, over all micro-batches and processes, so that 1 × 8 sequences, 8 × 1 and 2
-processes × 4 give the same gradient.
+A method (minillm.py, baselines.py) says, for each optimiser step, which examples to learn from and with which loss;
+MiniLLM samples its responses there. The loop knows nothing else of the methods: it cuts a step into micro-batches and
+divides the summed losses by the number of tokens that count, over all micro-batches and processes, so that 1 × 8
+sequences, 8 × 1 and 2 processes × 4 give the same gradient.
 """
 
-import hashlib
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
 from minillm.config.schema import ConfigError, OptimConfig, RunConfig, StageConfig
-from minillm.data.examples import Batch, Encoded, Example, chunk_text, encode, read_records, read_text
+from minillm.data.examples import Batch, Example, chunk_text, encode, read_records, read_text
 from minillm.model.check import check_context, check_packing
 from minillm.model.head import CausalLM, Sums
 from minillm.run import checkpoint
@@ -26,21 +27,25 @@ from minillm.run.checkpoint import Checkpoint, Progress
 from minillm.run.directory import RunDirectory
 from minillm.run.interrupt import Interrupt, Interrupted
 from minillm.run.trackers import check_trackers
-from minillm.train.baselines import METHODS
-from minillm.train.context import Loss, Part, Training, chunks
-from minillm.train.selection import Selection
+from minillm.train.baselines import Given, Gkd, kd, seqkd, sft
+from minillm.train.context import Context, Part, chunks
+from minillm.train.minillm import MiniLLM
+from minillm.train.selection import Selection, split_validation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+METHODS: dict[str, Callable[[Context, Path], Given | Gkd | MiniLLM]] = {
+    "sft": sft, "kd": kd, "seqkd": seqkd, "gkd": Gkd, "minillm": MiniLLM,
+}  # fmt: skip
+
+
 class Micro(NamedTuple):
-    """Sequences of one forward and backward pass."""
+    """A micro-batch: what goes through one forward and backward pass, and the part it is of."""
 
     part: Part
-    rows: list[int]
     batch: Batch
-    loss: Loss
 
 
 def prepare(
@@ -49,8 +54,8 @@ def prepare(
     student: CausalLM,
     teacher: CausalLM | None,
     tokenizer: "PreTrainedTokenizerBase",
-) -> Training:
-    """Read and check the data against the models, before any work that could be lost."""
+) -> Context:
+    """Read the data and check it against the models, before any work that could be lost."""
     accelerator = Accelerator()
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise ConfigError(
@@ -82,59 +87,39 @@ def prepare(
     text = chunk_text(read_text(config.data.text), tokenizer, config.objective.pt_length) if wants_text else []
     if text:
         about += f"; {len(text)} chunks of text"
-    answer = config.data.max_response_length
+    response = config.data.max_response_length
     if config.method in ("minillm", "seqkd", "gkd"):
-        answer = max(answer * (config.method == "gkd"), config.rollout.max_new_tokens)
+        response = max(response * (config.method == "gkd"), config.rollout.max_new_tokens)
     for model in (student, teacher):
         if model is not None:
-            check_context(model.model, config.data.max_prompt_length + answer)
+            check_context(model.model, config.data.max_prompt_length + response)
             model.to(accelerator.device)
             if config.data.packing:
                 check_packing(model.model)
     if teacher is not None:
         teacher.requires_grad_(False)
-    return Training(run, config, accelerator, student, teacher, tokenizer, examples, validation, text, about)
-
-
-def split_validation(
-    run: RunConfig, config: StageConfig, encoded: Encoded, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[list[Example], list[Example]]:
-    """Examples to train on and to validate on: of validation.data, else chosen from data.train by their prompts' text,
-    so that two stages of a recipe hold out the same."""
-    source, count = config.validation.data, config.validation.prompts
-    if source:
-        records, template = read_records(source), run.data.prompt_template
-        found = encode(records, tokenizer, template, config.data, source, answers=True).examples
-        return encoded.examples, found[:count]
-
-    def key(example: Example) -> bytes:
-        return hashlib.sha256(f"{run.seed} {example.record.prompt}".encode()).digest()
-
-    answered = sorted({key(e) for e in encoded.examples if (e.record.answer or "").strip()})
-    chosen = set(answered[: min(count, len(answered) // 10)])
-    if not chosen:
-        raise ConfigError(
-            f"{config.data.train} has {len(answered)} prompts with answers, too few to hold a tenth of them out for "
-            "validation: name validation.data, or set validation.every to 0"
-        )
-    parts: tuple[list[Example], list[Example]] = ([], [])
-    for example in encoded.examples:
-        parts[key(example) in chosen].append(example)
-    return parts
+    return Context(run, config, accelerator, student, teacher, tokenizer, examples, validation, text, about)
 
 
 def train(
-    training: Training, directory: RunDirectory, stage: str, first_step: int = 0, resumed: Checkpoint | None = None
+    context: Context, directory: RunDirectory, stage: str, first_step: int = 0, resumed: Checkpoint | None = None
 ) -> dict[str, float]:
-    """Run one stage: `optim.steps` optimiser steps, counted on from `first_step` in everything written.
+    """Run one stage, `optim.steps` optimiser steps.
 
-    Returns tokens seen (prompts included), seconds in all and per phase, and the best validation.
+    Args:
+        context: models, data and settings, as `prepare` returns them. The student is trained in place.
+        directory: where metrics and checkpoints are written.
+        stage: the name of the stage.
+        first_step: the steps of the stages before, added to a step's number in everything written.
+        resumed: the checkpoint of this stage to go on from.
+
+    Returns the tokens seen (prompts included), seconds in all and per phase, and the best validation.
 
     Raises FloatingPointError, naming step and sample, before a loss or gradient that is not finite reaches the
     weights; Interrupted after a checkpoint when SIGTERM came; CheckpointError.
     """
-    config, accelerator, clock = training.config, training.accelerator, training.clock
-    optim, log, model = config.optim, training.run.log, training.student.model
+    config, accelerator, clock = context.config, context.accelerator, context.clock
+    optim, log, model = config.optim, context.run.log, context.student.model
     folder = directory.path / "stages" / stage
     optimizer = torch.optim.AdamW(
         checkpoint.trained(model).values(),
@@ -143,8 +128,8 @@ def train(
         weight_decay=optim.weight_decay,
         fused=True,
     )
-    predictor, optimizer = accelerator.prepare(training.student, optimizer)
-    method = METHODS[config.method](training, folder)
+    predictor, optimizer = accelerator.prepare(context.student, optimizer)
+    method = METHODS[config.method](context, folder)
     progress = Progress(stage, first_step=first_step, stages=dict(directory.stages))
     if resumed is not None:
         progress = resumed.progress
@@ -153,7 +138,7 @@ def train(
             accelerator.scaler.load_state_dict(progress.scaler)
         memory = {name: value.to(accelerator.device) for name, value in resumed.groups.get("memory", {}).items()}
         method.remember(memory, progress.step)
-    selection = Selection(training, method, folder)
+    selection = Selection(context, method, folder)
 
     def save() -> None:
         groups = {**checkpoint.state_of(model, optimizer, accelerator), "memory": method.memory}
@@ -166,16 +151,16 @@ def train(
     clock.reset()
     with Interrupt() as interrupt:
         while progress.step < optim.steps:
-            # ---- what this step learns from (MiniLLM rolls out here when the last rollouts are used up)
+            # ---- what this step learns from (MiniLLM samples here when the last rollout is used up)
             step = progress.step + 1
             step_started = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = optim.lr * lr_factor(step, optim)
             parts, metrics = method.step(step)
             micros = [
-                Micro(part, rows, *part.make(rows))
+                Micro(part, part.batch(examples))
                 for part in parts
-                for rows in chunks(part.rows, optim.micro_batch_size)
+                for examples in chunks(part.examples, optim.micro_batch_size)
             ]
 
             # ---- loss and gradient
@@ -187,7 +172,7 @@ def train(
             if not (math.isfinite(metrics["loss"]) and finite):
                 raise FloatingPointError(
                     f"{stage}, step {step}: loss {metrics['loss']}, gradient norm {grad_norm}; "
-                    f"{blame(training, micros)}. The weights were not updated. {directory.how_to_resume()}"
+                    f"{blame(context, parts)}. The weights were not updated. {directory.how_to_resume()}"
                 )
             optimizer.step()
             optimizer.zero_grad()
@@ -227,7 +212,7 @@ def train(
             if stop:
                 raise Interrupted(directory.how_to_resume())
     selection.restore(progress)
-    accelerator.free_memory()  # of the optimiser, before the next stage allocates its own
+    accelerator.free_memory()  # the optimiser's, before the next stage allocates its own
     best = {f"best_{name}": value for name, value in progress.best.items()}
     return {"num_tokens": progress.num_tokens, **best, **{k: round(v, 2) for k, v in progress.totals.items()}}
 
@@ -240,7 +225,7 @@ def backward(predictor: torch.nn.Module, micros: list[Micro], accelerator: Accel
         batch, kind = micro.batch.to(accelerator.device), micro.part.kind
         last = i + 1 == len(micros)
         with nullcontext() if last else accelerator.no_sync(predictor):
-            sums = predictor(batch, micro.loss)
+            sums = predictor(batch, micro.part.loss)
             # gradients are averaged over processes, the token count is global: undo the average
             accelerator.backward(sums["loss"] * accelerator.num_processes / tokens[kind])
         for name, value in sums.items():
@@ -250,19 +235,19 @@ def backward(predictor: torch.nn.Module, micros: list[Micro], accelerator: Accel
     return dict(zip(metrics, reduced.tolist(), strict=True))
 
 
-def blame(training: Training, micros: list[Micro]) -> str:
-    """The first sequence, in words, whose own loss or gradient is not finite; tried one by one."""
+def blame(context: Context, parts: list[Part]) -> str:
+    """The first example, in words, whose own loss or gradient is not finite; tried one by one."""
     found: list[str] = []
-    parameters = checkpoint.trained(training.student.model).values()
-    for part, row in [(micro.part, row) for micro in micros for row in micro.rows]:
+    parameters = checkpoint.trained(context.student.model).values()
+    candidates = ((part, example) for part in parts for example in part.examples)
+    for part, example in candidates:
         if found:
             break
-        batch, loss = part.make([row])
-        batch = batch.to(training.accelerator.device)
-        value = loss(training.student.output(batch), batch)["loss"]
+        batch = part.batch([example]).to(context.accelerator.device)
+        value = part.loss(context.student.output(batch), batch)["loss"]
         gradients = torch.autograd.grad(value, list(parameters), allow_unused=True)
         if not all(torch.isfinite(x).all() for x in (value, *gradients) if x is not None):
-            found.append(f"{part.name(row)} ({part.kind})")
+            found.append(f"{example.record.where} ({part.kind})")
     found = gather_object(found)
     return f"the first sample at fault is {found[0]}" if found else "no sample alone gives that: lower optim.lr"
 
@@ -295,7 +280,7 @@ def lr_factor(step: int, optim: OptimConfig) -> float:
 
 
 def average(history: list[dict[str, float]]) -> dict[str, float]:
-    """Mean over the steps of a log interval that tell a metric; of memory the maximum."""
+    """Mean of each metric over the steps of a log interval that have it; the maximum for memory."""
     names = dict.fromkeys(name for metrics in history for name in metrics)
     known = {name: [metrics[name] for metrics in history if name in metrics] for name in names}
     return {

@@ -1,6 +1,8 @@
-"""MiniLLM's objective: sequence-level reverse KL by policy gradient (arXiv 2306.08543), in two variants.
+"""MiniLLM: sequence-level reverse KL by policy gradient (arXiv 2306.08543, algorithm 1), in two variants.
 
-    ∇L = ∇Single + ∇Long + ∇L_PT,   each a mean over its tokens
+    repeat    sample responses y ~ p̃ = α p + (1-α) q to a batch of prompts, and draw plain text d
+              ∇L = ∇Single + ∇Long + ∇L_PT,   each a mean over its tokens
+              update q_θ
 
 `objective.variant: paper`, as printed:
 
@@ -17,74 +19,147 @@
     Â_t    = (R_t - mean R) / √(var R + 1e-8)              over the valid tokens of the optimiser step
     L_PT   = -½ log q(d_t) - ½ Σ_v p(v) log q(v) over plain text
 
-with p̃ = α p + (1-α) q the mixture that was sampled, q in w_t and r_t the student that sampled, t = 1 … T. Every piece
-is a key of its own in the section `objective`. The paper prints 1/(T-t-1) for the mean, which is 0 one token before
-the last; here it divides by its number of terms. The authors' code also counts padding in the mean and variance of R,
-and whitens each micro-batch by itself; here whitening does not depend on how the work is split. Soft cross entropy
-enters as KL(p‖q), which has the same gradient.
+Here p̃ is the mixture that was sampled, q in w_t and r_t the student that sampled, and t = 1 … T. Every piece is a key
+of its own in the section `objective`. The paper prints 1/(T-t-1) for the mean, which is 0 one token before the last;
+here the sum is divided by its number of terms. The authors' code also counts padding in the mean and variance of R,
+and whitens each micro-batch by itself; here whitening does not depend on how the work is split. The soft cross entropy
+of L_PT enters as KL(p‖q), which has the same gradient.
 
-With α > 0 the single ratio in place of the product of ratios, and the normalised return, make this a biased estimate
-of the gradient of KL(q‖p): it is exact at α = 0 with plain sums.
+With α > 0, one ratio in place of the product of ratios and the normalised return make this a biased estimate of the
+gradient of KL(q‖p). It is exact at α = 0 with plain sums.
 
-Here is what the rollout fixes; `minillm_kernels.minillm_loss` is Single + Long of the student being trained.
-
-Legend: B sequences, T positions, N tokens that exist over the batch.
+Legend: B responses, T positions, N tokens of a batch.
 """
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from minillm.config.schema import ObjectiveConfig
+from minillm.data.examples import Batch, Example, PolicyConstants, Record, Shuffled
+from minillm.model.head import Output, Sums
 from minillm.model.sampling import Rollout
+from minillm.train.context import Context, Part, Step
+from minillm_kernels import fused_linear_distill_loss, fused_linear_minillm_loss
 
 
-class PolicyTerms(NamedTuple):
-    """What the rollout fixes, per token that exists, [N] in row-major order; constants of the update."""
+class MiniLLM:
+    """Samples responses to a batch of prompts, then passes over them `rollout.epochs` times in minibatches."""
 
-    advantages: Tensor
-    """R_t of the formulas, in nats."""
-    old_logprobs: Tensor
-    """log q(y_t) of the student that sampled."""
-    importance_weights: Tensor
-    """w_t."""
+    def __init__(self, context: Context, folder: Path) -> None:
+        rollout, optim, seed = context.config.rollout, context.config.optim, context.run.seed
+        self.context = context
+        self.steps_per_rollout = rollout.epochs * rollout.batch_size // optim.batch_size
+        self.prompts = Shuffled(len(context.examples), seed)
+        self.text = Shuffled(len(context.text), seed + 1)
+        self.minibatches = Shuffled(rollout.batch_size, seed + 2)
+        self.rollout: Rollout | None = None
+
+    def step(self, number: int) -> Step:
+        """What step `number`, from 1, learns from."""
+        context, config, done = self.context, self.context.config, number - 1
+        iteration, used = divmod(done, self.steps_per_rollout)
+
+        # ---- y ~ p̃: all that the objective asks of the sampled tokens is known from here on
+        examples = self.rolled_out(iteration)
+        if used == 0 or self.rollout is None:
+            rollout = context.roll_out(iteration, examples, context.teacher, config.rollout.alpha)
+            self.rollout = rollout._replace(student_hidden=None)  # computed again, with a gradient
+        rollout, responses = self.rollout, self.rollout.responses()
+        assert rollout.teacher_hidden is not None
+
+        # ---- a minibatch of the responses: R_t, log q(y_t) and w_t ride with their tokens
+        rows = self.minibatches.take(done * config.optim.batch_size, config.optim.batch_size)
+        fixed = policy_constants(rollout, config.objective)
+        constants = [fixed[row] for row in rows]
+        if config.objective.whiten:
+            constants = whiten(constants)
+        minibatch = []
+        for row, policy in zip(rows, constants, strict=True):
+            response = responses[row]
+            states = rollout.teacher_hidden[row, : len(response)]
+            minibatch.append(examples[row]._replace(response=response, policy=policy, teacher_states=states))
+        parts = [Part("responses", context.mine(minibatch), self.policy_loss, context.row_length)]
+
+        # ---- d, plain text
+        if config.objective.pt_weight > 0:
+            size = config.objective.pt_batch_size
+            text = [self.passage(i) for i in self.text.take(done * size, size)]
+            parts.append(Part("text", context.mine(text), self.text_loss))
+        return Step(parts, describe_rollout(rollout))
+
+    def policy_loss(self, student: Output, batch: Batch) -> Sums:
+        """Single + Long, from what the rollout fixed: the teacher's states and the constants of each token."""
+        settings, teacher = self.context.config.objective, self.context.teacher
+        assert teacher is not None and batch.teacher_states is not None and batch.policy is not None
+        result = fused_linear_minillm_loss(
+            *student,
+            batch.teacher_states,
+            teacher.head,
+            batch.targets,
+            advantages=batch.policy.advantages,
+            old_logprobs=batch.policy.old_logprobs,
+            importance_weights=batch.policy.importance_weights,
+            clip_range=settings.clip_range or math.inf,
+            single_step=float(settings.single_step),
+            weight_single_step=settings.weight_single_step,
+            normalizer=1.0,  # sums: the loop divides
+            vocab_size=self.context.vocab_size,
+        )
+        return {
+            "loss": result.loss,
+            "loss/policy": result.policy_loss,
+            "loss/single_step": result.single_step_loss,
+            "kl/reverse": result.reverse_kl.sum(),
+            "entropy": result.entropy.sum(),
+            "clip_fraction": result.clip_fraction * len(batch.targets),
+        }
+
+    def text_loss(self, student: Output, batch: Batch) -> Sums:
+        """L_PT: cross entropy with the text and, for a share pt_teacher, with the teacher's distribution."""
+        settings = self.context.config.objective
+        states, head = self.context.score(batch) if settings.pt_teacher else (None, None)
+        total = fused_linear_distill_loss(
+            *student,
+            states,
+            head,
+            batch.targets,
+            forward_kl=settings.pt_teacher,
+            student_logprobs=settings.pt_teacher - 1,
+            vocab_size=self.context.vocab_size,
+        ).loss
+        return {"loss": settings.pt_weight * total, "loss/pt": total}
+
+    def rolled_out(self, iteration: int) -> list[Example]:
+        """The examples whose prompts an iteration samples responses to."""
+        size = self.context.config.rollout.batch_size
+        return [self.context.examples[i] for i in self.prompts.take(iteration * size, size)]
+
+    def passage(self, index: int) -> Example:
+        """A chunk of text, learnt from after its first token."""
+        text, where = self.context.text[index], f"{self.context.config.data.text}, chunk {index + 1}"
+        return Example(Record([], None, where), text[:1], text[1:])
+
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        """The rollout in use, without its prompts: the step's number tells them."""
+        fields = self.rollout._asdict() if self.rollout is not None else {}
+        return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+
+    def remember(self, memory: dict[str, Tensor], number: int) -> None:
+        """Restore the rollout that step `number` used, from the memory it left."""
+        prompts = [example.prompt for example in self.rolled_out((number - 1) // self.steps_per_rollout)]
+        self.rollout = Rollout(prompts=prompts, student_hidden=None, **memory)
 
 
-def returns(
-    rewards: Tensor, mask: Tensor, *, length_norm: bool = True, include_current: bool = False, discount: float = 1.0
-) -> Tensor:
-    """[B, T] discounted mean (or, without length_norm, sum) of the rewards after each token; 0 where there is none.
-
-    `include_current` counts the token's own reward too.
-    """
-    rewards = torch.where(mask, rewards, torch.zeros_like(rewards))
-    after, columns = torch.zeros_like(rewards[:, 0]), []
-    for reward in reversed(rewards.unbind(dim=1)):
-        from_here = reward + discount * after
-        columns.append(from_here if include_current else after)
-        after = from_here
-    sums = torch.stack(columns[::-1], dim=1)
-    if length_norm:
-        terms = mask.to(rewards.dtype).flip(1).cumsum(1).flip(1) - (0 if include_current else 1)
-        sums = sums / terms.clamp(min=1)
-    return torch.where(mask, sums, torch.zeros_like(sums))
+# ---- what a rollout fixes
 
 
-def token_rewards(rollout: Rollout) -> Tensor:
-    """[B, T] r_t = log p(y_t) - log q(y_t)."""
-    assert rollout.teacher_logprobs is not None
-    return rollout.teacher_logprobs - rollout.student_logprobs
-
-
-def importance_weights(rollout: Rollout) -> Tensor:
-    """[B, T] w_t = q(y_t) / p̃(y_t), at most 1 / (1-α)."""
-    return torch.exp(rollout.student_logprobs - rollout.mixture_logprobs)
-
-
-def policy_terms(rollout: Rollout, objective: ObjectiveConfig) -> list[PolicyTerms]:
-    """The constants of each sequence of a rollout, trimmed to its length; the returns not whitened yet.
+def policy_constants(rollout: Rollout, objective: ObjectiveConfig) -> list[PolicyConstants]:
+    """The constants of each response, trimmed to its length; the returns are not whitened yet.
 
     Without the single-step term, a token's own reward can only come from its return (eq 2), which then includes it.
     """
@@ -100,16 +175,51 @@ def policy_terms(rollout: Rollout, objective: ObjectiveConfig) -> list[PolicyTer
     )
     weights = importance_weights(rollout) if objective.importance_weights else torch.ones_like(advantages)
     columns = zip(rollout.lengths.tolist(), advantages, rollout.student_logprobs, weights, strict=True)
-    return [PolicyTerms(a[:n], q[:n], w[:n]) for n, a, q, w in columns]
+    return [PolicyConstants(a[:n], q[:n], w[:n]) for n, a, q, w in columns]
 
 
-def whiten(terms: Sequence[PolicyTerms]) -> list[PolicyTerms]:
-    """The same with advantages of mean 0 and variance 1 over all tokens of these sequences."""
-    joined = torch.cat([sequence.advantages for sequence in terms])
+def token_rewards(rollout: Rollout) -> Tensor:
+    """[B, T] r_t = log p(y_t) - log q(y_t)."""
+    assert rollout.teacher_logprobs is not None
+    return rollout.teacher_logprobs - rollout.student_logprobs
+
+
+def returns(
+    rewards: Tensor, mask: Tensor, *, length_norm: bool = True, include_current: bool = False, discount: float = 1.0
+) -> Tensor:
+    """[B, T] R_t: the discounted mean (or, without length_norm, sum) of the rewards after each token; 0 where there
+    is none. `include_current` counts the token's own reward too.
+    """
+    rewards = torch.where(mask, rewards, torch.zeros_like(rewards))
+    after, columns = torch.zeros_like(rewards[:, 0]), []
+    for reward in reversed(rewards.unbind(dim=1)):
+        from_here = reward + discount * after
+        columns.append(from_here if include_current else after)
+        after = from_here
+    sums = torch.stack(columns[::-1], dim=1)
+    if length_norm:
+        terms = mask.to(rewards.dtype).flip(1).cumsum(1).flip(1) - (0 if include_current else 1)
+        sums = sums / terms.clamp(min=1)
+    return torch.where(mask, sums, torch.zeros_like(sums))
+
+
+def importance_weights(rollout: Rollout) -> Tensor:
+    """[B, T] w_t = q(y_t) / p̃(y_t), at most 1 / (1-α)."""
+    return torch.exp(rollout.student_logprobs - rollout.mixture_logprobs)
+
+
+def whiten(constants: Sequence[PolicyConstants]) -> list[PolicyConstants]:
+    """The same with Â_t: advantages of mean 0 and variance 1 over all tokens of these responses."""
+    joined = torch.cat([policy.advantages for policy in constants])
     scale = torch.rsqrt(joined.var(correction=0) + 1e-8)
-    return [sequence._replace(advantages=(sequence.advantages - joined.mean()) * scale) for sequence in terms]
+    return [policy._replace(advantages=(policy.advantages - joined.mean()) * scale) for policy in constants]
 
 
-def concatenate(terms: Sequence[PolicyTerms]) -> PolicyTerms:
-    """The terms of several sequences, in the order of their tokens in a batch."""
-    return PolicyTerms(*(torch.cat(column) for column in zip(*terms, strict=True)))
+def describe_rollout(rollout: Rollout) -> dict[str, float]:
+    """Means per token, and the mean length, of what all processes sampled."""
+    mask, tokens = rollout.mask, rollout.lengths.sum()
+    return {
+        "reward/mean": float(token_rewards(rollout)[mask].sum() / tokens),
+        "rollout/from_teacher": float(rollout.from_teacher[mask].sum() / tokens),
+        "completions/mean_length": float(tokens / len(rollout.lengths)),
+    }

@@ -4,31 +4,70 @@ The paper keeps the lowest validation loss of the supervised methods and the bes
 sequence-level objective has no validation loss that means the same under every student.
 """
 
+import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 
-from minillm.evaluate.rouge import greedy_answers, rouge_l
+from minillm.config.schema import ConfigError, RunConfig, StageConfig
+from minillm.data.examples import Encoded, Example, encode, read_records
+from minillm.evaluate.rouge import rouge_l
+from minillm.model.sampling import greedy_responses
 from minillm.run.checkpoint import Progress, restore_weights, write_weights
-from minillm.train.baselines import MiniLLM, Sft
-from minillm.train.context import Training, chunks
+from minillm.train.baselines import Given, Gkd
+from minillm.train.context import Context, chunks
+from minillm.train.minillm import MiniLLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def split_validation(
+    run: RunConfig, config: StageConfig, encoded: Encoded, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[Example], list[Example]]:
+    """Examples to train on and to validate on.
+
+    The latter are those of validation.data, or else are held out from data.train by a hash of their prompts, so that
+    all stages of a recipe hold out the same.
+    """
+    source, count = config.validation.data, config.validation.prompts
+    if source:
+        records, template = read_records(source), run.data.prompt_template
+        found = encode(records, tokenizer, template, config.data, source, answers=True).examples
+        return encoded.examples, found[:count]
+
+    def key(example: Example) -> bytes:
+        return hashlib.sha256(f"{run.seed} {example.record.prompt}".encode()).digest()
+
+    answered = sorted({key(e) for e in encoded.examples if (e.record.answer or "").strip()})
+    chosen = set(answered[: min(count, len(answered) // 10)])
+    if not chosen:
+        raise ConfigError(
+            f"{config.data.train} has {len(answered)} prompts with answers, too few to hold a tenth of them out for "
+            "validation: name validation.data, or set validation.every to 0"
+        )
+    parts: tuple[list[Example], list[Example]] = ([], [])
+    for example in encoded.examples:
+        parts[key(example) in chosen].append(example)
+    return parts
 
 
 class Selection:
-    """Validates a stage every `validation.every` steps and after its last; `progress.best` is what it knows."""
+    """Validates a stage every `validation.every` steps and after its last; `progress.best` is the best so far."""
 
-    def __init__(self, training: Training, method: Sft | MiniLLM, folder: Path) -> None:
-        self.training, self.method, self.path = training, method, folder / "best.safetensors"
+    def __init__(self, context: Context, method: Given | Gkd | MiniLLM, folder: Path) -> None:
+        self.context, self.method, self.path = context, method, folder / "best.safetensors"
 
     def due(self, step: int) -> bool:
-        settings, steps = self.training.config.validation, self.training.config.optim.steps
-        return bool(self.training.validation) and (step % settings.every == 0 or step == steps)
+        settings, steps = self.context.config.validation, self.context.config.optim.steps
+        return bool(self.context.validation) and (step % settings.every == 0 or step == steps)
 
     def validate(self, progress: Progress) -> dict[str, float]:
         """The metric at this step; the weights are kept when none before was better."""
-        training, method = self.training, self.method
-        with training.clock("validation"), torch.no_grad():
+        context, method = self.context, self.method
+        with context.clock("validation"), torch.no_grad():
             if isinstance(method, MiniLLM):
                 name, score, better = "validation/rouge_l", self._rouge(), 1
             else:
@@ -36,50 +75,49 @@ class Selection:
                 method.validated(score)
         if not progress.best or better * (score - progress.best["score"]) > 0:
             progress.best = {"step": progress.step, "score": score}
-            if training.accelerator.is_main_process:
-                write_weights(training.student.model, self.path)
+            if context.accelerator.is_main_process:
+                write_weights(context.student.model, self.path)
         return {name: score}
 
     def restore(self, progress: Progress) -> None:
         """Give the student the best weights again."""
         if progress.best and progress.best["step"] != progress.step:
-            self.training.accelerator.wait_for_everyone()
-            restore_weights(self.training.student.model, load_file(self.path))
+            self.context.accelerator.wait_for_everyone()
+            restore_weights(self.context.student.model, load_file(self.path))
 
-    def _loss(self, method: Sft) -> float:
-        """Per token, on the reference answers."""
-        training, examples = self.training, self.training.validation
+    def _loss(self, method: Given | Gkd) -> float:
+        """The method's loss per token of the references."""
+        context = self.context
         sums = torch.zeros(2, dtype=torch.float64)
-        part = method.answers(examples, training.mine(list(range(len(examples)))))
-        for rows in chunks(part.rows, training.config.optim.micro_batch_size):
-            batch, loss = part.make(rows)
-            batch = batch.to(training.accelerator.device)
-            with training.accelerator.autocast():
-                value = loss(training.student.output(batch), batch)["loss"]
+        part = method.part(context.mine(context.validation))
+        for examples in chunks(part.examples, context.config.optim.micro_batch_size):
+            batch = part.batch(examples).to(context.accelerator.device)
+            with context.accelerator.autocast():
+                value = part.loss(context.student.output(batch), batch)["loss"]
             sums += torch.tensor([float(value), len(batch.targets)], dtype=torch.float64)
         total, count = self._over_processes(sums)
         return total / count
 
     def _rouge(self) -> float:
-        """Of greedy answers."""
-        training, settings = self.training, self.training.config
-        examples = training.mine(training.validation)
+        """Mean ROUGE-L of greedy responses against the references."""
+        context = self.context
+        examples = context.mine(context.validation)
         sums = torch.zeros(2, dtype=torch.float64)
         if examples:
-            with training.accelerator.autocast():
-                answers = greedy_answers(
-                    training.student,
-                    training.tokenizer,
+            with context.accelerator.autocast():
+                responses = greedy_responses(
+                    context.student,
+                    context.tokenizer,
                     [example.prompt for example in examples],
-                    settings.validation.greedy_tokens,
-                    training.run.eval.batch_size,
+                    context.config.validation.greedy_tokens,
+                    context.run.eval.batch_size,
                 )
-            scores = rouge_l(answers, [example.record.references for example in examples])
+            scores = rouge_l(responses, [example.record.references for example in examples])
             sums = torch.stack([scores.totals.sum(), scores.counts.sum()])
         total, count = self._over_processes(sums)
         return total / count
 
     def _over_processes(self, sums: torch.Tensor) -> list[float]:
-        device = self.training.accelerator.device
+        device = self.context.accelerator.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        return self.training.accelerator.reduce(sums.to(device, dtype), "sum").tolist()
+        return self.context.accelerator.reduce(sums.to(device, dtype), "sum").tolist()

@@ -7,9 +7,9 @@ from tokenizers import pre_tokenizers
 
 from minillm.data import packages
 from minillm.data.gguf import BLOCK, OUTER, convert
-from minillm.evaluate.rouge import greedy_answers
 from minillm.model.head import CausalLM
 from minillm.model.load import load_model, load_tokenizer
+from minillm.model.sampling import greedy_responses
 
 CONTROL, NORMAL = 3, 1
 
@@ -105,4 +105,4 @@ def test_the_packaged_teacher_answers():
     model, tokenizer = CausalLM(load_model(source)), load_tokenizer(source)
     assert tokenizer.tokenize("\n\n1. Eat 25") == ["ĊĊ", "1", ".", "ĠEat", "Ġ", "2", "5"]
     prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-    assert greedy_answers(model, tokenizer, [tokenizer.encode(prompt)], 16, 1) == ["The capital of France is Paris."]
+    assert greedy_responses(model, tokenizer, [tokenizer.encode(prompt)], 16, 1) == ["The capital of France is Paris."]

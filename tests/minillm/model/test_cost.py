@@ -12,8 +12,7 @@ from minillm.config.schema import ConfigError
 from minillm.distill import load_pair
 from minillm.model.cost import cost, trial
 from minillm.model.load import cached, skeleton
-from minillm.train.baselines import METHODS
-from minillm.train.loop import prepare
+from minillm.train.loop import METHODS, prepare
 
 
 def config_of(files, method, *flags):
@@ -86,7 +85,7 @@ def test_the_work_grows_with_what_is_done(files):
     config = config_of(files, "kd")
     training = prepare(*config, *load_pair(config[0]))
     method = METHODS["kd"](training, files)
-    batches = [part.make(part.rows)[0] for step in (1, 2, 3) for part in method.step(step).parts]
+    batches = [part.batch(part.examples) for step in (1, 2, 3) for part in method.step(step).parts]
     assert sum(int(batch.attention_mask.sum()) for batch in batches) <= whole["kd"].tokens
 
 

@@ -1,13 +1,17 @@
 """The sampler against full forward passes, unpadded decoding and transformers' own greedy search."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from minillm.model.head import CausalLM
-from minillm.model.sampling import draw_uniforms, sample
+from minillm.model.sampling import Decoding, decode, draw_uniforms, greedy, greedy_responses, sample
 
 PROMPTS = [[5, 9, 17, 33, 2], [7], [100, 3, 45]]
 NO_EOS = -1
+SIX = Decoding(6, NO_EOS)
 
 
 @pytest.fixture(params=["make_llama", "make_gpt2"])
@@ -20,10 +24,10 @@ def pair(student, make_llama):
     return student, CausalLM(make_llama(2, seed=7))
 
 
-def roll(student, teacher, prompts=PROMPTS, eos=NO_EOS, tokens=6, seed=0, **settings):
+def roll(student, teacher, prompts=PROMPTS, decoding=SIX, seed=0, **settings):
     copies = settings.get("samples_per_prompt", 1)
-    uniforms = draw_uniforms(seed, tokens, len(prompts) * copies)
-    return sample(student, teacher, prompts, max_new_tokens=tokens, eos_token_id=eos, uniforms=uniforms, **settings)
+    uniforms = draw_uniforms(seed, decoding.max_new_tokens, len(prompts) * copies)
+    return sample(student, teacher, prompts, decoding, uniforms=uniforms, **settings)
 
 
 def full_logprobs(model, prompt, response):
@@ -60,18 +64,16 @@ def test_left_padding_changes_nothing(pair):
     together = roll(student, teacher)
     uniforms = draw_uniforms(0, 6, len(PROMPTS))
     for i, prompt in enumerate(PROMPTS):
-        alone = sample(
-            student, teacher, [prompt], max_new_tokens=6, eos_token_id=NO_EOS, uniforms=uniforms[:, i : i + 1]
-        )
+        alone = sample(student, teacher, [prompt], SIX, uniforms=uniforms[:, i : i + 1])
         assert alone.responses() == [together.responses()[i]]
         torch.testing.assert_close(alone.mixture_logprobs[0], together.mixture_logprobs[i], rtol=1e-4, atol=1e-4)
 
 
 def test_each_sequence_stops_at_its_own_end(pair):
     student, teacher = pair
-    free = roll(student, teacher, tokens=8)
+    free = roll(student, teacher, decoding=Decoding(8, NO_EOS))
     eos = free.responses()[0][2]
-    stopped = roll(student, teacher, tokens=8, eos=eos)
+    stopped = roll(student, teacher, decoding=Decoding(8, eos))
     for long, short in zip(free.responses(), stopped.responses(), strict=True):
         expected = long[: long.index(eos) + 1] if eos in long else long
         assert short == expected
@@ -85,19 +87,39 @@ def test_each_sequence_stops_at_its_own_end(pair):
 def test_decoding_ends_when_every_sequence_has(pair):
     student, teacher = pair
     eos = roll(student, teacher, prompts=PROMPTS[:1]).responses()[0][0]
-    rollout = roll(student, teacher, prompts=PROMPTS[:1], eos=eos, tokens=6)
+    rollout = roll(student, teacher, prompts=PROMPTS[:1], decoding=Decoding(6, eos))
     assert rollout.token_ids.tolist() == [[eos]]
     assert rollout.lengths.tolist() == [1]
 
 
 def test_greedy_is_that_of_transformers(student):
-    ours = sample(student, None, PROMPTS, max_new_tokens=8, eos_token_id=0, alpha=0.0, temperature=0.0)
-    for prompt, response in zip(PROMPTS, ours.responses(), strict=True):
+    ours = greedy(student, PROMPTS, 8, batch_size=2, eos_token_id=0)
+    for prompt, response in zip(PROMPTS, ours, strict=True):
         ids = torch.tensor([prompt])
         theirs = student.model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, eos_token_id=0, pad_token_id=0
         )
         assert response == theirs[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def test_greedy_is_the_argmax_whatever_the_generation_config(make_llama):
+    model = make_llama(2)
+    model.generation_config = GenerationConfig(no_repeat_ngram_size=1, repetition_penalty=5.0, do_sample=True)
+    prompts = [[5, 6, 7], [9]]
+    responses = greedy(CausalLM(model), prompts, 60, batch_size=2, eos_token_id=256)
+    for prompt, response in zip(prompts, responses, strict=True):
+        assert len(set(response)) < len(response)  # a penalty on repetition would show
+        ids = list(prompt)
+        for token in response:
+            assert token == int(model(torch.tensor([ids])).logits[0, -1].argmax())
+            ids.append(token)
+
+
+def test_greedy_responses_are_text_without_special_tokens(student, tokenizer):
+    found = greedy_responses(student, tokenizer, PROMPTS, 8, batch_size=2)
+    assert found == decode(tokenizer, greedy(student, PROMPTS, 8, 2, tokenizer.eos_token_id))
+    assert decode(tokenizer, [[*tokenizer.encode(" a b "), tokenizer.eos_token_id]]) == ["a b"]
 
 
 def test_samples_of_one_prompt_are_those_of_the_prompt_repeated(pair):
@@ -122,10 +144,11 @@ def test_a_teacher_without_part_in_the_draw_is_scored_as_if_it_had_decoded(pair,
     """top_k as large as the vocabulary filters nothing, but makes the teacher decode. Ragged responses, unequal heads,
     another temperature; more sequences than a forward pass takes."""
     student, teacher = pair
-    prompts, settings = PROMPTS * 7, {"alpha": 0.0, "tokens": 8, "temperature": 0.7, "vocab_size": 250}
-    eos = roll(student, None, prompts, **settings).responses()[4][3]
-    read = roll(student, teacher, prompts, eos, row_length=row_length, **settings)
-    decoded = roll(student, teacher, prompts, eos, top_k=250, **settings)
+    prompts, settings = PROMPTS * 7, {"alpha": 0.0, "vocab_size": 250}
+    free = Decoding(8, NO_EOS, temperature=0.7)
+    decoding = replace(free, eos_token_id=roll(student, None, prompts, free, **settings).responses()[4][3])
+    read = roll(student, teacher, prompts, decoding, row_length=row_length, **settings)
+    decoded = roll(student, teacher, prompts, replace(decoding, top_k=250), **settings)
     assert len(set(read.lengths.tolist())) > 1 and read.responses() == decoded.responses()
     for name in ("student_logprobs", "teacher_logprobs", "mixture_logprobs"):
         torch.testing.assert_close(getattr(read, name), getattr(decoded, name), rtol=1e-4, atol=1e-4)
@@ -136,7 +159,7 @@ def test_a_teacher_without_part_in_the_draw_is_scored_as_if_it_had_decoded(pair,
 
 def test_unequal_heads_are_sampled_from_the_common_vocabulary(make_llama):
     student, teacher = CausalLM(make_llama(vocab_size=257)), CausalLM(make_llama(2, vocab_size=300, seed=3))
-    rollout = roll(student, teacher, alpha=1.0, vocab_size=257, tokens=12)
+    rollout = roll(student, teacher, decoding=Decoding(12, NO_EOS), alpha=1.0, vocab_size=257)
     assert rollout.token_ids.max() < 257
     assert torch.isfinite(rollout.student_logprobs).all()
 

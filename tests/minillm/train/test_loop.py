@@ -16,8 +16,8 @@ from minillm.evaluate.divergence import own_samples
 from minillm.model.head import CausalLM
 from minillm.model.load import load_model, load_student, load_tokenizer
 from minillm.run.directory import RunDirectory
-from minillm.train import loop as loop
-from minillm.train.baselines import METHODS
+from minillm.train import loop
+from minillm.train.loop import METHODS
 
 METRICS = {
     "stage", "step", "loss", "grad_norm", "learning_rate", "num_tokens", "step_time", "tokens_per_second",
@@ -32,7 +32,7 @@ def rows(path):
 
 
 def stage(files, name, **sections):
-    """The training of one stage of the recipe, with keys replaced."""
+    """The context of one stage of the recipe, with keys replaced."""
     flags = [f"--{k}={v}" for k, v in sections.items() if not isinstance(v, dict)]
     flags += [f"--{s}.{k}={v}" for s, keys in sections.items() if isinstance(keys, dict) for k, v in keys.items()]
     recipe = load_recipe(files / "recipe.yaml", flags)
@@ -97,9 +97,9 @@ def test_the_same_seed_gives_the_same_run(files):
 def test_the_micro_batch_size_changes_nothing(files, name):
     # answers of unequal lengths: a mean of means would differ
     def weights(size):
-        training = stage(files, name, optim={"steps": 2, "batch_size": 8, "micro_batch_size": size})
-        loop.train(training, new_run(files, f"micro-{size}"), name)
-        return torch.cat([p.detach().flatten() for p in training.student.parameters()])
+        context = stage(files, name, optim={"steps": 2, "batch_size": 8, "micro_batch_size": size})
+        loop.train(context, new_run(files, f"micro-{size}"), name)
+        return torch.cat([p.detach().flatten() for p in context.student.parameters()])
 
     whole, single = weights(8), weights(1)
     torch.testing.assert_close(single, whole, rtol=1e-4, atol=2e-5)
@@ -107,9 +107,9 @@ def test_the_micro_batch_size_changes_nothing(files, name):
 
 def test_the_gradient_is_that_of_the_mean_over_all_tokens(files):
     """One sft step with plain SGD-like bookkeeping: the loop's loss against transformers' own, token for token."""
-    training = stage(files, "warm-up", method="sft", optim={"steps": 1, "batch_size": 4, "micro_batch_size": 3})
-    (part,) = METHODS["sft"](training, files).step(1).parts
-    batches = [part.make(part.rows[:3])[0], part.make(part.rows[3:])[0]]
+    context = stage(files, "warm-up", method="sft", optim={"steps": 1, "batch_size": 4, "micro_batch_size": 3})
+    (part,) = METHODS["sft"](context, files).step(1).parts
+    batches = [part.batch(part.examples[:3]), part.batch(part.examples[3:])]
     ids = [row[: int(n)] for b in batches for row, n in zip(b.input_ids, b.attention_mask.sum(1), strict=True)]
     total, count = 0.0, 0
     starts = [int(row.nonzero()[0]) for b in batches for row in b.predict]
@@ -118,22 +118,22 @@ def test_the_gradient_is_that_of_the_mean_over_all_tokens(files):
             labels = row.clone()
             labels[: start + 1] = -100
             tokens = int((labels != -100).sum())
-            total += training.student.model(row[None], labels=labels[None]).loss.item() * tokens
+            total += context.student.model(row[None], labels=labels[None]).loss.item() * tokens
             count += tokens
-    loop.train(training, new_run(files), "sft")
+    loop.train(context, new_run(files), "sft")
     assert rows(files / "again" / "metrics.jsonl")[0]["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["sft", "kd"])
 def test_learning_from_answers(files, method):
-    training = stage(files, "warm-up", method=method, optim={"steps": 15, "batch_size": 7, "lr": 1e-2})
-    loop.train(training, new_run(files), method)
+    context = stage(files, "warm-up", method=method, optim={"steps": 15, "batch_size": 7, "lr": 1e-2})
+    loop.train(context, new_run(files), method)
     losses = [row["loss"] for row in rows(files / "again" / "metrics.jsonl")]
     assert losses[-1] < 0.7 * losses[0]
 
 
 def test_minillm_lowers_the_reverse_kl_on_its_own_samples(files):
-    training = stage(
+    context = stage(
         files,
         "minillm",
         rollout={"batch_size": 14, "epochs": 2},
@@ -143,11 +143,11 @@ def test_minillm_lowers_the_reverse_kl_on_its_own_samples(files):
     )
 
     def objective():
-        args = (training.student, training.teacher, training.examples, training.run.eval)
-        return own_samples(*args, training.tokenizer.eos_token_id).mean
+        args = (context.student, context.teacher, context.examples, context.run.eval)
+        return own_samples(*args, context.tokenizer.eos_token_id).mean
 
     before = objective()
-    loop.train(training, new_run(files), "minillm")
+    loop.train(context, new_run(files), "minillm")
     assert objective() < 0.9 * before
     assert "loss/pt" not in rows(files / "again" / "metrics.jsonl")[0]
 
@@ -157,8 +157,8 @@ def test_minillm_lowers_the_reverse_kl_on_its_own_samples(files):
     [{"single_step": False}, {"importance_weights": False}, {"length_norm": False}, {"clip_range": 0.0}],
 )
 def test_each_strategy_can_be_switched_off_alone(files, off):
-    training = stage(files, "minillm", objective=off, optim={"steps": 2})
-    loop.train(training, new_run(files), "minillm")
+    context = stage(files, "minillm", objective=off, optim={"steps": 2})
+    loop.train(context, new_run(files), "minillm")
     last = rows(files / "again" / "metrics.jsonl")[-1]
     assert torch.isfinite(torch.tensor(last["loss"]))
     assert (last["loss/single_step"] == 0) == ("single_step" in off)
@@ -170,9 +170,9 @@ def test_without_fused_heads_the_same_is_learnt(files, method):
 
     def weights(head):
         name = "minillm" if method == "minillm" else "warm-up"
-        training = stage(files, name, method=method, optim={"steps": 2}, model={"head": head})
-        loop.train(training, new_run(files, head), method)
-        return torch.cat([p.detach().flatten() for p in training.student.parameters()])
+        context = stage(files, name, method=method, optim={"steps": 2}, model={"head": head})
+        loop.train(context, new_run(files, head), method)
+        return torch.cat([p.detach().flatten() for p in context.student.parameters()])
 
     torch.testing.assert_close(weights("logits"), weights("fused"), rtol=1e-4, atol=2e-5)
 
@@ -181,13 +181,13 @@ def test_without_fused_heads_the_same_is_learnt(files, method):
 def test_recomputed_layers_train_to_the_same_bits(files, lora):
     def weights(recompute):
         settings = {"model": {"recompute": recompute}, "lora": {"rank": lora}, "optim": {"steps": 3}}
-        training = stage(files, "minillm", **settings)
-        (part, _), saved = METHODS["minillm"](training, files).step(1).parts, []
-        batch, loss = part.make(part.rows)
+        context = stage(files, "minillm", **settings)
+        (part, _), saved = METHODS["minillm"](context, files).step(1).parts, []
+        batch = part.batch(part.examples)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.nbytes) or x, lambda x: x):
-            loss(training.student.output(batch), batch)
-        loop.train(training, new_run(files, f"recompute-{recompute}"), "minillm")
-        return sum(saved), [p.detach() for p in training.student.parameters()]
+            part.loss(context.student.output(batch), batch)
+        loop.train(context, new_run(files, f"recompute-{recompute}"), "minillm")
+        return sum(saved), [p.detach() for p in context.student.parameters()]
 
     (whole, expected), (fewer, found) = weights(False), weights(True)
     assert fewer < 0.5 * whole
@@ -195,13 +195,13 @@ def test_recomputed_layers_train_to_the_same_bits(files, lora):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(files):
-    training = stage(files, "warm-up")
+    context = stage(files, "warm-up")
     with torch.no_grad():
-        training.student.model.lm_head.weight[5, 5] = float("nan")
-    before = [p.clone() for p in training.student.parameters()]
+        context.student.model.lm_head.weight[5, 5] = float("nan")
+    before = [p.clone() for p in context.student.parameters()]
     with pytest.raises(FloatingPointError, match=r"warm-up, step 1: loss nan.*not updated"):
-        loop.train(training, new_run(files), "warm-up")
-    for old, new in zip(before, training.student.parameters(), strict=True):
+        loop.train(context, new_run(files), "warm-up")
+    for old, new in zip(before, context.student.parameters(), strict=True):
         assert torch.equal(old.nan_to_num(9), new.nan_to_num(9))
 
 

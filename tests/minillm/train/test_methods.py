@@ -1,20 +1,21 @@
-"""Where each method's sequences come from, and what is lost on them."""
+"""Where each method gets its responses, and its loss on them."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from minillm.config.recipe import load_recipe
 from minillm.config.schema import ConfigError
-from minillm.data.examples import DataError
+from minillm.data.examples import DataError, PolicyConstants
 from minillm.model.head import CausalLM
-from minillm.model.sampling import draw_uniforms, sample
+from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm.run import checkpoint
 from minillm.run.directory import RunDirectory
-from minillm.train.baselines import METHODS
-from minillm.train.loop import blame, prepare, train
+from minillm.train.baselines import Given
+from minillm.train.context import chunks
+from minillm.train.loop import METHODS, blame, prepare, train
+from minillm.train.minillm import policy_constants, whiten
 from minillm.train.selection import Selection
 
 FLAGS = ["--optim.batch_size=4", "--optim.micro_batch_size=2", "--rollout.max_new_tokens=5"]
@@ -22,7 +23,7 @@ FLAGS = ["--optim.batch_size=4", "--optim.micro_batch_size=2", "--rollout.max_ne
 
 @pytest.fixture
 def make(files, make_llama, make_tokenizer):
-    """A training of one method on the tiny pair."""
+    """The context of one method on the tiny pair."""
 
     def build(method, *flags):
         recipe = load_recipe(files / "recipe.yaml", [*FLAGS, f"--method={method}", *flags])
@@ -36,49 +37,47 @@ def learnt(step):
     """Rows of (prompt and response ids) over the step's parts."""
     rows = []
     for part in step.parts:
-        batch, _ = part.make(part.rows)
+        batch = part.batch(part.examples)
         rows += [ids[: int(n)].tolist() for ids, n in zip(batch.input_ids, batch.attention_mask.sum(1), strict=True)]
     return rows
 
 
 def test_seqkd_learns_from_the_teachers_text_and_samples_it_once(make, tmp_path):
-    training = make("seqkd")
-    method = METHODS["seqkd"](training, tmp_path)
-    examples = training.examples
-    uniforms = draw_uniforms(training.run.seed, 5, len(examples))
+    context = make("seqkd")
+    method = METHODS["seqkd"](context, tmp_path)
+    examples = context.examples
+    uniforms = draw_uniforms(context.run.seed, 5, len(examples))
     prompts = [example.prompt for example in examples]
-    expected = sample(
-        training.teacher, None, prompts, max_new_tokens=5, eos_token_id=0, alpha=0.0, uniforms=uniforms
-    ).responses()
-    order = method.drawn(1)
-    assert learnt(method.step(1)) == [examples[i].prompt + expected[i] for i in order]
+    drawn = sample(context.teacher, None, prompts, Decoding(5, eos_token_id=0), alpha=0.0, uniforms=uniforms)
+    expected = drawn.responses()
+    texts = {tuple(prompt): prompt + response for prompt, response in zip(prompts, expected, strict=True)}
+    assert learnt(method.step(1)) == [texts[tuple(example.prompt)] for example in method.drawn(1)]
     kept = [json.loads(line) for line in (tmp_path / "teacher-answers.jsonl").read_text().splitlines()]
     assert [row["token_ids"] for row in kept] == expected
     assert kept[0]["prompt"] == examples[0].record.prompt
 
-    training.teacher.model.lm_head = None  # from here on, sampling again would fail
-    assert learnt(METHODS["seqkd"](training, tmp_path).step(1)) == learnt(method.step(1))
+    context.teacher.model.lm_head = None  # from here on, sampling again would fail
+    assert learnt(METHODS["seqkd"](context, tmp_path).step(1)) == learnt(method.step(1))
 
 
 def test_several_runs_share_the_teachers_answers(make, tmp_path):
     flag = f"--data.teacher_answers={tmp_path / 'kept' / 'answers.jsonl'}"
     first = METHODS["seqkd"](make("seqkd", flag), tmp_path / "a")
-    training = make("seqkd", flag)
-    training.teacher.model.lm_head = None  # sampling again would fail
-    second = METHODS["seqkd"](training, tmp_path / "b")
+    context = make("seqkd", flag)
+    context.teacher.model.lm_head = None  # sampling again would fail
+    second = METHODS["seqkd"](context, tmp_path / "b")
     assert learnt(second.step(1)) == learnt(first.step(1)) and not (tmp_path / "b").exists()
-    training.examples.reverse()
+    context.examples.reverse()
     with pytest.raises(DataError, match=r"answers other prompts.*data.teacher_answers"):
-        METHODS["seqkd"](training, tmp_path / "c")
+        METHODS["seqkd"](context, tmp_path / "c")
 
 
 def test_gkd_takes_its_own_samples_for_a_share_of_the_steps(make, tmp_path):
-    training = make("gkd", "--rollout.on_policy=0.3")
-    method = METHODS["gkd"](training, tmp_path)
-    examples = training.examples
+    context = make("gkd", "--rollout.on_policy=0.3")
+    method = METHODS["gkd"](context, tmp_path)
     own = 0
     for number in range(1, 121):
-        rows, data = learnt(method.step(number)), [examples[i] for i in method.drawn(number)]
+        rows, data = learnt(method.step(number)), method.given.drawn(number)
         if rows == [example.prompt + example.response for example in data]:
             continue
         own += 1
@@ -87,13 +86,13 @@ def test_gkd_takes_its_own_samples_for_a_share_of_the_steps(make, tmp_path):
             assert 1 <= len(row) - len(example.prompt) <= 5
     # 120 coins of 0.3: 36 ± 5; four standard deviations on both sides
     assert 16 <= own <= 56
-    assert learnt(method.step(7)) == learnt(METHODS["gkd"](training, tmp_path).step(7))  # a function of the number
+    assert learnt(method.step(7)) == learnt(METHODS["gkd"](context, tmp_path).step(7))  # a function of the number
 
 
 def test_the_share_of_own_samples_grows_when_the_validation_loss_rises(make, files, monkeypatch):
     """DistiLLM's schedule; what it has become is in the checkpoint."""
     flags = ["--rollout.on_policy=0.0", "--rollout.on_policy_step=0.4", "--validation.every=1", "--optim.steps=6"]
-    training = make("gkd", *flags)
+    context = make("gkd", *flags)
     losses, shares = iter([1.0, 1.05, 1.2, 1.0, 1.2, 9.0]), []
 
     def loss(self, method):
@@ -102,15 +101,15 @@ def test_the_share_of_own_samples_grows_when_the_validation_loss_rises(make, fil
 
     monkeypatch.setattr(Selection, "_loss", loss)
     run = RunDirectory(load_recipe(files / "recipe.yaml"))
-    train(training, run, "x")
+    train(context, run, "x")
     assert shares == pytest.approx([0.0, 0.0, 0.0, 0.4, 0.4, 0.8])  # rises: 0.05, 0.15, none, 0.2, 7.8
-    method = METHODS["gkd"](training, files)
+    method = METHODS["gkd"](context, files)
     method.validated(1.0)
     method.validated(3.0)
     method.validated(5.0)
     method.validated(7.0)
     assert method.memory["on_policy"] == 1.0
-    again = METHODS["gkd"](training, files)
+    again = METHODS["gkd"](context, files)
     again.remember(method.memory, 3)
     assert again.memory["validation_loss"] == 7.0
     with pytest.raises(ConfigError, match=r"on_policy_step follows the validation loss: set validation.every"):
@@ -122,23 +121,23 @@ def test_the_share_of_own_samples_grows_when_the_validation_loss_rises(make, fil
 def test_kd_is_divergence_and_labels_in_one_sweep_or_two(make, tmp_path, divergence, temperature, head):
     """At temperature 1 both terms come from one pass over the logits, else from two: one formula, and gradient."""
     flags = [f"--loss.divergence={divergence}", f"--loss.temperature={temperature}", "--loss.distill_weight=0.7"]
-    training = make("kd", *flags)
-    training.student.fused = training.teacher.fused = head == "fused"
-    (part,) = METHODS["kd"](training, tmp_path).step(1).parts
-    batch, loss = part.make(part.rows)
-    found = loss(training.student.output(batch), batch)
+    context = make("kd", *flags)
+    context.student.fused = context.teacher.fused = head == "fused"
+    (part,) = METHODS["kd"](context, tmp_path).step(1).parts
+    batch = part.batch(part.examples)
+    found = part.loss(context.student.output(batch), batch)
 
     with torch.no_grad():
-        teacher = training.teacher.model(batch.input_ids, attention_mask=batch.attention_mask).logits[batch.predict]
-    student = training.student.model(batch.input_ids, attention_mask=batch.attention_mask).logits[batch.predict]
+        teacher = context.teacher.model(batch.input_ids, attention_mask=batch.attention_mask).logits[batch.predict]
+    student = context.student.model(batch.input_ids, attention_mask=batch.attention_mask).logits[batch.predict]
     log_q, log_p = ((z.double() / temperature).log_softmax(-1) for z in (student, teacher))
     a, b = (log_q, log_p) if divergence == "reverse_kl" else (log_p, log_q)
     distill = (a.exp() * (a - b)).sum()
     label = torch.nn.functional.cross_entropy(student.double(), batch.targets, reduction="sum")
-    expected = 0.7 * distill + training.config.loss.label_weight * label
+    expected = 0.7 * distill + context.config.loss.label_weight * label
     for name, value in {"loss": expected, "loss/distill": distill, "loss/label": label}.items():
         torch.testing.assert_close(found[name].double(), value, rtol=1e-5, atol=1e-5)
-    parameters = list(training.student.parameters())
+    parameters = list(context.student.parameters())
     ours, theirs = (torch.autograd.grad(x, parameters) for x in (found["loss"], expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -148,14 +147,14 @@ def test_kd_is_divergence_and_labels_in_one_sweep_or_two(make, tmp_path, diverge
 )
 def test_gkd_on_policy_is_the_divergence_alone(make, tmp_path, divergence):
     """No labels on the student's own samples, and no gradient through sampling: the loss of these tokens as given."""
-    training = make("gkd", "--rollout.on_policy=1", f"--loss.divergence={divergence}", "--loss.beta=0.1")
-    (part,) = METHODS["gkd"](training, tmp_path).step(1).parts
-    batch, loss = part.make(part.rows)
-    found = loss(training.student.output(batch), batch)
+    context = make("gkd", "--rollout.on_policy=1", f"--loss.divergence={divergence}", "--loss.beta=0.1")
+    (part,) = METHODS["gkd"](context, tmp_path).step(1).parts
+    batch = part.batch(part.examples)
+    found = part.loss(context.student.output(batch), batch)
     assert found.keys() == {"loss", "loss/distill"}
 
-    student = training.student.model(batch.input_ids, attention_mask=batch.attention_mask).logits[batch.predict]
-    teacher = training.teacher.model(batch.input_ids, attention_mask=batch.attention_mask).logits[batch.predict]
+    student = context.student.model(batch.input_ids, attention_mask=batch.attention_mask).logits[batch.predict]
+    teacher = context.teacher.model(batch.input_ids, attention_mask=batch.attention_mask).logits[batch.predict]
     q, p = student.softmax(-1), teacher.softmax(-1)
 
     def kl(a, b):
@@ -169,22 +168,54 @@ def test_gkd_on_policy_is_the_divergence_alone(make, tmp_path, divergence):
         "skew_reverse_kl": lambda: kl(q, 0.9 * p + 0.1 * q),
         "tvd": lambda: 0.5 * (p - q).abs().sum(),
     }[divergence]()
-    weight = training.config.loss.distill_weight
+    weight = context.config.loss.distill_weight
     torch.testing.assert_close(found["loss"], weight * expected, rtol=1e-4, atol=1e-4)
-    parameters = list(training.student.parameters())
+    parameters = list(context.student.parameters())
     ours = torch.autograd.grad(found["loss"], parameters)
     theirs = torch.autograd.grad(weight * expected, parameters)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("variant", ["paper", "reference"])
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_what_a_rollout_fixes_rides_with_its_tokens(make, tmp_path, size, packing, variant):
+    """Constants and teacher states in the batches of two steps against the rollout, row by row, and against forward
+    passes of both models over the batches."""
+    flags = [f"--objective.variant={variant}", f"--data.packing={packing}", "--rollout.batch_size=8"]
+    context = make("minillm", *flags)
+    method = METHODS["minillm"](context, tmp_path)
+    for number in (1, 2):
+        part = method.step(number).parts[0]
+        batches = [part.batch(examples) for examples in chunks(part.examples, size)]
+        assert (len(batches[0].input_ids) < size) == (packing and size > 1)
+        rollout, objective = method.rollout, context.config.objective
+        rows = [rollout.prompts.index(example.prompt) for example in part.examples]
+        constants = [policy_constants(rollout, objective)[row] for row in rows]
+        expected = PolicyConstants.concatenate(whiten(constants) if objective.whiten else constants)
+        found = PolicyConstants.concatenate([batch.policy for batch in batches])
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+        assert torch.cat([batch.targets for batch in batches]).tolist() == [
+            token for row in rows for token in rollout.responses()[row]
+        ]
+        for batch in batches:
+            assert torch.equal(batch.input_ids.roll(-1, dims=1)[batch.predict], batch.targets)
+            with torch.no_grad():
+                states = context.teacher.output(batch).states
+                logits = context.student.logits(context.student.output(batch).states)
+            torch.testing.assert_close(batch.teacher_states, states, rtol=1e-4, atol=1e-4)
+            old = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+            torch.testing.assert_close(batch.policy.old_logprobs, old, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["sft", "kd", "seqkd", "gkd", "minillm"])
 @pytest.mark.parametrize("packing", [False, True])
 def test_every_method_trains_packed_or_not_the_same(make, files, method, packing):
     def losses(packing):
-        training = make(method, "--optim.steps=3", f"--data.packing={packing}", "--rollout.batch_size=4")
+        context = make(method, "--optim.steps=3", f"--data.packing={packing}", "--rollout.batch_size=4")
         run = RunDirectory(load_recipe(files / "recipe.yaml", [f"--output={files / str(packing)}"]))
-        train(training, run, "x")
+        train(context, run, "x")
         return [json.loads(line)["loss"] for line in (run.path / "metrics.jsonl").read_text().splitlines()]
 
     if packing:
@@ -198,34 +229,34 @@ def test_the_sample_at_fault_is_named(make, files):
     rows = [json.loads(line) for line in (files / "train.jsonl").read_text().splitlines()]
     rows[5]["output"] = "ÿ"
     (files / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    training = make("sft", "--optim.batch_size=14", "--optim.micro_batch_size=7")
-    token = training.examples[5].response[0]
-    assert sum(token in example.response for example in training.examples) == 1
+    context = make("sft", "--optim.batch_size=14", "--optim.micro_batch_size=7")
+    token = context.examples[5].response[0]
+    assert sum(token in example.response for example in context.examples) == 1
     with torch.no_grad():
-        training.student.model.model.embed_tokens.weight[token] = float("inf")
+        context.student.model.model.embed_tokens.weight[token] = float("inf")
     run = RunDirectory(load_recipe(files / "recipe.yaml"))
-    message = r"x, step 1: loss nan.*the first sample at fault is .*train.jsonl, record 6 \(answers\).*not updated"
+    message = r"x, step 1: loss nan.*the first sample at fault is .*train.jsonl, record 6 \(responses\).*not updated"
     with pytest.raises(FloatingPointError, match=message):
-        train(training, run, "x")
+        train(context, run, "x")
     assert not (run.path / "checkpoints").exists()
 
 
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(make, files):
     """Two good steps, then weights that give nothing finite."""
-    training = make("sft", "--optim.steps=9", "--log.checkpoint_every=1")
+    context = make("sft", "--optim.steps=9", "--log.checkpoint_every=1")
     run, steps = RunDirectory(load_recipe(files / "recipe.yaml")), []
-    method_step = METHODS["sft"].step
+    method_step = Given.step
 
     def poisoned(self, number):
         if number == 3:
             with torch.no_grad():
-                self.training.student.model.lm_head.weight.fill_(float("inf"))
+                self.context.student.model.lm_head.weight.fill_(float("inf"))
         steps.append(number)
         return method_step(self, number)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(FloatingPointError) as error:
-        patch.setattr(METHODS["sft"], "step", poisoned)
-        train(training, run, "x")
+        patch.setattr(Given, "step", poisoned)
+        train(context, run, "x")
     assert steps == [1, 2, 3]
     kept = run.path / "checkpoints" / "step-2"
     assert "x, step 3: loss nan" in str(error.value) and f"--resume {kept}" in str(error.value)
@@ -233,10 +264,8 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(make, files):
 
 
 def test_a_step_that_overflows_only_in_sum_blames_nobody(make):
-    training = make("sft")
-    part = METHODS["sft"](training, None).step(1).parts[0]
-    micro = SimpleNamespace(part=part, rows=part.rows)
-    assert blame(training, [micro]) == "no sample alone gives that: lower optim.lr"
+    context = make("sft")
+    assert blame(context, METHODS["sft"](context, None).step(1).parts) == "no sample alone gives that: lower optim.lr"
 
 
 def test_empty_answers_are_an_error_or_left_out(make, files):

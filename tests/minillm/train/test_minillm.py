@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.config.schema import ObjectiveConfig
+from minillm.data.examples import PolicyConstants
 from minillm.model.sampling import Rollout
-from minillm.train.minillm import PolicyTerms, concatenate, importance_weights, policy_terms, returns
+from minillm.train.minillm import importance_weights, policy_constants, returns
 from minillm_kernels import minillm_loss, token_logprobs
 
 
@@ -30,10 +31,10 @@ def make_rollout(lengths, width, seed=0, alpha=0.2, vocab=11) -> Rollout:
     return Rollout([[1]] * rows, ids, lengths, *rubbish, torch.zeros_like(pad), hidden, hidden)
 
 
-def summed(student, teacher, token_ids, terms, *, clip_range=0.2, single_step=True):
+def summed(student, teacher, token_ids, policy, *, clip_range=0.2, single_step=True):
     """Single + Long as the loop asks for them: sums over the tokens; clip_range 0 leaves the ratio unclipped."""
     return minillm_loss(
-        student, teacher, token_ids, **terms._asdict(), normalizer=1.0,
+        student, teacher, token_ids, **policy._asdict(), normalizer=1.0,
         clip_range=clip_range or math.inf, single_step=float(single_step),
     )  # fmt: skip
 
@@ -87,11 +88,11 @@ def test_importance_weights_are_student_over_mixture(alpha):
     assert weights.max() <= 1 / (1 - alpha) + 1e-12
 
 
-def test_terms_have_the_lengths_of_the_responses_and_ignore_padding():
+def test_constants_have_the_lengths_of_the_responses_and_ignore_padding():
     rollout = make_rollout([3, 0, 5, 1], 6)
-    terms = policy_terms(rollout, ObjectiveConfig())
-    assert [len(t.advantages) for t in terms] == [3, 0, 5, 1]
-    joined = concatenate(terms)
+    constants = policy_constants(rollout, ObjectiveConfig())
+    assert [len(policy.advantages) for policy in constants] == [3, 0, 5, 1]
+    joined = PolicyConstants.concatenate(constants)
     assert all(torch.isfinite(field).all() and field.abs().max() < 1e3 for field in joined)
     torch.testing.assert_close(joined.old_logprobs, rollout.student_logprobs[rollout.mask])
 
@@ -113,31 +114,31 @@ def test_clipping_takes_the_pessimistic_branch(ratio, advantage, gain, clipped):
     first = torch.tensor([0])
     weight = 0.9
     old = torch.tensor([0.5 * weight / ratio], dtype=torch.float64).log()
-    terms = PolicyTerms(
+    policy = PolicyConstants(
         torch.tensor([advantage], dtype=torch.float64), old, torch.tensor([weight], dtype=torch.float64)
     )
-    result = summed(logits, logits, first, terms)
+    result = summed(logits, logits, first, policy)
     assert result.policy_loss.item() == pytest.approx(-gain, abs=1e-12)
     assert result.clip_fraction.item() == clipped
-    unclipped = summed(logits, logits, first, terms, clip_range=0.0)
+    unclipped = summed(logits, logits, first, policy, clip_range=0.0)
     assert unclipped.policy_loss.item() == pytest.approx(-ratio * advantage)
 
 
 def test_a_single_token_response_learns_from_the_single_step_term_alone():
-    (terms,) = policy_terms(make_rollout([1], 3), ObjectiveConfig())
+    (policy,) = policy_constants(make_rollout([1], 3), ObjectiveConfig())
     g = torch.Generator().manual_seed(3)
     student, teacher = torch.randn(2, 1, 11, dtype=torch.float64, generator=g)
-    result = summed(student, teacher, torch.tensor([4]), terms)
+    result = summed(student, teacher, torch.tensor([4]), policy)
     q = student.softmax(-1)
     kl = (q * (student.log_softmax(-1) - teacher.log_softmax(-1))).sum()
     assert result.policy_loss == 0
-    torch.testing.assert_close(result.loss, terms.importance_weights[0] * kl)
+    torch.testing.assert_close(result.loss, policy.importance_weights[0] * kl)
 
 
 def test_no_tokens_at_all_is_a_zero_loss():
-    terms = concatenate(policy_terms(make_rollout([0, 0], 3), ObjectiveConfig()))
+    policy = PolicyConstants.concatenate(policy_constants(make_rollout([0, 0], 3), ObjectiveConfig()))
     empty = torch.zeros(0, 11, dtype=torch.float64, requires_grad=True)
-    result = summed(empty, empty.detach(), torch.zeros(0, dtype=torch.long), terms)
+    result = summed(empty, empty.detach(), torch.zeros(0, dtype=torch.long), policy)
     assert result.loss == 0
 
 
@@ -146,7 +147,8 @@ def test_no_tokens_at_all_is_a_zero_loss():
 @pytest.mark.parametrize("weighted", [True, False])
 def test_gradient_of_the_whole_loss_against_plain_torch(clip_range, single_step, weighted):
     rollout = make_rollout([5, 1, 0, 4], 6, seed=1)
-    terms = concatenate(policy_terms(rollout, ObjectiveConfig(single_step=single_step, importance_weights=weighted)))
+    objective = ObjectiveConfig(single_step=single_step, importance_weights=weighted)
+    policy = PolicyConstants.concatenate(policy_constants(rollout, objective))
     ids, vocab, count = rollout.token_ids[rollout.mask], 11, int(rollout.lengths.sum())
     g = torch.Generator().manual_seed(2)
     student = torch.randn(count, vocab, dtype=torch.float64, generator=g, requires_grad=True)
@@ -154,17 +156,17 @@ def test_gradient_of_the_whole_loss_against_plain_torch(clip_range, single_step,
     text = torch.randn(7, vocab, dtype=torch.float64, generator=g, requires_grad=True)
     text_ids = torch.randint(vocab, (7,), generator=g)
 
-    result = summed(student, teacher, ids, terms, clip_range=clip_range, single_step=single_step)
+    result = summed(student, teacher, ids, policy, clip_range=clip_range, single_step=single_step)
     ours = result.loss / count - token_logprobs(text, text_ids).sum() / 7
     found = torch.autograd.grad(ours, (student, text))
 
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
-    ratio = (log_q.gather(-1, ids[:, None])[:, 0] - terms.old_logprobs).exp() * terms.importance_weights
-    gain = ratio * terms.advantages
+    ratio = (log_q.gather(-1, ids[:, None])[:, 0] - policy.old_logprobs).exp() * policy.importance_weights
+    gain = ratio * policy.advantages
     if clip_range:
-        gain = torch.minimum(gain, ratio.clamp(1 - clip_range, 1 + clip_range) * terms.advantages)
+        gain = torch.minimum(gain, ratio.clamp(1 - clip_range, 1 + clip_range) * policy.advantages)
     kl = (log_q.exp() * (log_q - log_p)).sum(-1)
-    plain = -gain.sum() + (terms.importance_weights * kl).sum() * single_step
+    plain = -gain.sum() + (policy.importance_weights * kl).sum() * single_step
     plain = plain / count - text.log_softmax(-1).gather(-1, text_ids[:, None]).sum() / 7
     expected = torch.autograd.grad(plain, (student, text))
 
@@ -199,7 +201,7 @@ def test_expected_gradient_without_mixing_and_normalisation_is_that_of_the_seque
             hidden,
             hidden,
         )
-        (terms,) = policy_terms(rollout, ObjectiveConfig(length_norm=False, single_step=single_step))
-        loss = summed(student[rows], teacher[rows], ids, terms, clip_range=0.0, single_step=single_step).loss
+        (policy,) = policy_constants(rollout, ObjectiveConfig(length_norm=False, single_step=single_step))
+        loss = summed(student[rows], teacher[rows], ids, policy, clip_range=0.0, single_step=single_step).loss
         surrogate = surrogate + q.detach().sum().exp() * loss
     torch.testing.assert_close(torch.autograd.grad(surrogate, student), torch.autograd.grad(kl, student))

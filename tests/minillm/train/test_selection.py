@@ -8,12 +8,13 @@ import torch
 from minillm.config.recipe import load_recipe
 from minillm.config.schema import ConfigError
 from minillm.evaluate import evaluation_set
-from minillm.evaluate.rouge import greedy_answers, rouge_l
+from minillm.evaluate.rouge import rouge_l
 from minillm.model.head import CausalLM
 from minillm.model.load import load_model
+from minillm.model.sampling import greedy_responses
 from minillm.run.directory import RunDirectory
-from minillm.train.baselines import MiniLLM
 from minillm.train.loop import prepare, train
+from minillm.train.minillm import MiniLLM
 from minillm.train.selection import Selection
 
 
@@ -32,17 +33,17 @@ def metrics(run):
 )
 def test_the_best_validation_wins(files, make_tokenizer, monkeypatch, name, metric, sign):
     """The second of three validations is made the best; the student ends with the weights it had then."""
-    training, run = stage(files, make_tokenizer, name, "--validation.every=2", "--optim.steps=6")
+    context, run = stage(files, make_tokenizer, name, "--validation.every=2", "--optim.steps=6")
     scores, seen = iter([sign * 1.0, sign * 3.0, sign * 2.0]), []
 
     def score(self, *rest):
-        seen.append([p.detach().clone() for p in training.student.parameters()])
+        seen.append([p.detach().clone() for p in context.student.parameters()])
         return next(scores)
 
     monkeypatch.setattr(Selection, "_loss" if sign < 0 else "_rouge", score)
-    result = train(training, run, name)
+    result = train(context, run, name)
     assert (result["best_step"], result["best_score"]) == (4, sign * 3.0)
-    for a, b in zip(training.student.parameters(), seen[1], strict=True):
+    for a, b in zip(context.student.parameters(), seen[1], strict=True):
         assert torch.equal(a, b)
     assert any(not torch.equal(b, last) for b, last in zip(seen[1], seen[2], strict=True))
     assert {row["step"]: row.get(metric) for row in metrics(run)} == {
@@ -53,22 +54,22 @@ def test_the_best_validation_wins(files, make_tokenizer, monkeypatch, name, metr
 def test_the_scores_are_loss_and_rouge(files, make_tokenizer):
     flags = [f"--validation.data={files / 'eval.jsonl'}", "--validation.every=1", "--optim.steps=2"]
     flags.append("--validation.greedy_tokens=4")
-    training, run = stage(files, make_tokenizer, "warm-up", *flags, "--method=sft", "--optim.lr=0")
-    train(training, run, "warm-up")
+    context, run = stage(files, make_tokenizer, "warm-up", *flags, "--method=sft", "--optim.lr=0")
+    train(context, run, "warm-up")
     total = count = 0.0
-    for example in training.validation:
+    for example in context.validation:
         ids = torch.tensor([example.prompt + example.response])
         labels = ids.clone()
         labels[:, : len(example.prompt)] = -100
         with torch.no_grad():
-            total += float(training.student.model(ids, labels=labels).loss) * len(example.response)
+            total += float(context.student.model(ids, labels=labels).loss) * len(example.response)
         count += len(example.response)
     assert metrics(run)[0]["validation/loss"] == pytest.approx(total / count, rel=1e-5)
 
-    training, run = stage(files, make_tokenizer, "minillm", *flags, "--optim.lr=0", f"--output={files / 'other'}")
-    answers = greedy_answers(training.student, training.tokenizer, [e.prompt for e in training.validation], 4, 64)
-    expected = rouge_l(answers, [example.record.answer for example in training.validation]).mean
-    selection = Selection(training, MiniLLM(training, files), files)
+    context, run = stage(files, make_tokenizer, "minillm", *flags, "--optim.lr=0", f"--output={files / 'other'}")
+    responses = greedy_responses(context.student, context.tokenizer, [e.prompt for e in context.validation], 4, 64)
+    expected = rouge_l(responses, [example.record.answer for example in context.validation]).mean
+    selection = Selection(context, MiniLLM(context, files), files)
     assert selection._rouge() == pytest.approx(expected)
 
 
@@ -76,11 +77,11 @@ def test_prompts_are_held_out_of_training_and_the_same_for_every_method(files, m
     flags = ("--validation.every=1", "--optim.steps=3")
     sets = []
     for name in ("warm-up", "minillm"):
-        training, _ = stage(files, make_tokenizer, name, *flags, f"--output={files / name}")
-        prompts = {e.record.prompt for e in training.validation}
-        assert prompts and not prompts & {e.record.prompt for e in training.examples}
-        assert len(training.validation) + len(training.examples) == 14
-        assert "1 for validation" in training.about
+        context, _ = stage(files, make_tokenizer, name, *flags, f"--output={files / name}")
+        prompts = {e.record.prompt for e in context.validation}
+        assert prompts and not prompts & {e.record.prompt for e in context.examples}
+        assert len(context.validation) + len(context.examples) == 14
+        assert "1 for validation" in context.about
         sets.append(prompts)
     assert sets[0] == sets[1]
 
@@ -101,5 +102,5 @@ def test_too_few_examples_and_short_stages(files, make_tokenizer):
     (files / "train.jsonl").write_text("".join((files / "train.jsonl").open().readlines()[:9]))
     with pytest.raises(ConfigError, match=r"has 9 prompts with answers, too few.*name validation.data, or set"):
         stage(files, make_tokenizer, "warm-up", "--validation.every=1")
-    training, _ = stage(files, make_tokenizer, "warm-up", "--validation.every=3")  # a stage of 3 steps
-    assert training.validation == []
+    context, _ = stage(files, make_tokenizer, "warm-up", "--validation.every=3")  # a stage of 3 steps
+    assert context.validation == []

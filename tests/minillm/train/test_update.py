@@ -13,9 +13,9 @@ import torch
 from minillm.config.recipe import stage_from
 from minillm.config.schema import RunConfig, StageConfig
 from minillm.model.head import CausalLM
-from minillm.train import loop as loop
-from minillm.train.baselines import METHODS
-from minillm.train.context import Training
+from minillm.train import loop
+from minillm.train.context import Context
+from minillm.train.loop import METHODS
 
 PROMPTS = [[5, 9, 17, 33], [7, 8], [100, 3, 45], [60]]
 TEXT = [[4, 8, 15, 16, 23], [42, 7, 7, 9, 1], [11, 12, 13, 14, 15], [2, 4, 6, 8, 10]]
@@ -23,7 +23,7 @@ ALPHA, CLIP, LR = 0.2, 0.2, 1e-2
 ABLATIONS = ("single_step", "importance_weights", "weight_single_step", "length_norm")
 
 
-def build(files, make_llama, tokenizer, **objective) -> tuple[Training, StageConfig]:
+def build(files, make_llama, tokenizer, **objective) -> tuple[Context, StageConfig]:
     from accelerate import Accelerator
 
     from minillm.data.examples import Example, Record
@@ -40,7 +40,7 @@ def build(files, make_llama, tokenizer, **objective) -> tuple[Training, StageCon
     student, teacher = (CausalLM(make_llama(layers, seed=layers).double()) for layers in (2, 3))
     teacher.requires_grad_(False)
     examples = [Example(Record([], None), prompt, []) for prompt in PROMPTS]
-    return Training(RunConfig(), config, Accelerator(), student, teacher, tokenizer, examples, [], TEXT), config
+    return Context(RunConfig(), config, Accelerator(), student, teacher, tokenizer, examples, [], TEXT), config
 
 
 def logits_of(model, prompt, response):
@@ -110,29 +110,31 @@ def hand(student, teacher, old, minibatch, texts, o):
 )
 def test_three_updates_by_hand(tmp_path, make_llama, tokenizer, objective):
     """Three, because the first has ratio = w everywhere: then the clip acts, and the third is in the second pass."""
-    training, config = build(tmp_path, make_llama, tokenizer, **objective)
-    old = copy.deepcopy(training.student.model)
+    context, config = build(tmp_path, make_llama, tokenizer, **objective)
+    old = copy.deepcopy(context.student.model)
     by_hand = copy.deepcopy(old)
-    method = METHODS["minillm"](training, tmp_path)
-    ours = torch.optim.AdamW(training.student.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=1e-6)
+    method = METHODS["minillm"](context, tmp_path)
+    ours = torch.optim.AdamW(context.student.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=1e-6)
     theirs = torch.optim.AdamW(by_hand.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=1e-6)
     clipped = 0.0
     for number in (1, 2, 3):
         parts, _ = method.step(number)
-        rollout = method.rollout
-        responses, texts = rollout.responses(), parts[1].rows if len(parts) > 1 else []
-        minibatch = [(rollout.prompts[i], responses[i]) for i in parts[0].rows]
-        micros = [loop.Micro(part, [row], *part.make([row])) for part in parts for row in part.rows]
-        metrics = loop.backward(training.student, micros, training.accelerator)
+        sampled = list(zip(method.rollout.prompts, method.rollout.responses(), strict=True))
+        minibatch = [(example.prompt, example.response) for example in parts[0].examples]
+        assert all(pair in sampled for pair in minibatch)
+        texts = [example.prompt + example.response for example in parts[1].examples] if len(parts) > 1 else []
+        assert all(text in TEXT for text in texts)
+        micros = [loop.Micro(part, part.batch([example])) for part in parts for example in part.examples]
+        metrics = loop.backward(context.student, micros, context.accelerator)
         clipped += metrics["clip_fraction"]
-        loss = hand(by_hand, training.teacher.model, old, minibatch, [TEXT[i] for i in texts], config.objective)
+        loss = hand(by_hand, context.teacher.model, old, minibatch, texts, config.objective)
         loss.backward()
         assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-6)  # metrics are float32
-        for optimizer, model in ((ours, training.student), (theirs, by_hand)):
+        for optimizer, model in ((ours, context.student), (theirs, by_hand)):
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        for (name, a), b in zip(training.student.model.named_parameters(), by_hand.parameters(), strict=True):
+        for (name, a), b in zip(context.student.model.named_parameters(), by_hand.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
     assert any((a != b).any() for a, b in zip(old.parameters(), by_hand.parameters(), strict=True))
     assert (clipped > 0) == bool(config.objective.clip_range)  # the case is hard enough to show the clip
