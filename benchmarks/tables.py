@@ -120,15 +120,16 @@ def linear_table() -> str:
 def demo_table() -> str:
     """What the demo distillation did to the student: its summary.json."""
     summary = json.loads((RESULTS / "demo.json").read_text())
-    stages = list(summary["evaluations"])
+    stages = [name for name in summary["evaluations"] if name != "teacher"]
     names = {
         "reverse_kl/own_samples": "reverse KL on the student's own samples, nats/token (the objective)",
         "reverse_kl/references": "reverse KL on reference answers, nats/token",
-        "rouge_l": "ROUGE-L, greedy",
+        "rouge_l/greedy": "ROUGE-L, greedy",
     }
     rows = []
     for name, title in names.items():
-        cells = [f"{summary['evaluations'][s][name]['mean']:.3f}" for s in stages]
+        metric, along = name.split("/")
+        cells = [f"{summary['evaluations'][s][metric][along]['mean']:.3f}" for s in stages]
         change = summary["changes"][stages[-1]][name]
         cells.append(f"{change['mean']:+.3f} ± {change['standard_error']:.3f} ({change['relative']:+.1%})")
         rows.append([title, *cells])

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from minillm.config.recipe import load_recipe
-from minillm.distill import load_pair
+from minillm.distillation import load_pair
 from minillm.model.sampling import draw_uniforms, sample
 from minillm.train.baselines import METHODS
 from minillm.train.context import chunks

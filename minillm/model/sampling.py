@@ -9,7 +9,7 @@ Legend: B sequences, P longest prompt, T longest response, H hidden.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +19,9 @@ from torch import Tensor
 from minillm.data.examples import collate
 from minillm.model.head import CausalLM, common_vocabulary, token_logprobs
 from minillm_kernels import mixed_sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Rollout(NamedTuple):
@@ -209,3 +212,36 @@ def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     return ids.to(device), mask.to(device)
+
+
+def greedy_answers(
+    model: CausalLM,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[str]:
+    """The most likely token at every step, decoded without special tokens."""
+    return decode(tokenizer, greedy(model, prompts, max_new_tokens, batch_size, tokenizer.eos_token_id))
+
+
+def greedy(
+    model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int, eos_token_id: int
+) -> list[list[int]]:
+    """The same as token ids, end-of-sequence included where it was reached."""
+    answers: list[list[int]] = []
+    for start in range(0, len(prompts), batch_size):
+        answers += sample(
+            model,
+            None,
+            prompts[start : start + batch_size],
+            max_new_tokens=max_new_tokens,
+            eos_token_id=eos_token_id,
+            alpha=0.0,
+            temperature=0.0,
+        ).responses()
+    return answers
+
+
+def decode(tokenizer: "PreTrainedTokenizerBase", token_ids: list[list[int]]) -> list[str]:
+    return [text.strip() for text in tokenizer.batch_decode(token_ids, skip_special_tokens=True)]

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from minillm.evaluate.rouge import greedy_answers, rouge_l
+from minillm.evaluation.text import rouge_l
+from minillm.model.sampling import greedy_answers
 from minillm.run.checkpoint import Progress, restore_weights, write_weights
 from minillm.train.baselines import MiniLLM, Sft
 from minillm.train.context import Training, chunks

@@ -7,7 +7,7 @@ from tokenizers import pre_tokenizers
 
 from minillm.data import packages
 from minillm.data.gguf import BLOCK, OUTER, convert
-from minillm.evaluate.rouge import greedy_answers
+from minillm.model.sampling import greedy_answers
 from minillm.model.head import CausalLM
 from minillm.model.load import load_model, load_tokenizer
 

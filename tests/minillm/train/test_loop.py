@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minillm.config.recipe import load_recipe
 from minillm.config.schema import ConfigError, OptimConfig, StageConfig
-from minillm.distill import run_recipe
-from minillm.evaluate.divergence import own_samples
+from minillm.distillation import run_recipe
+from minillm.evaluation.divergence import draw
 from minillm.model.head import CausalLM
 from minillm.model.load import load_model, load_student, load_tokenizer
 from minillm.run.directory import RunDirectory
@@ -47,8 +47,9 @@ def new_run(files, name="again"):
 
 
 def test_a_distillation_leaves_everything_behind(files, capsys):
-    summary = run_recipe(load_recipe(files / "recipe.yaml"), "minillm distill recipe.yaml")
+    finished = run_recipe(load_recipe(files / "recipe.yaml"), "minillm distill recipe.yaml")
     run = files / "run"
+    assert finished.path == run and finished.model_path == run / "model"
     metrics = rows(run / "metrics.jsonl")
     assert [(row["stage"], row["step"]) for row in metrics] == [
         *(("warm-up", i) for i in (1, 2, 3)),
@@ -60,16 +61,17 @@ def test_a_distillation_leaves_everything_behind(files, capsys):
 
     assert list(yaml.safe_load((run / "config.yaml").read_text())["stages"]) == ["warm-up", "minillm"]
     assert {"torch", "kernel_backends", "threads"} <= json.loads((run / "environment.json").read_text()).keys()
-    assert {row["stage"] for row in rows(run / "samples.jsonl")} == {"start", "warm-up", "minillm"}
+    assert {row["stage"] for row in rows(run / "samples.jsonl")} == {"start", "warm-up", "minillm", "teacher"}
     assert (run / "checkpoints" / "step-8" / "DONE").exists()
     assert (run / "checkpoints" / "step-8" / "model.safetensors").exists()
 
     written = json.loads((run / "summary.json").read_text())
-    assert written == json.loads(json.dumps(summary))
-    for evaluation in written["evaluations"].values():
-        assert {"reverse_kl/own_samples", "reverse_kl/references", "rouge_l"} <= evaluation.keys()
+    assert written == json.loads(json.dumps(finished.summary))
+    for stage in ("start", "warm-up", "minillm"):
+        assert {"own_samples", "references"} == written["evaluations"][stage]["reverse_kl"].keys()
+        assert len(written["evaluations"][stage]["responses"]) == 4
+    assert written["evaluations"]["teacher"]["rouge_l"]["greedy"]["prompts"] == 6
     assert written["changes"]["minillm"]["reverse_kl/own_samples"]["standard_error"] > 0
-    assert len(written["samples"]) == 4
     assert written["student"]["attention"] == written["teacher"]["attention"] == "sdpa"
 
     model = AutoModelForCausalLM.from_pretrained(run / "model")
@@ -144,7 +146,8 @@ def test_minillm_lowers_the_reverse_kl_on_its_own_samples(files):
 
     def objective():
         args = (training.student, training.teacher, training.examples, training.config.eval)
-        return own_samples(*args, training.tokenizer.eos_token_id).mean
+        drawn = draw(*args, training.tokenizer.eos_token_id)
+        return drawn.per_token(drawn.to_other).mean
 
     before = objective()
     loop.train(training, new_run(files), "minillm")
