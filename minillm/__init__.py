@@ -35,8 +35,8 @@ def distill(
 ) -> "Run":
     """Train a student on its teacher, stage by stage, and evaluate it at the start and after each stage.
 
-    It does what `minillm distill` does and prints the same lines. Without held-out prompts, `data={"eval": SOURCE}`, it
-    trains and does not evaluate, as `minillm train` does.
+    It does what `minillm distill` does and prints the same lines. Without held-out prompts, `data={"eval": SOURCE}`,
+    it trains and does not evaluate, as `minillm train` does.
 
     Args:
         recipe: a YAML file or a Recipe to start from; the other arguments are laid over it. None: they say everything.
@@ -52,8 +52,8 @@ def distill(
             or `seed=1`. The section `teacher` is written `**{"teacher.dtype": "bfloat16"}`.
 
     Returns:
-        A Run: `model_path` (what `AutoModelForCausalLM.from_pretrained` loads), `evaluations` (an Evaluation by stage),
-        `summary` (what summary.json holds) and `path` (the run directory).
+        A Run: `model_path` (what `AutoModelForCausalLM.from_pretrained` loads), `evaluations` (one Evaluation per
+        stage), `summary` (what summary.json holds) and `path` (the run directory).
 
     Raises:
         ConfigError, DataError, PackageError: a setting, a source or a package that cannot be used; found before any
@@ -91,7 +91,11 @@ def distill(
     from minillm.run.workers import first_process_tells
 
     tree = nested(_as_yaml(overrides))
-    for section, key, source in (("model", "teacher", teacher), ("model", "student", student), ("data", "train", train)):
+    for section, key, source in (
+        ("model", "teacher", teacher),
+        ("model", "student", student),
+        ("data", "train", train),
+    ):
         if source is not None:
             merge(tree, {section: {key: _named(key, source)}})
     if stages is not None:
@@ -179,7 +183,9 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
 
     tree = nested(_as_yaml(overrides))
     if unread := tree.keys() - {"eval", "model", "data", "log"}:
-        raise ConfigError(f"an evaluation does not read {min(unread)!r}; it reads the sections eval, model, data and log")
+        raise ConfigError(
+            f"an evaluation does not read {min(unread)!r}; it reads the sections eval, model, data and log"
+        )
     source, data, against = _named("model", model), _named("data", data), teacher and _named("teacher", teacher)
     config = run_from(merged({"eval": EVALUATION}, tree, {"data": {"eval": data}}))
 
@@ -196,7 +202,7 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
         records = len(read_records(data))
         print(f"{data}: {len(examples)} of {records} records; generation: {settings}", file=sys.stderr, flush=True)
         result = measure(student, load(against) if against else None, tokenizer, examples, config)
-    about = {"model": source, "teacher": against, "data": data, "records": records}
+    about: dict[str, Any] = {"model": source, "teacher": against, "data": data, "records": records}
     about |= {"parameters": student.model.num_parameters(), "environment": environment()}
     return dataclasses.replace(result, about=about)
 

@@ -1,5 +1,6 @@
 """A recipe from end to end: load, check, evaluate, run the stages, evaluate after each, export, sum up."""
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,8 +48,9 @@ class Run:
 def run_recipe(recipe: Recipe, command: str = "", with_evaluation: bool = True, resume: str = "") -> Run:
     """Run every stage on one student.
 
-    `command` is what the user typed, for the summary and the model card; `resume` is that of `RunDirectory`. All that
-    can be wrong with the recipe, the models or the data is found before the first evaluation or step.
+    `command` is what the user typed, for the summary and the model card; without it they name one that repeats the run.
+    `resume` is that of `RunDirectory`. All that can be wrong with the recipe, the models or the data is found before
+    the first evaluation or step.
     """
     started = time.perf_counter()
     if with_evaluation and not recipe.run.data.eval:
@@ -63,6 +65,8 @@ def run_recipe(recipe: Recipe, command: str = "", with_evaluation: bool = True, 
     if examples:
         check_measurable(student, teacher, examples, recipe.run)
     run = RunDirectory(recipe, resume, command)
+    if not command:
+        run.command = shlex.join(["minillm", "distill" if examples else "train", str(run.path / "config.yaml")])
     seconds = {"load": time.perf_counter() - started}
     _introduce(run, student, teacher, tokenizer, trainings)
 
@@ -84,7 +88,7 @@ def run_recipe(recipe: Recipe, command: str = "", with_evaluation: bool = True, 
     seconds["total"] = sum(seconds.values()) if run.resumed else time.perf_counter() - started
     summary = {
         "recipe": recipe.name,
-        "command": command,
+        "command": run.command,
         "config_hash": recipe.digest(),
         "environment": run.environment,
         "teacher": _about(teacher) if teacher is not None else None,
@@ -94,7 +98,7 @@ def run_recipe(recipe: Recipe, command: str = "", with_evaluation: bool = True, 
         "changes": plain(changes(evaluations)),
         "seconds": {phase: round(value, 1) for phase, value in seconds.items()},
     }
-    run.write("model/README.md", card(recipe, command, evaluations))
+    run.write("model/README.md", card(recipe, run.command, evaluations))
     run.write("summary.json", summary)
     run.finish()
     print(run_text(evaluations, summary["seconds"]))

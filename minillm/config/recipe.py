@@ -33,6 +33,12 @@ class Recipe:
     run: RunConfig
     stages: dict[str, StageConfig]
 
+    @property
+    def training_sources(self) -> list[str]:
+        """Data that the student learns from or is chosen by: nothing to evaluate it on."""
+        data = [source for stage in self.stages.values() for source in (stage.data.train, stage.validation.data)]
+        return [source for source in dict.fromkeys(data) if source]
+
     def to_dict(self) -> dict[str, Any]:
         """Everything resolved, in the form that `load_recipe` reads."""
         stages = {name: dataclasses.asdict(stage) for name, stage in self.stages.items()}
@@ -52,7 +58,7 @@ def load_recipe(
 
     Raises ConfigError for anything unknown, misplaced, mistyped or contradictory, FileNotFoundError for no file.
     """
-    tree = read_yaml(path, "recipes/smollm2-cpu.yaml")
+    tree = read_yaml("recipe", path, "recipes/smollm2-cpu.yaml")
     layers = [tree]
     if smoke:
         if not isinstance(tree.get("smoke"), dict):
@@ -61,11 +67,11 @@ def load_recipe(
     return recipe_from(Path(path).stem, *layers, overrides, parse_flags(flags))
 
 
-def read_yaml(path: str | Path, example: str) -> dict[str, Any]:
+def read_yaml(what: str, path: str | Path, example: str) -> dict[str, Any]:
     """Raises ConfigError for a file that is not YAML or no mapping, FileNotFoundError with an example for none."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no recipe at {path}: give the path of a YAML file, such as {example}")
+        raise FileNotFoundError(f"no {what} at {path}: give the path of a YAML file, such as {example}")
     try:
         tree = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:

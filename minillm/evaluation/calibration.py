@@ -8,7 +8,8 @@ Legend: N predictions, H hidden, V vocabulary.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 BINS = 10
 
 
-class Bin(NamedTuple):
+@dataclass(frozen=True)
+class Bin:
     """The predictions whose confidence lies in (lower, upper]."""
 
     lower: float
@@ -36,7 +38,8 @@ class Bin(NamedTuple):
     """Share that is right; likewise."""
 
 
-class Reliability(NamedTuple):
+@dataclass(frozen=True)
+class Reliability:
     """How a model's confidence compares with its accuracy, over `count` predictions."""
 
     ece: float
@@ -109,8 +112,8 @@ def options(
 ) -> Reliability | None:
     """Calibration of the choice among each question's options; None if no record has options.
 
-    The probability of an option is the probability of its tokens after the prompt, without end-of-sequence (options are
-    label words), normalised over the options of its question. So no option should be the beginning of another.
+    The probability of an option is that of its tokens after the prompt, normalised over the options of its question.
+    End-of-sequence is not counted, since options are label words; so no option should be the beginning of another.
     """
     asked = [example for example in examples if example.record.options]
     flat = [

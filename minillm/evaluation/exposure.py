@@ -15,7 +15,7 @@ each model reach. Standard errors come from the jackknife over prompts.
 Legend: P prompts, S samples of each, T positions.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,14 +29,16 @@ ROUNDING = 1e-5
 """Nats per token; the error of the kernels in fp32 is below it."""
 
 
-class Reaching(NamedTuple):
+@dataclass(frozen=True)
+class Reaching:
     """How many samples are at least l tokens long, for l = 1, 2, …"""
 
     student: list[int]
     teacher: list[int]
 
 
-class ExposureBias(NamedTuple):
+@dataclass(frozen=True)
+class ExposureBias:
     """Curves by the length l of a response; undefined values are NaN."""
 
     definition: str
@@ -76,9 +78,15 @@ def excess_accumulated_error(
     excess[expected <= ROUNDING * torch.arange(1, length + 1)] = torch.nan
     replicas = 100 * (without_one[0] / without_one[1] - 1)
     error = ((prompts - 1) * replicas.var(0, correction=0)).sqrt() + 0 * excess  # NaN where that is
-    curves = (curve.tolist() for curve in (regret, expected, excess, error))
-    reaching = Reaching(*(counts[:length].long().tolist() for counts in reach))
-    return ExposureBias(DEFINITION, list(range(1, length + 1)), *curves, reaching)
+    return ExposureBias(
+        definition=DEFINITION,
+        length=list(range(1, length + 1)),
+        regret=regret.tolist(),
+        expected=expected.tolist(),
+        exaccerr=excess.tolist(),
+        standard_error=error.tolist(),
+        samples_reaching=Reaching(*(counts[:length].long().tolist() for counts in reach)),
+    )
 
 
 def _by_prompt(divergence: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,9 @@ class Mean:
     def over_seeds(cls, means: "Sequence[Mean]") -> "Mean":
         """All seeds together: `means` are of the same prompts, one per seed of sampling."""
         seeds = Seeds(tuple(each.mean for each in means))
-        totals, counts = (torch.stack(values).sum(0) for values in zip(*((m.totals, m.counts) for m in means), strict=True))
+        totals, counts = (
+            torch.stack(values).sum(0) for values in zip(*((m.totals, m.counts) for m in means), strict=True)
+        )
         return replace(cls.of(totals, counts), mean=seeds.mean, seeds=seeds)
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,7 +81,7 @@ class Mean:
         """What `to_dict` gave; `per_prompt` are totals and counts."""
         totals, counts = (torch.tensor(values, dtype=torch.float64) for values in per_prompt)
         seeds = Seeds(tuple(tree["by_seed"])) if "by_seed" in tree else None
-        return cls(*(tree[k] for k in ("mean", "standard_error", "prompts", "count")), totals, counts, seeds)
+        return cls(tree["mean"], tree["standard_error"], tree["prompts"], tree["count"], totals, counts, seeds)
 
 
 def difference(after: Mean, before: Mean) -> dict[str, float]:

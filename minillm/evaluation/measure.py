@@ -39,8 +39,8 @@ SCORES = {"rouge_l": text.rouge_l, "exact_match": text.exact_match}
 
 
 def evaluation_set(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", seen: Sequence[str] = ()) -> list[Example]:
-    """`eval.prompts` prompts (0: all) with references from data.eval, chosen by eval.seed. Prompts that are also in one
-    of the sources `seen`, which the model was trained or validated on, are left out.
+    """`eval.prompts` prompts (0: all) with references from data.eval, chosen by eval.seed. Prompts of the
+    sources `seen`, which the model was trained or validated on, are left out.
 
     Raises DataError when too few are left.
     """
@@ -155,7 +155,9 @@ def generation(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[
     }
 
 
-def check_measurable(student: CausalLM, teacher: CausalLM | None, examples: Sequence[Example], config: RunConfig) -> None:
+def check_measurable(
+    student: CausalLM, teacher: CausalLM | None, examples: Sequence[Example], config: RunConfig
+) -> None:
     if teacher is not None and config.eval.temperature != 1:
         raise ConfigError(
             f"eval.temperature is {config.eval.temperature}; the divergences and ExAccErr are defined at 1: set it to "
@@ -205,11 +207,13 @@ def _exposure_bias(drawn: Samples, taught: Samples) -> ExposureBias:
 
 
 def _shown(examples: Sequence[Example], responses: dict[str, list[str]], samples: int) -> tuple[Responses, ...]:
-    greedy, first = responses.get("greedy"), responses["sampled"][::samples] if "sampled" in responses else None
-    return tuple(
-        Responses(e.record.prompt, tuple(e.record.references), greedy and greedy[i], first and first[i])
-        for i, e in enumerate(examples)
-    )
+    nothing = [None] * len(examples)
+    greedy, sampled = responses.get("greedy", nothing), responses.get("sampled", nothing * samples)[::samples]
+    shown = [
+        Responses(example.record.prompt, tuple(example.record.references), *found)
+        for example, *found in zip(examples, greedy, sampled, strict=False)
+    ]
+    return tuple(shown) if responses else ()
 
 
 @contextmanager

@@ -5,8 +5,8 @@ measured is absent; what is undefined, such as the standard error of a single pr
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any
 
 from minillm.evaluation.calibration import Reliability
 from minillm.evaluation.exposure import ExposureBias, Reaching
@@ -21,7 +21,8 @@ START, TEACHER = "start", "teacher"
 ABOUT = ("model", "teacher", "data", "records", "parameters", "command", "environment")
 
 
-class Length(NamedTuple):
+@dataclass(frozen=True)
+class Length:
     """Of responses, in tokens, end-of-sequence included."""
 
     mean: float
@@ -29,7 +30,8 @@ class Length(NamedTuple):
     """Share of the responses that the limit of tokens cut."""
 
 
-class Responses(NamedTuple):
+@dataclass(frozen=True)
+class Responses:
     """What a model responded to one prompt; None for what was not decoded."""
 
     prompt: str
@@ -93,6 +95,7 @@ class Evaluation:
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> "Evaluation":
         """Of `to_dict`'s JSON, with or without the values per prompt. Raises KeyError for another JSON."""
+        prompts, generation = tree["prompts"], tree["generation"]
         defined = _restored({k: v for k, v in tree.items() if k not in (*ABOUT, "generation", "responses")})
         means = {}
         for name in MEANS:
@@ -104,8 +107,8 @@ class Evaluation:
         reference_length = length.pop("references", None)
         bias = defined.get("exposure_bias")
         return cls(
-            prompts=defined["prompts"],
-            generation=tree["generation"],
+            prompts=prompts,
+            generation=generation,
             means=means,
             by_reference_length={
                 name: {key: Mean.from_dict(mean) for key, mean in part.items() if key != "prompts"}
@@ -126,9 +129,9 @@ class Evaluation:
 
 
 def plain(tree: Any) -> Any:
-    """Named tuples as dicts, tuples as lists, NaN as None: what JSON knows."""
-    if hasattr(tree, "_asdict"):
-        tree = tree._asdict()
+    """Dataclasses as dicts, tuples as lists, NaN as None: what JSON knows."""
+    if is_dataclass(tree):
+        tree = vars(tree)
     if isinstance(tree, dict):
         return {key: plain(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):

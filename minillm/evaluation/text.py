@@ -1,5 +1,5 @@
-"""Responses as text: against their references by ROUGE-L (google rouge_score, Porter stemmer, F-measure × 100) and exact
-match, the best over the references of each prompt; by the length of the reference; and diversity, distinct-n.
+"""Responses as text: ROUGE-L (google rouge_score, Porter stemmer, F-measure × 100) and exact match against the best of
+the references of each prompt, also by the length of the reference; and diversity, distinct-n.
 """
 
 import re

@@ -63,9 +63,7 @@ def html(sources: Sequence[Source], folder: Path) -> str:
         note = "The choice among the options of each question, by the probability of the label words."
         choice = figures.reliability(results, "options")
         parts += _figure("Calibration of options", "reliability-options", choice, folder, note)
-        note = (
-            "ROUGE-L of sampled responses, prompts grouped by the tokens of their reference; bars: ± one standard error."
-        )
+        note = "ROUGE-L of sampled responses, by the tokens of the prompt's reference; bars: ± one standard error."
         parts += _figure("By length of the reference", "lengths", figures.buckets(results), folder, note)
     parts += _responses(sources, results)
     if results:

@@ -65,7 +65,9 @@ def read_result(path: Path) -> Evaluation:
     try:
         return Evaluation.from_dict(_tree(path))
     except KeyError as missing:
-        raise DataError(f"{path} is no evaluation (it has no {missing}): make one with minillm evaluate --out") from None
+        raise DataError(
+            f"{path} is no evaluation (it has no {missing}): make one with minillm evaluate --out"
+        ) from None
 
 
 def _tree(path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
 
 from minillm.config.recipe import Recipe
 from minillm.evaluation.means import difference

@@ -106,7 +106,7 @@ class Study:
 
 def load_study(path: str | Path, smoke: bool = False) -> Study:
     """Raises FileNotFoundError, or ConfigError for what is unknown or missing, in any cell."""
-    tree = read_yaml(path, "recipes/study/study.yaml")
+    tree = read_yaml("study", path, "recipes/study/study.yaml")
     for key in tree:
         if key not in SECTIONS:
             raise ConfigError(unknown("section of a study", str(key), SECTIONS))

@@ -7,9 +7,9 @@ from tokenizers import pre_tokenizers
 
 from minillm.data import packages
 from minillm.data.gguf import BLOCK, OUTER, convert
-from minillm.model.sampling import greedy_answers
 from minillm.model.head import CausalLM
 from minillm.model.load import load_model, load_tokenizer
+from minillm.model.sampling import greedy_answers
 
 CONTROL, NORMAL = 3, 1
 

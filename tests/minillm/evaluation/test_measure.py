@@ -1,17 +1,18 @@
 import dataclasses
 import json
-import math
 
 import pytest
 import torch
 
 from minillm.cli import main
 from minillm.config.recipe import load_recipe
-from minillm.config.schema import ConfigError, DataConfig, EvalConfig
-from minillm.data.examples import encode, read_records
-from minillm.evaluate.measure import measure, measure_answers, over_seeds
-from minillm.evaluate.rouge import rouge_l
-from minillm.evaluate.samples import draw
+from minillm.config.schema import ConfigError, DataConfig
+from minillm.data.examples import DataError, encode, read_records
+from minillm.evaluation.divergence import draw
+from minillm.evaluation.means import difference
+from minillm.evaluation.measure import PARTS, evaluation_set, measure
+from minillm.evaluation.result import Evaluation
+from minillm.evaluation.text import rouge_l
 from minillm.model.head import CausalLM
 from minillm.report.summary import evaluation_text
 
@@ -25,31 +26,31 @@ def world(files, make_llama, tokenizer):
     return config, CausalLM(make_llama(2, seed=1)), CausalLM(make_llama(4)), tokenizer, examples
 
 
-@torch.no_grad()
-def test_divergences_of_samples_against_plain_torch(world):
-    _, student, teacher, _, examples = world
-    drawn = draw(teacher, student, examples[:2], EvalConfig(samples=2, sample_tokens=5, batch_size=2), 0)
-    for row, tokens in enumerate(drawn.token_ids):
-        prompt = examples[row // 2].prompt
-        log_p, log_q = (
-            m.model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
-            for m in (teacher, student)
-        )
-        forward, reverse = (log_p.exp() * (log_p - log_q)).sum(-1), (log_q.exp() * (log_q - log_p)).sum(-1)
-        torch.testing.assert_close(drawn.to_other[row, : len(tokens)], forward, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(drawn.from_other[row, : len(tokens)], reverse, rtol=1e-4, atol=1e-5)
-        assert drawn.to_other[row, len(tokens) :].sum() == 0
+def test_held_out_prompts_are_not_those_trained_on(world, files):
+    config, _, _, tokenizer, _ = world
+    train = [str(files / "train.jsonl")]
+    examples = evaluation_set(config, tokenizer, train)
+    assert len(examples) == 6
+    trained_on = {record.prompt for record in read_records(train[0])}
+    assert not trained_on & {example.record.prompt for example in examples}
+    assert [e.prompt for e in examples] == [e.prompt for e in evaluation_set(config, tokenizer, train)]
+    both = files / "both.jsonl"
+    both.write_text((files / "train.jsonl").read_text() + (files / "eval.jsonl").read_text())
+    flags = [f"--data.eval={both}", "--eval.prompts=7"]
+    with pytest.raises(DataError, match=r"has 6 held-out prompts.*eval.prompts asks for 7"):
+        evaluation_set(load_recipe(files / "recipe.yaml", flags).run, tokenizer, train)
 
 
-def test_a_seed_draws_the_same_however_many_there_are(world):
-    _, student, _, _, examples = world
-    few, many = (draw(student, None, examples, EvalConfig(samples=s, sample_tokens=5), 0).token_ids for s in (1, 3))
-    assert few == many[::3] and many[::3] != many[1::3]
+def test_zero_prompts_are_all(world, files):
+    _, _, _, tokenizer, _ = world
+    config = load_recipe(files / "recipe.yaml", ["--eval.prompts=0"]).run
+    assert len(evaluation_set(config, tokenizer)) == 6
 
 
 def test_everything_is_measured_and_is_json(world):
     config, student, teacher, tokenizer, examples = world
-    result = json.loads(json.dumps(measure(student, teacher, tokenizer, examples, config)))
+    found = measure(student, teacher, tokenizer, examples, config)
+    result = json.loads(json.dumps(found.to_dict()))
     assert result["generation"]["sampled"] == {
         "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 6, "seeds": [1234, 1235, 1236],
     }  # fmt: skip
@@ -62,38 +63,63 @@ def test_everything_is_measured_and_is_json(world):
     ]
     assert result["rouge_l"]["sampled"]["by_seed"] == pytest.approx(by_seed)
     assert result["rouge_l"]["sampled"]["mean"] == pytest.approx(sum(by_seed) / 3)
-    assert result["exposure_bias"]["exaccerr"][0] == pytest.approx(
-        0, abs=1e-4
-    )  # %, in float32: before the first token, one prefix
+    first = result["exposure_bias"]["exaccerr"][0]  # %, in float32: before the first token, one prefix
+    assert first == pytest.approx(0, abs=1e-4)
     assert sum(part["prompts"] for part in result["by_reference_length"].values()) == len(examples)
-    assert result["tokens_per_second"] > 0 and result["calibration"]["options"] is None
-    text = evaluation_text(result)
+    assert result["tokens_per_second"] > 0 and "options" not in result["calibration"]
+    assert len(result["responses"]) == config.log.samples
+    text = evaluation_text(found)
     assert "ROUGE-L" in text and "ExAccErr at 4 tokens" in text
+
+
+def test_an_evaluation_comes_back_from_its_json(world):
+    config, student, teacher, tokenizer, examples = world
+    one_prompt = measure(student, teacher, tokenizer, examples[:1], config)  # its standard errors are undefined
+    for found in (measure(student, teacher, tokenizer, examples, config), one_prompt):
+        written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+        again = Evaluation.from_dict(written)
+        assert again.to_dict() == written and evaluation_text(again) == evaluation_text(found)
+        for name, mean in found.means.items():
+            assert torch.equal(again.means[name].totals, mean.totals)
+            assert torch.equal(again.means[name].counts, mean.counts)
+        short = found.to_dict(per_prompt=False)
+        assert short == {key: value for key, value in written.items() if key != "per_prompt"}
+        assert Evaluation.from_dict(short).to_dict(per_prompt=False) == short
+
+
+def test_evaluating_changes_nothing(world):
+    config, student, teacher, tokenizer, examples = world
+    first, second = (measure(student, teacher, tokenizer, examples, config) for _ in range(2))
+    for name, value in first.means.items():
+        assert difference(second.means[name], value)["mean"] == 0
+    assert first.responses == second.responses
+
+
+def test_each_part_alone_is_what_it_is_among_all(world):
+    config, student, teacher, tokenizer, examples = world
+    whole = measure(student, teacher, tokenizer, examples, config).to_dict()
+    for part in PARTS:
+        found = measure(student, teacher, tokenizer, examples, config, [part]).to_dict()
+        assert found["per_prompt"]
+        for metric in found.keys() & {"rouge_l", "exact_match", "reverse_kl", "forward_kl", "length"}:
+            assert found[metric] == {along: whole[metric][along] for along in found[metric]}
+        for metric in found.keys() & {"distinct", "calibration", "loss"}:
+            assert found[metric] == whole[metric]
+    assert set(found) == {"prompts", "generation", "calibration", "loss", "seconds", "per_prompt"}
 
 
 def test_a_student_that_is_the_teacher_errs_nowhere(world):
     config, _, teacher, tokenizer, examples = world
     result = measure(teacher, teacher, tokenizer, examples, config)
-    assert result["reverse_kl"]["own_samples"]["mean"] == pytest.approx(0, abs=1e-5)
-    assert result["forward_kl"]["teacher_samples"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert result.means["reverse_kl/own_samples"].mean == pytest.approx(0, abs=1e-5)
+    assert result.means["forward_kl/teacher_samples"].mean == pytest.approx(0, abs=1e-5)
 
 
 def test_without_a_teacher(world):
     config, student, _, tokenizer, examples = world
     result = measure(student, None, tokenizer, examples, config)
-    assert "exposure_bias" not in result and "reverse_kl" not in result
-    assert result["loss"]["mean"] > 0 and "ROUGE-L" in evaluation_text(result)
-
-
-def test_answers_alone(world):
-    config, student, _, tokenizer, examples = world
-    whole, found = (
-        measure(student, None, tokenizer, examples, config),
-        measure_answers(student, tokenizer, examples, config),
-    )
-    assert set(found["rouge_l"]) == {"sampled"} and "loss" not in found
-    for key in ("rouge_l", "exact_match", "length"):
-        assert found[key]["sampled"] == whole[key]["sampled"]
+    assert result.exposure_bias is None and not [name for name in result.means if "kl" in name]
+    assert result.means["loss"].mean > 0 and "ROUGE-L" in evaluation_text(result)
 
 
 def test_settings_that_cannot_be_measured(world, files):
@@ -109,17 +135,12 @@ def test_settings_that_cannot_be_measured(world, files):
 def test_what_is_undefined_is_null_in_json(world):
     config, student, teacher, tokenizer, examples = world
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, sample_tokens=1, samples=1))
-    result = measure(student, teacher, tokenizer, examples[:1], config)
+    found = measure(student, teacher, tokenizer, examples[:1], config)
+    result = found.to_dict()
     json.dumps(result, allow_nan=False)
     assert result["distinct"]["4"]["mean"] is None  # no text has four words
     assert result["rouge_l"]["greedy"]["standard_error"] is None  # of one prompt
-    assert "± ?" in evaluation_text(result)
-
-
-def test_over_seeds():
-    assert over_seeds([1.0, 3.0]) == {"mean": 2, "standard_deviation": pytest.approx(math.sqrt(2)), "by_seed": [1, 3]}
-    assert over_seeds([4.0])["standard_deviation"] == 0
-    assert math.isnan(over_seeds([4.0, math.nan])["standard_deviation"])
+    assert "± ?" in evaluation_text(found)
 
 
 def test_the_command_writes_json_and_prints_its_settings(files, capsys):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from minillm.model.head import CausalLM
-from minillm.model.sampling import draw_uniforms, sample
+from minillm.model.sampling import draw_uniforms, greedy, sample
 
 PROMPTS = [[5, 9, 17, 33, 2], [7], [100, 3, 45]]
 NO_EOS = -1
@@ -144,3 +145,17 @@ def test_unequal_heads_are_sampled_from_the_common_vocabulary(make_llama):
 def test_the_same_seed_gives_the_same_rollout(pair):
     assert roll(*pair, seed=3).responses() == roll(*pair, seed=3).responses()
     assert roll(*pair, seed=3).responses() != roll(*pair, seed=4).responses()
+
+
+@torch.no_grad()
+def test_greedy_is_the_argmax_whatever_the_generation_config(make_llama):
+    model = make_llama(2)
+    model.generation_config = GenerationConfig(no_repeat_ngram_size=1, repetition_penalty=5.0, do_sample=True)
+    prompts = [[5, 6, 7], [9]]
+    answers = greedy(CausalLM(model), prompts, 60, batch_size=2, eos_token_id=256)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert len(set(answer)) < len(answer)  # a penalty on repetition would show
+        ids = list(prompt)
+        for token in answer:
+            assert token == int(model(torch.tensor([ids])).logits[0, -1].argmax())
+            ids.append(token)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import minillm
 from minillm.cli import main
 from minillm.config.recipe import merge
 from minillm.config.schema import ConfigError
@@ -143,8 +144,8 @@ def test_several_runs_share_the_cells_and_wait_for_what_they_need(study, monkeyp
 
 def test_what_stops_an_evaluation_does_not_cost_the_training(study, monkeypatch):
     plan, calls = load_study(study, smoke=True), []
-    trained, evaluated = cell.run_recipe, cell.evaluations
-    monkeypatch.setattr(cell, "run_recipe", lambda *args, **options: calls.append(1) or trained(*args, **options))
+    trained, evaluated = minillm.distill, cell.evaluations
+    monkeypatch.setattr(minillm, "distill", lambda *args, **options: calls.append(1) or trained(*args, **options))
 
     def fail(*_):
         raise KeyboardInterrupt
@@ -171,12 +172,11 @@ def test_a_study_goes_on_where_only_its_json_is(study, files, capsys):
     assert json.loads(plan.result(start).read_text())["training"]["num_tokens"] == before
 
 
-def test_steps_reach_the_budget_and_no_more(study):
-    config = load_study(study, smoke=True).config(Cell("18-layers", "sft", 0))
+def test_steps_reach_the_budget_and_no_more():
     tokens = [10, 20, 30, 40]  # two a step: each epoch is two steps and 100 tokens
-    assert steps_to_reach(100, tokens, config) == 2
-    assert steps_to_reach(101, tokens, config) == 3
-    assert steps_to_reach(1, tokens, config) == 1
+    assert steps_to_reach(100, tokens, 0, 2) == 2
+    assert steps_to_reach(101, tokens, 0, 2) == 3
+    assert steps_to_reach(1, tokens, 0, 2) == 1
 
 
 def test_verdicts_by_hand():

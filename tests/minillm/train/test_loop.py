@@ -145,7 +145,7 @@ def test_minillm_lowers_the_reverse_kl_on_its_own_samples(files):
     )
 
     def objective():
-        args = (training.student, training.teacher, training.examples, training.config.eval)
+        args = (training.student, training.teacher, training.examples, training.run.eval)
         drawn = draw(*args, training.tokenizer.eos_token_id)
         return drawn.per_token(drawn.to_other).mean
 
@@ -234,7 +234,7 @@ def test_learning_rate_schedules():
 
 
 def test_methods_of_the_loop_are_those_of_the_config():
-    from minillm.config import schema as config
+    from minillm.config import check
 
-    assert tuple(METHODS) == config.METHODS
+    assert tuple(METHODS) == check.METHODS
     assert StageConfig().method in METHODS

@@ -45,7 +45,7 @@ def test_seqkd_learns_from_the_teachers_text_and_samples_it_once(make, tmp_path)
     training = make("seqkd")
     method = METHODS["seqkd"](training, tmp_path)
     examples = training.examples
-    uniforms = draw_uniforms(training.config.seed, 5, len(examples))
+    uniforms = draw_uniforms(training.run.seed, 5, len(examples))
     prompts = [example.prompt for example in examples]
     expected = sample(
         training.teacher, None, prompts, max_new_tokens=5, eos_token_id=0, alpha=0.0, uniforms=uniforms

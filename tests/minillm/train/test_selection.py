@@ -9,9 +9,9 @@ from minillm.config.recipe import load_recipe
 from minillm.config.schema import ConfigError
 from minillm.evaluation.measure import evaluation_set
 from minillm.evaluation.text import rouge_l
-from minillm.model.sampling import greedy_answers
 from minillm.model.head import CausalLM
 from minillm.model.load import load_model
+from minillm.model.sampling import greedy_answers
 from minillm.run.directory import RunDirectory
 from minillm.train.baselines import MiniLLM
 from minillm.train.loop import prepare, train
@@ -92,9 +92,8 @@ def test_validation_prompts_are_never_tested_on(files, make_tokenizer):
     recipe = load_recipe(
         files / "recipe.yaml", [f"--validation.data={files / 'validation.jsonl'}", "--eval.prompts=4"]
     )
-    tested = {
-        example.record.prompt for example in evaluation_set(recipe.run, make_tokenizer(), [str(files / "train.jsonl")])
-    }
+    examples = evaluation_set(recipe.run, make_tokenizer(), recipe.training_sources)
+    tested = {example.record.prompt for example in examples}
     assert len(tested) == 4
     assert not tested & {json.loads(line)["instruction"] for line in lines[:2]}
 
