@@ -1,22 +1,28 @@
-"""Writes the tables of README.md from the JSON in benchmarks/results and docs/study: every number there is from it.
+"""Writes the tables of README.md and docs/*.md from the JSON in benchmarks/results: every number in them is from it.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end: NAME -->`.
 
 python benchmarks/tables.py           rewrite the tables
-python benchmarks/tables.py --check   exit 1 if README.md is not what the JSON gives
+python benchmarks/tables.py --check   exit 1 if a page is not what the JSON gives
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
-from minillm.study import document
-from minillm.study.plan import load_study
+import yaml
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())
 
 
 def rows_of(results: dict, group: str) -> dict[str, dict]:
@@ -28,103 +34,73 @@ def rows_of(results: dict, group: str) -> dict[str, dict]:
     return found
 
 
+def shape_of(row: dict) -> str:
+    return f"{row['dtype']} {row['shape'].replace('x', ' × ')}"
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def cpu_table() -> str:
-    """Medians and ratios of the CPU benchmarks."""
-    results = json.loads((RESULTS / "cpu.json").read_text())
-    rows = []
-    for operation in ("reverse_kl forward+backward", "token_logprobs+entropy forward", "mixed_sample"):
-        groups = sorted(
-            {b["group"] for b in results["benchmarks"] if re.match(re.escape(operation) + r" \w+-\d", b["group"])}
-        )
-        for group in groups:
-            found = rows_of(results, group)
-            ours = found["minillm"]
-            for name in ("minillm", "minillm in place"):
-                if name not in found:
-                    continue
-                row = found[name]
-                ratio = [f"{found[peer]['ms'] / row['ms']:.1f}×" for peer in ("eager", "torch.compile")]
-                memory = f"{row['peak_extra_MiB']:.0f} MiB ({found['eager']['peak_extra_MiB']:.0f})"
-                size = f"{ours['dtype']} {ours['shape'].replace('x', ' × ')}"
-                label = operation + (", in place" if name != "minillm" else "")
-                rows.append([label, size, f"{row['ms']:.2f} ms", *ratio, f"{row['fraction_of_add']:.2f}", memory])
-    header = [
-        "operation",
-        "logits",
-        "time",
-        "eager is",
-        "torch.compile is",
-        "of `torch.add`'s bandwidth",
-        "extra memory (eager)",
+def machine(results: dict) -> str:
+    info = results["machine_info"]
+    return f"{info['cpu']['brand_raw']}, {info['threads']} threads, torch {info['torch']}"
+
+
+# ---- what a reader sees first
+
+
+def headline_table() -> str:
+    """One line for each thing that a user would ask about first."""
+    demo, trl, cpu = load("demo.json"), load("trl.json"), load("cpu.json")
+    stages = student_evaluations(demo)
+    kl = [demo["evaluations"][stage]["reverse_kl"]["own_samples"]["mean"] for stage in stages]
+    ours, theirs = trl["rows"]["minillm"], trl["rows"]["trl"]
+    step = f"one on-policy step, {trl['prompts']} prompts × {trl['new_tokens']} tokens"
+    version = f"TRL {theirs['versions']['trl']}"
+    rows = [
+        [
+            f"demo: reverse KL on the student's own samples, nats per token, after {stages[-1]}",
+            f"{kl[-1]:.3f}",
+            ", ".join(f"{stage}: {value:.3f}" for stage, value in zip(stages[:-1], kl, strict=False)),
+        ],
+        [f"{step}: time, s", f"{ours['seconds']:.2f}", f"{version}: {theirs['seconds']:.2f}"],
+        [f"{step}: working memory, MiB", f"{ours['extra_MiB']:.0f}", f"{version}: {theirs['extra_MiB']:.0f}"],
     ]
-    machine = results["machine_info"]
-    note = (
-        f"{machine['cpu']['brand_raw']}, {machine['instruction_set']}, {machine['threads']} threads, "
-        f"torch {machine['torch']}, median of 15; made by `pytest benchmarks/ --benchmark-only "
-        "--benchmark-json=benchmarks/results/cpu.json`."
-    )
-    return markdown(header, rows) + "\n\n" + note
-
-
-def kernels_table() -> str:
-    """Each CPU kernel alone, and what bounds it."""
-    results = json.loads((RESULTS / "cpu.json").read_text())
-    groups = dict.fromkeys(b["group"] for b in results["benchmarks"] if b["group"].startswith("kernels "))
-    kernels = [item for group in groups for item in rows_of(results, group).items() if "bound_by" in item[1]]
-    for group in dict.fromkeys(b["group"] for b in results["benchmarks"]):
-        if re.match(r"mixed_sample \w+-\d", group):
-            kernels.append(("row_sample", rows_of(results, group)["minillm"]))
-    rows = []
-    for name, row in kernels:
-        size = f"{row['dtype']} {row['shape'].replace('x', ' × ')}"
-        times = [f"{row[part]:.2f} ms" for part in ("ms", "call_ms", "arithmetic_ms", "memory_ms")]
-        rows.append([name, size, *times, row["bound_by"], f"{row['of_bound']:.2f}"])
-    header = ["kernel", "logits", "time", "the call", "arithmetic", "memory", "bound by", "of the bound"]
-    return markdown(header, rows)
-
-
-def linear_table() -> str:
-    """The losses of hidden states and head weights, each beside eager."""
-    results = json.loads((RESULTS / "cpu.json").read_text())
-    rows = []
-    for group in dict.fromkeys(b["group"] for b in results["benchmarks"] if b["group"].startswith("linear ")):
-        found = rows_of(results, group)
-        loss = group.split()[1].replace("_", " ")
-        for name, row in found.items():
-            ratio = row["ms"] / found["eager"]["ms"]
-            memory = [f"{row[key]:.0f} MiB" if key in row else "" for key in ("working_MiB", "extra_MiB")]
-            size = group.partition("-")[2].replace("x", " × ")
-            rows.append([loss, size, name, f"{row['ms'] / 1e3:.2f} s", f"{ratio:.2f}×", *memory])
-    heads = {rows: rows_of(results, f"head {rows}x576x49152") for rows in (8, 256)}
-    times = " and ".join(
-        f"{found['torch.mm']['ms'] / found['minillm']['ms']:.1f}× as fast as torch.mm for {rows} rows"
-        for rows, found in heads.items()
-    )
-    header = [
-        "loss",
-        "rows × hidden × vocabulary",
-        "implementation",
-        "time",
-        "of eager's",
-        "working memory",
-        "with the gradient",
-    ]
-    return markdown(header, rows) + f"\n\nThe product with a head of 49152 × 576 alone is {times}."
+    for title, group, name in (
+        ("reverse KL of logits, in place", "reverse_kl forward+backward bf16-192x151936", "minillm in place"),
+        ("a token from the mixture of both models", "mixed_sample bf16-8x151936", "minillm"),
+    ):
+        found = rows_of(cpu, group)
+        row = found[name]
+        shape = "{} rows of {} tokens".format(*found["minillm"]["shape"].split("x")) + f", {found['minillm']['dtype']}"
+        peers = ", ".join(f"{peer}: {found[peer]['ms']:.2f}" for peer in ("eager", "torch.compile"))
+        rows.append([f"{title}, {shape}: time, ms", f"{row['ms']:.2f}", peers])
+        if "reverse_kl" in group:
+            share = f"{row['fraction_of_add']:.2f}"
+            rows.append([f"{title}, {shape}: bandwidth, share of the machine's own", share, "`torch.add`: 1"])
+    group = next(b["group"] for b in cpu["benchmarks"] if b["group"].startswith("linear reverse_kl"))
+    found = rows_of(cpu, group)
+    size = "{} rows of width {}, {} tokens".format(*group.partition("-")[2].split("x"))
+    for unit, value in (
+        ("time, s", lambda row: f"{row['ms'] / 1e3:.2f}"),
+        ("working memory, MiB", lambda row: f"{row['working_MiB']:.0f}"),
+    ):
+        peers = ", ".join(f"{peer}: {value(found[peer])}" for peer in ("eager", "torch.compile"))
+        title = f"reverse KL of hidden states, {size}, float32: {unit}"
+        rows.append([title, value(found["minillm"]), peers])
+    return markdown([f"measured on a CPU, {machine(cpu)}", "minillm", "for comparison"], rows)
 
 
 def demo_table() -> str:
     """What the demo distillation did to the student: its summary.json."""
-    summary = json.loads((RESULTS / "demo.json").read_text())
-    stages = [name for name in summary["evaluations"] if name != "teacher"]
+    summary = load("demo.json")
+    stages = student_evaluations(summary)
     names = {
         "reverse_kl/own_samples": "reverse KL on the student's own samples, nats/token (the objective)",
         "reverse_kl/references": "reverse KL on reference answers, nats/token",
-        "rouge_l/greedy": "ROUGE-L, greedy",
+        "rouge_l/greedy": "ROUGE-L of greedy answers, 0-100",
     }
     rows = []
     for name, title in names.items():
@@ -136,12 +112,135 @@ def demo_table() -> str:
     environment = summary["environment"]
     minutes = summary["seconds"]["total"] / 60
     note = f"`{summary['command']}`: {minutes:.1f} minutes on {environment['cpu']}, torch {environment['torch']}."
-    return markdown(["held-out prompts", *stages, f"change in stage {stages[-1]}"], rows) + "\n\n" + note
+    prompts = summary["evaluations"][stages[0]]["prompts"]
+    return markdown([f"{prompts} held-out prompts", *stages, f"change in {stages[-1]}"], rows) + "\n\n" + note
+
+
+def student_evaluations(summary: dict[str, Any]) -> list[str]:
+    """The start and the stages; the teacher was evaluated too."""
+    return [name for name in summary["evaluations"] if name != "teacher"]
+
+
+def recipes_table() -> str:
+    """Every recipe, and what was measured of those that have a summary in benchmarks/results."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    measured = {summary["recipe"]: summary for summary in found if "recipe" in summary}
+    rows = []
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        text = path.read_text()
+        recipe = yaml.safe_load(text)
+        about = text.splitlines()[0].removeprefix("#").strip()
+        stages = recipe.get("stages") or {"": recipe}
+        methods = ", ".join(stage.get("method", "minillm") for stage in stages.values())
+        summary = measured.get(path.stem)
+        unknown = "not measured"
+        card, hours = unknown, unknown
+        if summary:
+            environment = summary["environment"]
+            accelerator, threads = environment["accelerator"], environment["threads"]
+            card = f"{environment['cpu']}, {threads} threads" if accelerator == "none" else accelerator
+            hours = f"{summary['seconds']['total'] / 3600:.2f}"
+        rows.append([f"`recipes/{path.name}`", about, methods, card, hours, unknown])
+    return markdown(["recipe", "what it does", "methods", "card", "time, hours", "memory, GiB"], rows)
+
+
+# ---- kernels
+
+
+def cpu_table() -> str:
+    """Medians and ratios of the CPU benchmarks."""
+    results = load("cpu.json")
+    rows = []
+    for operation in ("reverse_kl forward+backward", "token_logprobs+entropy forward", "mixed_sample"):
+        groups = sorted(
+            {b["group"] for b in results["benchmarks"] if re.match(re.escape(operation) + r" \w+-\d", b["group"])}
+        )
+        for group in groups:
+            found = rows_of(results, group)
+            for name in ("minillm", "minillm in place"):
+                if name not in found:
+                    continue
+                row = found[name]
+                ratio = [f"{found[peer]['ms'] / row['ms']:.1f}×" for peer in ("eager", "torch.compile")]
+                memory = [f"{row['peak_extra_MiB']:.0f}", f"{found['eager']['peak_extra_MiB']:.0f}"]
+                label = operation.replace("_", " ") + (", in place" if name != "minillm" else "")
+                share = f"{row['fraction_of_add']:.2f}"
+                rows.append([label, shape_of(found["minillm"]), f"{row['ms']:.2f}", *ratio, share, *memory])
+    header = [
+        "operation",
+        "logits, rows × vocabulary",
+        "time, ms",
+        "eager / ours",
+        "torch.compile / ours",
+        "share of `torch.add`'s bandwidth",
+        "extra memory, MiB",
+        "extra memory of eager, MiB",
+    ]
+    note = (
+        f"{machine(results)}, {results['machine_info']['instruction_set']}, median of 15; made by "
+        "`pytest benchmarks/ --benchmark-only --benchmark-json=benchmarks/results/cpu.json`."
+    )
+    return markdown(header, rows) + "\n\n" + note
+
+
+def kernels_table() -> str:
+    """Each CPU kernel alone, and what bounds it."""
+    results = load("cpu.json")
+    groups = dict.fromkeys(b["group"] for b in results["benchmarks"] if b["group"].startswith("kernels "))
+    kernels = [item for group in groups for item in rows_of(results, group).items() if "bound_by" in item[1]]
+    for group in dict.fromkeys(b["group"] for b in results["benchmarks"]):
+        if re.match(r"mixed_sample \w+-\d", group):
+            kernels.append(("row_sample", rows_of(results, group)["minillm"]))
+    rows = []
+    for name, row in kernels:
+        times = [f"{row[part]:.2f}" for part in ("ms", "call_ms", "arithmetic_ms", "memory_ms")]
+        bound = {"call": "launch overhead"}.get(row["bound_by"], row["bound_by"])
+        rows.append([name, shape_of(row), *times, bound, f"{row['of_bound']:.2f}"])
+    header = [
+        "kernel",
+        "logits, rows × vocabulary",
+        "time, ms",
+        "launch overhead, ms",
+        "arithmetic, ms",
+        "memory traffic, ms",
+        "bound by",
+        "bound / time",
+    ]
+    return markdown(header, rows)
+
+
+def linear_table() -> str:
+    """The losses of hidden states and head weights, each beside eager."""
+    results = load("cpu.json")
+    rows = []
+    for group in dict.fromkeys(b["group"] for b in results["benchmarks"] if b["group"].startswith("linear ")):
+        found = rows_of(results, group)
+        loss = group.split()[1].replace("_", " ")
+        for name, row in found.items():
+            ratio = row["ms"] / found["eager"]["ms"]
+            memory = [f"{row[key]:.0f}" if key in row else "" for key in ("working_MiB", "extra_MiB")]
+            size = group.partition("-")[2].replace("x", " × ")
+            rows.append([loss, size, name, f"{row['ms'] / 1e3:.2f}", f"{ratio:.2f}", *memory])
+    heads = {rows: rows_of(results, f"head {rows}x576x49152") for rows in (8, 256)}
+    times = " and ".join(
+        f"{found['torch.mm']['ms'] / found['minillm']['ms']:.1f}× as fast as torch.mm for {rows} rows"
+        for rows, found in heads.items()
+    )
+    header = [
+        "loss",
+        "rows × hidden × vocabulary",
+        "implementation",
+        "time, s",
+        "time / eager's",
+        "working memory, MiB",
+        "with the gradient, MiB",
+    ]
+    return markdown(header, rows) + f"\n\nThe product with a head of 49152 × 576 alone is {times}."
 
 
 def gpu_table() -> str:
     """What the compiled kernels of both GPU backends cost on bf16 rows, and the bandwidth that they allow."""
-    results = json.loads((RESULTS / "gpu-static.json").read_text())
+    results = load("gpu-static.json")
     build = results["cuda_build"]
     rows = []
     for kernel in (x["kernel"] for x in results["cuda_traffic"] if x["kernel"].endswith("bf16")):
@@ -155,24 +254,25 @@ def gpu_table() -> str:
             row += [f"{moved[kernel]:.3f}", str(found[90]["registers"]), f"{found[90]['instructions_per_column']:.1f}"]
             row += [f"{found[a]['headroom']:.2f}× ({found[a]['bound_by']})" for a in (80, 90)]
         rows.append(row)
-    columns = ["bytes, of the least", "registers", "instructions a column", "A100", "H100"]
-    header = [
-        "kernel",
-        *(f"{backend}: {c}" if i == 0 else c for backend in ("CUDA", "Triton") for i, c in enumerate(columns)),
-    ]
+    columns = ["bytes / least bytes", "registers", "instructions per column", "A100", "H100"]
+    header = ["kernel", *(f"{backend}: {c}" for backend in ("CUDA", "Triton") for c in columns)]
     note = (
         "bf16 rows of 151936 columns (row_stats_grad: 50256), registers and instructions of sm_90. A100, H100: the "
-        "bandwidth that the busiest pipe allows, over the card's; above 1× memory is the limit. Counted, not timed: "
-        "`python -m benchmarks.gpu_static.cuda_kernels` and `python -m benchmarks.gpu_static.triton_kernels` "
-        f"(Triton {results['triton_version']}). All of `csrc/cuda` for {build['timed']} compiled in "
-        f"{build['seconds']:.0f} s on {build['cores']} cores (nvcc {build['nvcc_version']})."
+        "bandwidth that the busiest pipe allows, divided by the card's; above 1× memory is the limit. Counted, not "
+        "timed: `python -m benchmarks.gpu_static.cuda_kernels` and "
+        f"`python -m benchmarks.gpu_static.triton_kernels` (Triton {results['triton_version']}). All of `csrc/cuda` "
+        f"for {build['timed']} compiled in {build['seconds']:.0f} s on {build['cores']} cores (nvcc "
+        f"{build['nvcc_version']})."
     )
     return markdown(header, rows) + "\n\n" + note
 
 
+# ---- training
+
+
 def training_table() -> str:
     """What the trainer's own work takes on the demo pair."""
-    results = json.loads((RESULTS / "cpu.json").read_text())
+    results = load("cpu.json")
     info = {b["name"]: {**b["extra_info"], **b["stats"]} for b in results["benchmarks"]}
     rollout, update = info["test_rollout"], info["test_step"]
     titles = {
@@ -182,28 +282,24 @@ def training_table() -> str:
         "generate_student": "student alone, `transformers.generate`",
     }
     rows = [
-        [title, f"{rollout['seconds'][name]:.2f} s", f"{rollout['tokens_per_second'][name]:.0f}"]
+        [title, f"{rollout['seconds'][name]:.2f}", f"{rollout['tokens_per_second'][name]:.0f}"]
         for name, title in titles.items()
     ]
-    machine, ratio = results["machine_info"], rollout["both_over_sum_of_alone"]
+    ratio = rollout["both_over_sum_of_alone"]
     note = (
-        f"{machine['cpu']['brand_raw']}, {machine['threads']} threads, torch {machine['torch']}, least of a few in "
-        f"turns; both at once take {ratio:.2f}× the sum of their own times. An update from rollouts that exist, with "
-        f"its text, {update['tokens']} tokens: {update['median']:.2f} s. In the run of the kernels' tables."
+        f"{machine(results)}, least of a few in turns. Both models at once take {ratio:.2f}× the sum of their own "
+        f"times. An update from rollouts that exist, with its text, {update['tokens']} tokens: {update['median']:.2f} "
+        "s. From the run that timed the kernels."
     )
     size = f"rollout of {rollout['sequences']} × {rollout['new_tokens']} tokens"
-    return markdown([size, "time", "new tokens/s"], rows) + "\n\n" + note
+    return markdown([size, "time, s", "new tokens per second"], rows) + "\n\n" + note
 
 
 def trl_table() -> str:
     """A step of our trainer beside one of TRL's."""
-    results = json.loads((RESULTS / "trl.json").read_text())
+    results = load("trl.json")
     rows = [
-        [
-            f"{name} {row['versions'].get(name, '')}".strip(),
-            f"{row['seconds']:.2f} s",
-            f"{row['extra_MiB']:.0f} MiB",
-        ]
+        [f"{name} {row['versions'].get(name, '')}".strip(), f"{row['seconds']:.2f}", f"{row['extra_MiB']:.0f}"]
         for name, row in results["rows"].items()
     ]
     note = (
@@ -211,51 +307,45 @@ def trl_table() -> str:
         f"{results['threads']} threads, median of {results['steps'] * results['processes']} steps; made by "
         f"`{results['command']}`, which says how it is made fair."
     )
-    header = [f"a step of {results['prompts']} prompts × {results['new_tokens']} tokens", "time", "working memory"]
+    header = [f"a step of {results['prompts']} prompts × {results['new_tokens']} tokens", "time, s", "memory, MiB"]
     return markdown(header, rows) + "\n\n" + note
 
 
-def study_table() -> str:
-    """What a reader asks first of docs/study.md, and its verdicts."""
-    study = load_study(ROOT / "recipes" / "study" / "study.yaml")
-    study = dataclasses.replace(study, results=ROOT / study.results)
-    records = document.load_records(study)
-    columns = document.metrics(study, records)
-    shown = {key: columns[key] for key in ("rouge all", "rkl", "ece", "distinct", "length")}
-    tables = [document.table(study, records, shown, size) for size in study.sizes]
-    return "\n\n".join([*tables, document.verdicts(study, records, columns).partition("\n| ")[0].strip()])
-
-
 TABLES = {
+    "headline": headline_table,
     "demo": demo_table,
+    "recipes": recipes_table,
     "cpu": cpu_table,
     "kernels": kernels_table,
     "linear": linear_table,
+    "gpu": gpu_table,
     "training": training_table,
     "trl": trl_table,
-    "gpu": gpu_table,
-    "study": study_table,
 }
 
 
-def render(readme: str) -> str:
-    for name, table in TABLES.items():
+def render(page: str) -> str:
+    """The page with every table that it has a place for."""
+    for name in re.findall(r"<!-- table: (\w+) -->", page):
         begin, end = f"<!-- table: {name} -->", f"<!-- end: {name} -->"
-        if readme.count(begin) != 1 or readme.count(end) != 1:
-            raise SystemExit(f"README.md must hold {begin} and {end} once each")
-        before, rest = readme.split(begin)
-        readme = f"{before}{begin}\n{table()}\n{end}{rest.split(end)[1]}"
-    return readme
+        before, rest = page.split(begin)
+        page = f"{before}{begin}\n{TABLES[name]()}\n{end}{rest.split(end)[1]}"
+    return page
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    current = path.read_text()
-    wanted = render(current)
+    current = {path: path.read_text() for path in PAGES}
+    wanted = {path: render(page) for path, page in current.items()}
+    missing = [name for name in TABLES if not any(f"<!-- table: {name} -->" in page for page in wanted.values())]
+    if missing:
+        sys.exit(f"no page has a place for the tables {', '.join(missing)}")
+    stale = [str(path.relative_to(ROOT)) for path in PAGES if current[path] != wanted[path]]
     if "--check" in sys.argv:
-        stale = "README.md is not what the committed JSON gives: run python benchmarks/tables.py"
-        sys.exit(0 if current == wanted else stale)
-    path.write_text(wanted)
+        sys.exit(
+            f"not what the committed JSON gives: {', '.join(stale)}; run python benchmarks/tables.py" if stale else 0
+        )
+    for path in PAGES:
+        path.write_text(wanted[path])
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def own_process(python: str, trainer: str, folder: Path) -> dict:
 
 
 def summary(runs: dict[str, list[dict]]) -> dict:
-    """Medians over all steps of all processes, and the ratios that the README states."""
+    """Medians over all steps of all processes, and the ratios that the docs state."""
     rows = {
         trainer: {
             "seconds": round(statistics.median(s for run in found for s in run["seconds"]), 3),

@@ -34,7 +34,7 @@ def distill(folder: Path) -> Run:
         train=folder / "train.jsonl",
         data={"eval": folder / "eval.jsonl", "max_prompt_length": 64, "max_response_length": 64},
         stages={
-            "warm-up": {"method": "kd", "optim": {"steps": 40}},
+            "warm-up": {"method": "kd", "loss": {"distill_weight": 1.0, "label_weight": 0.0}, "optim": {"steps": 40}},
             "minillm": {
                 "method": "minillm",
                 "rollout": {"batch_size": 8, "max_new_tokens": 12},

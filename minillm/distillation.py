@@ -48,9 +48,9 @@ class Run:
 def run_recipe(recipe: Recipe, command: str = "", with_evaluation: bool = True, resume: str = "") -> Run:
     """Run every stage on one student.
 
-    `command` is what the user typed, for the summary and the model card; without it they name one that repeats the run.
-    `resume` is that of `RunDirectory`. All that can be wrong with the recipe, the models or the data is found before
-    the first evaluation or step.
+    `command` is what the user typed; it goes into the summary and the model card, which otherwise name a command that
+    repeats the run. `resume` is that of `RunDirectory`. All that can be wrong with the recipe, the models or the data
+    is found before the first evaluation or step.
     """
     started = time.perf_counter()
     if with_evaluation and not recipe.run.data.eval:

@@ -267,8 +267,8 @@ def in_words(judged: Sequence[Difference]) -> str:
     decidable = sum(len(each.values) > 1 for each in judged)
     if decidable:
         lines.append(
-            f"\n{decidable} of these differences are of two seeds or more and could be decided; of as many that are "
-            f"truly zero, {decidable / 20:.1f} would be."
+            f"\n{decidable} of these differences have two seeds or more, and so an interval. If all of them were "
+            f"truly zero, {decidable / 20:.1f} of the intervals would still exclude 0, on average."
         )
     return "\n".join(lines)
 

@@ -236,5 +236,5 @@ def test_verdicts_in_words_name_what_is_decided_and_count_what_is_open():
     found = [difference("sft", 1.0, 1.1, 0.9), difference("kd", -1.0, -1.1, -0.9), difference("seqkd", 1.0, -1.0, 0.5)]
     text = document.in_words([*found, difference("gkd", 9.0)])  # of one seed: open, whatever it is
     assert "- ROUGE-L: holds against sft (small); fails against kd (small); open in 2 of 4." in text
-    assert "3 of these differences are of two seeds or more" in text
+    assert "3 of these differences have two seeds or more" in text
     assert str(found[0]) == "+1.00 [+0.75, +1.25] **holds**"
