@@ -55,7 +55,7 @@ def run_recipe(recipe: Recipe, command: str = "", with_evaluation: bool = True, 
     started = time.perf_counter()
     if with_evaluation and not recipe.run.data.eval:
         raise ConfigError("data.eval is empty: distill evaluates before and after; `minillm train` does without")
-    if reserved := {START, TEACHER} & recipe.stages.keys():
+    if with_evaluation and (reserved := {START, TEACHER} & recipe.stages.keys()):
         raise ConfigError(f"a stage is called {reserved.pop()!r}, the name of another evaluation: call it otherwise")
     student, teacher, tokenizer = load_pair(recipe.run)
     trainings = {

@@ -113,7 +113,7 @@ def test_the_command_of_a_run_repeats_it(capsys):
         ({"optm": {"lr": 1}}, "did you mean 'optim'"),
         ({"optim": {"lr": "fast"}}, "optim.lr is 'fast'; expected float"),
         ({"stages": ["kd", "kd"]}, r"\['kd', 'kd'\] names a method twice"),
-        ({"stages": {"teacher": {"method": "kd"}}}, "a stage is called 'teacher'"),
+        ({"stages": {"teacher": {"method": "kd"}}, "data": {"eval": "eval.jsonl"}}, "a stage is called 'teacher'"),
         ({"stages": {"a": {"model": {"dtype": "float16"}}}}, "stages.a.model.dtype cannot differ between stages"),
         ({"train": "none.jsonl"}, None),
     ],
