@@ -159,7 +159,7 @@ def _instruction_set() -> str:
         from minillm_kernels import _core
     except ImportError:
         return "none"
-    return _core.instruction_set()
+    return _core.cpu.instruction_set()
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json) -> None:

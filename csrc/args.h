@@ -1,4 +1,4 @@
-// defines: DType, Rows, and the arguments of the row operations, as every compiled backend takes them
+// defines: DType, Rows, Pair, the row operations and their arguments, as every compiled backend takes them
 #pragma once
 
 #include <stdint.h>
@@ -25,7 +25,8 @@ struct Rows {
     }
 };
 
-// What every operation has: N rows of V columns of a student and, unless teacher.data is null, of a teacher.
+// What every operation has: N rows of V columns of a student and, unless teacher.data is null, of a teacher. Python's is in
+// minillm_kernels/rows.py.
 struct Pair {
     Rows student, teacher;
     int64_t N = 0, V = 0;
@@ -86,5 +87,14 @@ struct SampleArgs : Pair {
     float* logprobs = nullptr;
     uint8_t* from_teacher = nullptr;
 };
+
+// The row operations, X(name, arguments): entry points, dispatch and bindings are made from this list. Beside them
+// row_stats_grad, which only CUDA has.
+#define MINILLM_ROW_OPERATIONS(X)               \
+    X(row_stats, StatsArgs)                     \
+    X(row_grad, GradArgs)                       \
+    X(row_divergence, DivergenceArgs)           \
+    X(row_divergence_grad, DivergenceGradArgs)  \
+    X(row_sample, SampleArgs)
 
 }  // namespace minillm

@@ -11,7 +11,6 @@ import torch
 from tiny import ragged_batch, tiny_llama
 from torch import Tensor, nn
 
-from minillm.model.head import heads, read_head
 from minillm_kernels import fused_linear_rkl_loss, fused_rkl_loss
 
 Batch = dict[str, Tensor]
@@ -39,7 +38,10 @@ def train(
 def train_without_logits(
     student: nn.Module, teacher: nn.Module, batches: Iterable[Batch], learning_rate: float = 3e-3
 ) -> list[float]:
-    """The same steps; rows that the labels mask out do not reach the vocabulary at all."""
+    """The same steps; rows that the labels mask out do not reach the vocabulary at all.
+
+    A head with a bias, a soft-cap or a logit scale is `minillm_kernels.Head(weight, bias, softcap, scale)`.
+    """
     optimizer = torch.optim.AdamW(student.parameters(), lr=learning_rate)
     losses = []
     for batch in batches:
@@ -48,10 +50,11 @@ def train_without_logits(
             teacher_hidden = teacher.base_model(**inputs).last_hidden_state
         hidden = student.base_model(**inputs).last_hidden_state
         loss = fused_linear_rkl_loss(
-            student_hidden=hidden[:, :-1],
-            teacher_hidden=teacher_hidden[:, :-1],
-            labels=batch["labels"][:, 1:],
-            **heads(read_head(student), read_head(teacher)),
+            hidden[:, :-1],
+            student.lm_head.weight,
+            teacher_hidden[:, :-1],
+            teacher.lm_head.weight.detach(),
+            batch["labels"][:, 1:],
         )
         loss.backward()
         optimizer.step()

@@ -19,7 +19,7 @@ from tiny import byte_tokenizer, tiny_llama
 from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-from minillm.model.head import heads, read_head
+from minillm.model.head import read_head
 from minillm_kernels import fused_divergence_loss, fused_linear_minillm_loss
 
 
@@ -39,20 +39,20 @@ class FusedDistillationTrainer(DistillationTrainer):
         if self.beta != 1:
             raise ValueError(f"FusedDistillationTrainer is for reverse KL, beta = 1, got beta = {self.beta}")
         teacher, tokens = self.teacher_model.eval(), inputs["completion_ids"]
-        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1) != 0
         ids, attention = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
         with torch.no_grad():
             teacher_hidden = self._get_last_hidden_state(teacher, ids, attention, tokens.size(1))
         result = fused_linear_minillm_loss(
-            student_hidden=self._get_last_hidden_state(student, ids, attention, tokens.size(1)),
-            teacher_hidden=teacher_hidden,
-            token_ids=tokens,
+            self._get_last_hidden_state(student, ids, attention, tokens.size(1)),
+            read_head(student),
+            teacher_hidden,
+            read_head(teacher).detach(),
+            tokens.where(mask, -100),
             advantages=torch.zeros(()),
             old_logprobs=torch.zeros(()),
-            mask=mask,
             normalizer=num_items_in_batch,
             temperature=self.temperature,
-            **heads(read_head(student), read_head(teacher)),
         )
         return result.loss, result.entropy.sum(), mask.sum()
 

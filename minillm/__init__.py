@@ -177,8 +177,9 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
     from minillm.config.schema import ConfigError
     from minillm.data.examples import read_records
     from minillm.evaluation.measure import evaluation_set, generation, measure
+    from minillm.model.check import check_same_tokenizer
     from minillm.model.head import CausalLM
-    from minillm.model.load import check_same_tokenizer, load_model, load_tokenizer
+    from minillm.model.load import load_model, load_tokenizer
     from minillm.run.directory import environment
 
     tree = nested(_as_yaml(overrides))

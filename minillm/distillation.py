@@ -12,8 +12,9 @@ from minillm.config.schema import ConfigError, RunConfig
 from minillm.data.examples import Example, show
 from minillm.evaluation.measure import check_measurable, evaluation_set, measure
 from minillm.evaluation.result import START, TEACHER, Evaluation, plain
+from minillm.model.check import check_same_tokenizer
 from minillm.model.head import CausalLM
-from minillm.model.load import check_same_tokenizer, load_student, load_teacher, load_tokenizer
+from minillm.model.load import load_student, load_teacher, load_tokenizer
 from minillm.report.summary import card, changes, run_text
 from minillm.run.directory import RunDirectory
 from minillm.run.workers import WorkerLost

@@ -49,14 +49,20 @@ def check_tensor(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
 
 
-def resolve_vocab_size(vocab_size: int | None, student: Tensor, teacher: Tensor | None) -> int:
+def check_floating(name: str, x: Tensor) -> None:
+    check_tensor(name, x)
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+
+
+def resolve_vocab_size(vocab_size: int | None, *head_sizes: int) -> int:
     """The number of leading columns that count: by default the smaller head."""
-    smaller = student.shape[-1] if teacher is None else min(student.shape[-1], teacher.shape[-1])
+    smaller = min(head_sizes)
     if vocab_size is None:
         return smaller
     if not 1 <= vocab_size <= smaller:
-        heads = f"{student.shape[-1]}" + ("" if teacher is None else f" and {teacher.shape[-1]}")
-        raise ValueError(f"vocab_size {vocab_size} must lie between 1 and the smaller head (head sizes {heads})")
+        sizes = " and ".join(map(str, head_sizes))
+        raise ValueError(f"vocab_size {vocab_size} must lie between 1 and the smaller head (head sizes {sizes})")
     return vocab_size
 
 
@@ -83,8 +89,14 @@ def check_unit_interval(name: str, value: float) -> float:
     return value
 
 
-def check_token_ids(name: str, token_ids: Tensor, logits: Tensor) -> Tensor:
-    """One integer a row, as int64: in a narrower type -100 may be a token (156 in uint8)."""
+def check_token_ids(token_ids: Tensor, logits: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The ids as int64, 0 in rows that do not count, and which rows count."""
+    counts = rows_that_count("token_ids", token_ids, logits, ignore_index)
+    return torch.where(counts, token_ids.long(), 0), counts
+
+
+def rows_that_count(name: str, token_ids: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
+    """[...] bool of one integer a row, compared as int64: in a narrower type -100 may be a token (156 in uint8)."""
     check_tensor(name, token_ids)
     if token_ids.is_floating_point() or token_ids.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got {token_ids.dtype}")
@@ -92,7 +104,7 @@ def check_token_ids(name: str, token_ids: Tensor, logits: Tensor) -> Tensor:
         raise ValueError(f"{name} must have shape {tuple(logits.shape[:-1])}, got {tuple(token_ids.shape)}")
     if token_ids.device != logits.device:
         raise ValueError(f"{name} are on {token_ids.device}, the logits on {logits.device}: move one of them")
-    return token_ids.long()
+    return token_ids.long() != ignore_index
 
 
 def check_per_row(name: str, x: Tensor, logits: Tensor) -> Tensor:

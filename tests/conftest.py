@@ -3,7 +3,6 @@ Triton's kernels run in its interpreter, which must be said before anything impo
 compiled for the host."""
 
 import os
-from contextlib import nullcontext
 
 import host_build
 import pytest
@@ -32,12 +31,11 @@ def host_cuda_kernels():
 @pytest.fixture
 def cuda_on_host(host_cuda_kernels, monkeypatch):
     """The backend "cuda" takes CPU tensors and runs the host build of its kernels."""
-    from minillm_kernels.backends import compiled, cuda
+    from minillm_kernels.backends import choose, cuda
 
-    monkeypatch.setattr(cuda._operations, "module", host_cuda_kernels)
-    monkeypatch.setattr(cuda._operations, "stream_of", lambda x: nullcontext(0))
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    monkeypatch.setattr(cuda, "refusal", lambda x: compiled.refusal(x, "cpu"))
+    host = host_build.backend(host_cuda_kernels)
+    monkeypatch.setattr(cuda, "backend", host)
+    monkeypatch.setitem(choose.BACKENDS, "cuda", host)
     yield host_cuda_kernels
     host_cuda_kernels.processors(132)  # those of an H100
     host_cuda_kernels.shared_memory(227 << 10)

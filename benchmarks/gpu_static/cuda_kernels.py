@@ -23,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from minillm_kernels.rows import MIXTURE_DIVERGENCES
+
 from . import sass
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +54,6 @@ class Kernel(NamedTuple):
 
 
 _ELEMENTS = {"bf16": ("__nv_bfloat16", 2), "fp32": ("float", 4)}
-_DIVERGENCES = ("jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 
 
 def kernels() -> list[Kernel]:
@@ -78,7 +79,7 @@ def kernels() -> list[Kernel]:
         )
         at_once = ("row_stats_grad", f"row_stats_grad_kernel<{pair}>", "StatsGradArgs, int", 2 * size, size)
         add("row_stats_grad", *at_once, loops=loops)
-        for kind in _DIVERGENCES:
+        for kind in MIXTURE_DIVERGENCES:
             template, divergence = f"<Divergence::{kind}, {pair}>", "DivergenceArgs, int, DivergenceSums*"
             args = ("row_divergence", f"row_divergence_kernel{template}", divergence, 2 * size, 0, 8)
             add(kind, *args)
@@ -109,7 +110,9 @@ def names_in(cubin: bytes) -> dict[str, str]:
 
 
 def _plain(signature: str) -> str:
-    signature = re.sub(r"\(minillm::Divergence\)(\d)", lambda m: f"Divergence::{_DIVERGENCES[int(m[1])]}", signature)
+    signature = re.sub(
+        r"\(minillm::Divergence\)(\d)", lambda m: f"Divergence::{MIXTURE_DIVERGENCES[int(m[1])]}", signature
+    )
     return signature.replace("minillm::", "").replace("cuda::", "").removeprefix("void ").split("(")[0]
 
 

@@ -3,12 +3,15 @@ logits, gradients and statistics, and on top the workspace, which is written and
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from minillm_kernels.rows import MIXTURE_DIVERGENCES
+from minillm_kernels.rows import MIXTURE_DIVERGENCES, Pair
 
 from .triton_kernels import TYPES, N, V, _rows
 
@@ -20,47 +23,51 @@ TILE = 1024  # columns of csrc/cuda/row_sample.cuh: one is read a second time to
 
 
 def traffic() -> list[dict]:
-    from minillm_kernels.backends.cuda import _Cuda
+    module = host_build.module()
+    workspaces: list[int] = []  # bytes that the launches asked for
 
-    class OnHost(_Cuda):
-        module = host_build.module()
+    @contextmanager
+    def launch(pair: Pair):
+        with host_build.launch(pair) as (allocate, stream):
 
-        def call(self, operation, student, n_rows, vocab_size, *args):
-            size = getattr(self.module, f"cuda_{operation}_workspace", None)
-            self.workspace = size(n_rows, vocab_size) if size else 0
-            workspace = torch.empty(self.workspace, dtype=torch.uint8)
-            getattr(self.module, f"cuda_{operation}")(workspace.data_ptr(), 0, *args)
+            def counted(size: int) -> int:
+                workspaces.append(size)
+                return allocate(size)
 
-    run = OnHost()
+            yield counted, stream
+
+    run = dataclasses.replace(host_build.backend(module), launch=launch, holds_rows=lambda operations, pair: True)
     found = []
 
-    def count(label: str, least: int, operation: str, *args):
-        run.module.count(True)
-        result = getattr(run, operation)(*args)
-        c = run.module.counters()
-        run.module.count(False)
-        used = run.workspace // 2 if operation == "row_sample" else run.workspace  # it has room for a second model
+    def count(label: str, least: int, operation: Callable, *args, sampled: bool = False):
+        workspaces.clear()
+        module.count(True)
+        result = operation(*args)
+        c = module.counters()
+        module.count(False)
+        used = sum(workspaces) // (2 if sampled else 1)  # that of a sample has room for a second model
         moved = (c["loaded"] + c["stored"] + 2 * used) // N
         sectors = (c["sectors_loaded"] + c["sectors_stored"]) // N
-        counted = {"bytes_per_row": moved, "sectors_per_row": sectors, "least": least}
-        found.append({"kernel": label, **counted, "of_minimum": round(moved / least, 4)})
+        row = {"bytes_per_row": moved, "sectors_per_row": sectors, "least": least}
+        found.append({"kernel": label, **row, "of_minimum": round(moved / least, 4)})
         return result
 
     ones, uniforms = torch.ones(5, N), torch.full((N, 2), 0.5, dtype=torch.float64)
     for label, dtype in TYPES.items():
         s, t, row = _rows(dtype), _rows(dtype), V * dtype.itemsize
-        stats = count(f"row_stats {label}", 2 * row, "row_stats", s, t, None, None, 1.0, V)
-        one = count(f"row_stats, one model {label}", row, "row_stats", s, None, None, None, 1.0, V)
-        count(f"row_grad {label}", 3 * row, "row_grad", s, t, None, stats, ones, 1.0, V)
-        count(f"row_grad, one model {label}", 2 * row, "row_grad", s, None, None, one, ones, 1.0, V)
+        pair, alone = Pair(s, t, 1.0, V), Pair(s, None, 1.0, V)
+        stats = count(f"row_stats {label}", 2 * row, run.row_stats, pair, None, None)
+        one = count(f"row_stats, one model {label}", row, run.row_stats, alone, None, None)
+        count(f"row_grad {label}", 3 * row, run.row_grad, pair, None, stats, ones)
+        count(f"row_grad, one model {label}", 2 * row, run.row_grad, alone, None, one, ones)
         held = HELD[label]
-        pair = (s[:, :held].contiguous(), t[:, :held].contiguous())
-        least = 3 * held * dtype.itemsize
-        count(f"row_stats_grad {label}", least, "row_stats_grad", *pair, None, ones, 1.0, held)
+        held_pair = Pair(s[:, :held].contiguous(), t[:, :held].contiguous(), 1.0, held)
+        count(f"row_stats_grad {label}", 3 * held * dtype.itemsize, run.row_stats_grad, held_pair, None, ones)
         for kind in MIXTURE_DIVERGENCES:
-            values = count(f"{kind} {label}", 2 * row, "row_divergence", s, t, None, stats, kind, 0.5, 1.0, V)
-            args = (s, t, stats, values, ones[0], kind, 0.5, 1.0, V)
-            count(f"{kind} gradient {label}", 3 * row, "row_divergence_grad", *args)
+            values = count(f"{kind} {label}", 2 * row, run.row_divergence, pair, None, stats, kind, 0.5)
+            args = (pair, stats, values, ones[0], kind, 0.5)
+            count(f"{kind} gradient {label}", 3 * row, run.row_divergence_grad, *args)
         least = row + TILE * dtype.itemsize
-        count(f"mixed_sample, one model {label}", least, "row_sample", s, None, uniforms, 0.0, 1.0, 0, 1.0, V)
+        name = f"mixed_sample, one model {label}"
+        count(name, least, run.row_sample, alone, uniforms, 0.0, 0, 1.0, sampled=True)
     return found

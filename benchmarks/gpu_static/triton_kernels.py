@@ -19,6 +19,8 @@ import torch
 import triton
 from torch import Tensor
 
+from minillm_kernels.rows import MIXTURE_DIVERGENCES, Pair
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu-static.json"
 ARCHITECTURES = (80, 90, 100)
@@ -53,18 +55,24 @@ def row_kernels() -> list[Kernel]:
             found.append(Kernel(f"{name} {label}", function, read, written, launch))
 
         def gradient(s=s, t=t, statistics=statistics, coefficients=coefficients):
-            return grad.row_grad(s, t, None, statistics, coefficients, 1.0, V)
+            return grad.row_grad(Pair(s, t, 1.0, V), None, statistics, coefficients)
 
-        add("row_stats", "row_stats_kernel", 2 * size, 0, lambda s=s, t=t: stats.row_stats(s, t, None, None, 1.0, V))
-        one = lambda s=s: stats.row_stats(s, None, None, None, 1.0, V)
+        add(
+            "row_stats",
+            "row_stats_kernel",
+            2 * size,
+            0,
+            lambda s=s, t=t: stats.row_stats(Pair(s, t, 1.0, V), None, None),
+        )
+        one = lambda s=s: stats.row_stats(Pair(s, None, 1.0, V), None, None)
         add("row_stats, one model", "row_stats_kernel", size, 0, one)
         add("row_grad", "row_grad_kernel", 2 * size, size, gradient)
         add("row_grad, one model", "row_grad_kernel", size, size, lambda f=gradient: f(t=None))
-        for kind in ("jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"):
-            row = (s, t, statistics, statistics[:2], statistics[0] + 1, kind, 0.5, 1.0, V)
+        for kind in MIXTURE_DIVERGENCES:
+            row = (Pair(s, t, 1.0, V), statistics, statistics[:2], statistics[0] + 1, kind, 0.5)
 
             def value(s=s, t=t, kind=kind, statistics=statistics):
-                return divergence.row_divergence(s, t, None, statistics, kind, 0.5, 1.0, V)
+                return divergence.row_divergence(Pair(s, t, 1.0, V), None, statistics, kind, 0.5)
 
             add(kind, "row_divergence_kernel", 2 * size, 0, value)
             add(
@@ -75,7 +83,7 @@ def row_kernels() -> list[Kernel]:
                 lambda row=row: divergence.row_divergence_grad(*row),
             )
         uniforms = torch.full((N, 2), 0.5, dtype=torch.float64)
-        draw = lambda s=s, u=uniforms: sample.row_sample(s, None, u, 0.0, 1.0, 0, 1.0, V)
+        draw = lambda s=s, u=uniforms: sample.row_sample(Pair(s, None, 1.0, V), u, 0.0, 0, 1.0)
         found.append(Kernel(f"mixed_sample, one model {label}", "tile_mass_kernel", size, 0, draw, sample.SIZE.value))
     return found
 

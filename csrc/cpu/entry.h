@@ -5,11 +5,9 @@
 
 namespace minillm::cpu {
 
-void row_stats(const StatsArgs&);
-void row_grad(const GradArgs&);
-void row_divergence(const DivergenceArgs&);
-void row_divergence_grad(const DivergenceGradArgs&);
-void row_sample(const SampleArgs&);
+#define MINILLM_DECLARE(name, Args) void name(const Args&);
+MINILLM_ROW_OPERATIONS(MINILLM_DECLARE)
+
 // The widest instruction set in use; use_instruction_set(name) picks a narrower one (tests), false if it is not available.
 const char* instruction_set();
 bool use_instruction_set(const char* name);

@@ -60,10 +60,11 @@ static void divergence_grad_span(const DivergenceGradArgs& a, const Span& span) 
     }
 }
 
+#define MINILLM_SPAN(name) divergence_span<Divergence::name>,
+#define MINILLM_GRAD_SPAN(name) divergence_grad_span<Divergence::name>,
+
 void row_divergence(const DivergenceArgs& a) {
-    constexpr DivergenceSums (*table[])(const DivergenceArgs&, const Span&) = {
-        divergence_span<Divergence::jsd>, divergence_span<Divergence::skew_forward_kl>,
-        divergence_span<Divergence::skew_reverse_kl>, divergence_span<Divergence::tvd>};
+    constexpr DivergenceSums (*table[])(const DivergenceArgs&, const Span&) = {MINILLM_DIVERGENCES(MINILLM_SPAN)};
     const auto span_sums = table[static_cast<int>(a.divergence)];
     const int64_t parts = splits(a.N, a.V);
     Buffer<DivergenceSums> partial(a.N * parts);
@@ -86,9 +87,7 @@ void row_divergence(const DivergenceArgs& a) {
 }
 
 void row_divergence_grad(const DivergenceGradArgs& a) {
-    constexpr void (*table[])(const DivergenceGradArgs&, const Span&) = {
-        divergence_grad_span<Divergence::jsd>, divergence_grad_span<Divergence::skew_forward_kl>,
-        divergence_grad_span<Divergence::skew_reverse_kl>, divergence_grad_span<Divergence::tvd>};
+    constexpr void (*table[])(const DivergenceGradArgs&, const Span&) = {MINILLM_DIVERGENCES(MINILLM_GRAD_SPAN)};
     const auto write_span = table[static_cast<int>(a.divergence)];
     for_gradient_rows(a, [&](const Span& span) {
         if (a.scale[span.row] == 0.0f) return false;

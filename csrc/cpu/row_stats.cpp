@@ -145,9 +145,9 @@ static void write_stats(const StatsArgs& a, int64_t row, const RowState<double>&
         const int64_t y = a.token_ids[row];
         const float s = value_at(a.student, row, y), t = a.teacher ? value_at(a.teacher, row, y) : s;
         const bool out_of_support = outside(s, t) && !state.is_empty();
-        out[STUDENT_LOGPROB] = out_of_support ? -INFINITY : (double(s) - state.ms) * a.inv_T - out[STUDENT_LOGZ];
+        out[STUDENT_LOGPROBS] = out_of_support ? -INFINITY : (double(s) - state.ms) * a.inv_T - out[STUDENT_LOGZ];
         if (a.teacher)
-            out[TEACHER_LOGPROB] = out_of_support ? -INFINITY : (double(t) - state.mt) * a.inv_T - out[TEACHER_LOGZ];
+            out[TEACHER_LOGPROBS] = out_of_support ? -INFINITY : (double(t) - state.mt) * a.inv_T - out[TEACHER_LOGZ];
     }
     for (int i = 0; i < STATISTICS; ++i) a.stats[i * a.N + row] = float(out[i]);
 }

@@ -13,24 +13,26 @@
 namespace minillm::cuda {
 
 struct Launch {
-    void* workspace = nullptr;  // device memory of the size that *_workspace() asks for, aligned to 16 bytes
+    void* workspace = nullptr;  // device memory of the size that workspace() asks for, aligned to 16 bytes
     void* stream = nullptr;
 };
 
-std::string row_stats(const StatsArgs&, const Launch&);
-std::string row_grad(const GradArgs&, const Launch&);
-std::string row_stats_grad(const StatsGradArgs&, const Launch&);
-std::string row_divergence(const DivergenceArgs&, const Launch&);
-std::string row_divergence_grad(const DivergenceGradArgs&, const Launch&);
-std::string row_sample(const SampleArgs&, const Launch&);
+#define MINILLM_DECLARE_LAUNCHER(name, Args) std::string name(const Args&, const Launch&);
+MINILLM_ROW_OPERATIONS(MINILLM_DECLARE_LAUNCHER)
+MINILLM_DECLARE_LAUNCHER(row_stats_grad, StatsGradArgs)
 
 // Whether row_stats_grad is the better way: a block of the current device can hold a row pair of that type, and there are
 // enough rows for all multiprocessors.
 bool holds_rows(int64_t N, int64_t V, DType type);
 
-int64_t row_stats_workspace(int64_t N, int64_t V);
-int64_t row_divergence_workspace(int64_t N, int64_t V);
-int64_t row_sample_workspace(int64_t N, int64_t V);
+// Bytes of workspace of an operation: none, but for those that say so.
+template <class Args>
+int64_t workspace(const Args&) {
+    return 0;
+}
+int64_t workspace(const StatsArgs&);
+int64_t workspace(const DivergenceArgs&);
+int64_t workspace(const SampleArgs&);
 
 // Into how many parts a row is divided: enough blocks for any card, each with two chunks a thread (with fewer, merging its
 // states takes longer than making them). Depends on N and V alone (determinism).

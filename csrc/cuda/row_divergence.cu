@@ -12,18 +12,16 @@ static std::string with_divergence(Divergence divergence, const Pair& a, const B
         return with_type(a.teacher.dtype, [&](auto t) {
             const auto call = [&](auto d) { return body(d, s, t); };
             switch (divergence) {
-                case Divergence::jsd: return call(std::integral_constant<Divergence, Divergence::jsd>());
-                case Divergence::skew_forward_kl:
-                    return call(std::integral_constant<Divergence, Divergence::skew_forward_kl>());
-                case Divergence::skew_reverse_kl:
-                    return call(std::integral_constant<Divergence, Divergence::skew_reverse_kl>());
-                default: return call(std::integral_constant<Divergence, Divergence::tvd>());
+#define MINILLM_CASE(name) \
+    case Divergence::name: return call(std::integral_constant<Divergence, Divergence::name>());
+                MINILLM_DIVERGENCES(MINILLM_CASE)
             }
+            return std::string("row_divergence: unknown divergence");
         });
     });
 }
 
-int64_t row_divergence_workspace(int64_t N, int64_t V) { return N * splits(N, V) * int64_t(sizeof(DivergenceSums)); }
+int64_t workspace(const DivergenceArgs& a) { return a.N * splits(a.N, a.V) * int64_t(sizeof(DivergenceSums)); }
 
 std::string row_divergence(const DivergenceArgs& a, const Launch& l) {
     if (a.N == 0) return "";

@@ -7,8 +7,9 @@ namespace minillm::cuda {
 
 static int64_t tiles(int64_t V) { return (V + TILE - 1) / TILE; }
 
-int64_t row_sample_workspace(int64_t N, int64_t V) {
-    return N * (2 * tiles(V) * int64_t(sizeof(TileMass)) + splits(N, V) * int64_t(sizeof(Best)) + 2 * int64_t(sizeof(float)));
+int64_t workspace(const SampleArgs& a) {
+    const int64_t masses = 2 * tiles(a.V) * int64_t(sizeof(TileMass)), best = splits(a.N, a.V) * int64_t(sizeof(Best));
+    return a.N * (masses + best + 2 * int64_t(sizeof(float)));
 }
 
 std::string row_sample(const SampleArgs& a, const Launch& l) {

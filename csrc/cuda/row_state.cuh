@@ -123,8 +123,8 @@ __device__ inline void form_stats(const Pair& a, const int64_t* token_ids, int64
         logprob_s = is_outside ? -INFINITY : (double(s) - x.ms) * a.inv_T - out[STUDENT_LOGZ];
         logprob_t = is_outside ? -INFINITY : (double(t) - x.mt) * a.inv_T - out[TEACHER_LOGZ];
     }
-    out[STUDENT_LOGPROB] = logprob_s;
-    if (a.teacher) out[TEACHER_LOGPROB] = logprob_t;
+    out[STUDENT_LOGPROBS] = logprob_s;
+    if (a.teacher) out[TEACHER_LOGPROBS] = logprob_t;
 }
 
 // In lane 0: all lanes' states, rebased to the warp's maxima and added.

@@ -5,7 +5,7 @@
 
 namespace minillm::cuda {
 
-int64_t row_stats_workspace(int64_t N, int64_t V) { return N * splits(N, V) * int64_t(sizeof(RowState<float>)); }
+int64_t workspace(const StatsArgs& a) { return a.N * splits(a.N, a.V) * int64_t(sizeof(RowState<float>)); }
 
 std::string row_stats(const StatsArgs& a, const Launch& l) {
     if (a.N == 0) return "";

@@ -1,4 +1,7 @@
-// defines: define_rows, define_cuda and the *_args functions: what Python passes, as the arguments of args.h
+// defines: what Python passes, as the arguments of args.h; define_cuda
+//
+// Memory comes as an address; rows as (address, dtype, inner, outer_stride, inner_stride), none as None; a pair as (student
+// rows, teacher rows, N, V, temperature). minillm_kernels/_core.pyi has the signatures, backends/compiled.py makes the calls.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -8,99 +11,58 @@
 namespace minillm::python {
 
 namespace py = pybind11;
+using Address = uintptr_t;
 
 template <class T>
-T* at(uintptr_t address) {
+T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Local to the module, so that two of them can be imported together (the tests do).
-inline void define_rows(py::module_& m) {
-    py::class_<Rows>(m, "Rows", py::module_local())
-        .def(py::init([](uintptr_t address, int dtype, int64_t inner, int64_t outer_stride, int64_t inner_stride) {
-                 return Rows{at<char>(address), static_cast<DType>(dtype), inner, outer_stride, inner_stride};
-             }),
-             py::arg("address"), py::arg("dtype"), py::arg("inner"), py::arg("outer_stride"), py::arg("inner_stride"));
+inline Rows rows_of(py::handle x) {
+    if (x.is_none()) return {};
+    const auto [address, dtype, inner, outer_stride, inner_stride] =
+        x.cast<std::tuple<Address, int, int64_t, int64_t, int64_t>>();
+    return {at<char>(address), static_cast<DType>(dtype), inner, outer_stride, inner_stride};
 }
 
-template <class Args>
-Args pair_args(const Rows& student, const Rows* teacher, int64_t N, int64_t V, double temperature) {
-    Args a;
-    a.student = student;
-    if (teacher != nullptr) a.teacher = *teacher;
-    a.N = N;
-    a.V = V;
-    a.inv_T = 1.0 / temperature;
-    return a;
+inline Pair pair_of(const py::tuple& x) {
+    const auto [student, teacher, N, V, temperature] = x.cast<std::tuple<py::object, py::object, int64_t, int64_t, double>>();
+    return {rows_of(student), rows_of(teacher), N, V, 1.0 / temperature};
 }
 
-inline StatsArgs stats_args(const Rows& student, const Rows* teacher, int64_t N, int64_t V, double temperature,
-                            uintptr_t mask, uintptr_t token_ids, uintptr_t stats) {
-    StatsArgs a = pair_args<StatsArgs>(student, teacher, N, V, temperature);
-    a.mask = at<const uint8_t>(mask);
-    a.token_ids = at<const int64_t>(token_ids);
-    a.stats = at<float>(stats);
-    return a;
+// name_args for each operation: its arguments from what Python passes after the pair.
+
+inline StatsArgs row_stats_args(const py::tuple& pair, Address mask, Address token_ids, Address stats) {
+    return {pair_of(pair), at<const uint8_t>(mask), at<const int64_t>(token_ids), at<float>(stats)};
 }
 
-inline GradArgs grad_args(const Rows& student, const Rows* teacher, int64_t N, int64_t V, double temperature,
-                          uintptr_t token_ids, uintptr_t stats, uintptr_t coefficients, const Rows& grad, int64_t width) {
-    GradArgs a = pair_args<GradArgs>(student, teacher, N, V, temperature);
-    a.token_ids = at<const int64_t>(token_ids);
-    a.stats = at<const float>(stats);
-    a.coefficients = at<const float>(coefficients);
-    a.grad = grad;
-    a.width = width;
-    return a;
+inline GradArgs row_grad_args(const py::tuple& pair, Address token_ids, Address stats, Address coefficients,
+                              const py::tuple& grad, int64_t width) {
+    return {pair_of(pair), at<const int64_t>(token_ids), at<const float>(stats), at<const float>(coefficients),
+            rows_of(grad), width};
 }
 
-inline StatsGradArgs stats_grad_args(const Rows& student, const Rows* teacher, int64_t N, int64_t V, double temperature,
-                                     uintptr_t token_ids, uintptr_t coefficients, uintptr_t stats, const Rows& grad,
-                                     int64_t width) {
-    StatsGradArgs a;
-    static_cast<GradArgs&>(a) = grad_args(student, teacher, N, V, temperature, token_ids, 0, coefficients, grad, width);
-    a.stats_out = at<float>(stats);
-    return a;
+inline StatsGradArgs row_stats_grad_args(const py::tuple& pair, Address token_ids, Address coefficients, Address stats,
+                                         const py::tuple& grad, int64_t width) {
+    return {row_grad_args(pair, token_ids, 0, coefficients, grad, width), at<float>(stats)};
 }
 
-inline DivergenceArgs divergence_args(const Rows& student, const Rows* teacher, int64_t N, int64_t V, double temperature,
-                                      int divergence, float beta, uintptr_t mask, uintptr_t stats, uintptr_t out) {
-    DivergenceArgs a = pair_args<DivergenceArgs>(student, teacher, N, V, temperature);
-    a.divergence = static_cast<Divergence>(divergence);
-    a.beta = beta;
-    a.mask = at<const uint8_t>(mask);
-    a.stats = at<const float>(stats);
-    a.out = at<float>(out);
-    return a;
+inline DivergenceArgs row_divergence_args(const py::tuple& pair, int divergence, float beta, Address mask, Address stats,
+                                          Address out) {
+    return {pair_of(pair), static_cast<Divergence>(divergence), beta, at<const uint8_t>(mask), at<const float>(stats),
+            at<float>(out)};
 }
 
-inline DivergenceGradArgs divergence_grad_args(const Rows& student, const Rows* teacher, int64_t N, int64_t V,
-                                               double temperature, int divergence, float beta, uintptr_t stats,
-                                               uintptr_t values, uintptr_t scale, const Rows& grad, int64_t width) {
-    DivergenceGradArgs a = pair_args<DivergenceGradArgs>(student, teacher, N, V, temperature);
-    a.divergence = static_cast<Divergence>(divergence);
-    a.beta = beta;
-    a.stats = at<const float>(stats);
-    a.values = at<const float>(values);
-    a.scale = at<const float>(scale);
-    a.grad = grad;
-    a.width = width;
-    return a;
+inline DivergenceGradArgs row_divergence_grad_args(const py::tuple& pair, int divergence, float beta, Address stats,
+                                                   Address values, Address scale, const py::tuple& grad, int64_t width) {
+    return {pair_of(pair), static_cast<Divergence>(divergence), beta, at<const float>(stats), at<const float>(values),
+            at<const float>(scale), rows_of(grad), width};
 }
 
-inline SampleArgs sample_args(const Rows& student, const Rows* teacher, int64_t N, int64_t V, double temperature,
-                              uintptr_t uniforms, double alpha, int64_t top_k, double top_p, bool greedy,
-                              uintptr_t token_ids, uintptr_t logprobs, uintptr_t from_teacher) {
-    SampleArgs a = pair_args<SampleArgs>(student, teacher, N, V, temperature);
-    a.uniforms = at<const double>(uniforms);
-    a.alpha = alpha;
-    a.top_k = top_k;
-    a.top_p = top_p;
-    a.greedy = greedy;
-    a.token_ids = at<int64_t>(token_ids);
-    a.logprobs = at<float>(logprobs);
-    a.from_teacher = at<uint8_t>(from_teacher);
-    return a;
+inline SampleArgs row_sample_args(const py::tuple& pair, Address uniforms, double alpha, int64_t top_k, double top_p,
+                                  bool greedy, Address token_ids, Address logprobs, Address from_teacher) {
+    return {pair_of(pair), at<const double>(uniforms), alpha, top_p, top_k, greedy, at<int64_t>(token_ids),
+            at<float>(logprobs), at<uint8_t>(from_teacher)};
 }
 
 void define_cuda(py::module_& m);  // cuda.cpp

@@ -20,11 +20,15 @@ py::tuple versions() {
     return py::make_tuple(driver, runtime);
 }
 
-// operation(make(...)) as a function of the workspace, the stream, and what `make` takes.
+// operation(make(...)) as a function of how it is launched and of what `make` takes. How: (allocate, stream), where
+// allocate(bytes) gives the address of device memory that lives until the call returns.
 template <class Args, class... P>
 auto cuda_function(Args (*make)(P...), std::string (*operation)(const Args&, const Launch&)) {
-    return [make, operation](uintptr_t workspace, uintptr_t stream, P... p) {
-        const std::string error = operation(make(p...), Launch{at<void>(workspace), at<void>(stream)});
+    return [make, operation](const std::pair<py::function, Address>& how, P... p) {
+        const Args a = make(p...);
+        const int64_t bytes = workspace(a);
+        void* memory = bytes > 0 ? at<void>(how.first(bytes).template cast<Address>()) : nullptr;
+        const std::string error = operation(a, Launch{memory, at<void>(how.second)});
         if (!error.empty()) throw std::runtime_error(error);
     };
 }
@@ -32,18 +36,11 @@ auto cuda_function(Args (*make)(P...), std::string (*operation)(const Args&, con
 }  // namespace
 
 void define_cuda(py::module_& m) {
-    m.def("cuda_versions", &versions);
-    m.def("cuda_row_stats", cuda_function(&stats_args, &row_stats));
-    m.def("cuda_row_grad", cuda_function(&grad_args, &row_grad));
-    m.def("cuda_row_stats_grad", cuda_function(&stats_grad_args, &row_stats_grad));
-    m.def("cuda_holds_rows", [](int64_t N, int64_t V, int dtype) { return holds_rows(N, V, static_cast<DType>(dtype)); });
-    m.def("cuda_row_divergence", cuda_function(&divergence_args, &row_divergence));
-    m.def("cuda_row_divergence_grad", cuda_function(&divergence_grad_args, &row_divergence_grad));
-    m.def("cuda_row_sample", cuda_function(&sample_args, &row_sample));
-    // Bytes, of N rows and V columns.
-    m.def("cuda_row_stats_workspace", &row_stats_workspace);
-    m.def("cuda_row_divergence_workspace", &row_divergence_workspace);
-    m.def("cuda_row_sample_workspace", &row_sample_workspace);
+#define MINILLM_DEFINE(name, Args) m.def(#name, cuda_function(&name##_args, &name));
+    MINILLM_ROW_OPERATIONS(MINILLM_DEFINE)
+    MINILLM_DEFINE(row_stats_grad, StatsGradArgs)
+    m.def("holds_rows", [](int64_t N, int64_t V, int dtype) { return holds_rows(N, V, static_cast<DType>(dtype)); });
+    m.def("versions", &versions);
 }
 
 }  // namespace minillm::python

@@ -16,11 +16,18 @@
 
 #include <float.h>
 
+#include "config.h"
 #include "scalar.h"
 
 namespace minillm {
 
-enum class Divergence { jsd, skew_forward_kl, skew_reverse_kl, tvd };
+// MIXTURE_DIVERGENCES of minillm_kernels/rows.py.
+#define MINILLM_DIVERGENCES(X) \
+    X(jsd)                     \
+    X(skew_forward_kl)         \
+    X(skew_reverse_kl)         \
+    X(tvd)
+enum class Divergence { MINILLM_DIVERGENCES(MINILLM_ENUMERATOR) };
 
 // What the fields of DivergenceTerm are in units of: base-2 logarithms are left as they come.
 MINILLM_HD constexpr double value_unit(Divergence D) { return D == Divergence::tvd ? 1.0 : LN2; }

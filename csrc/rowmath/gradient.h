@@ -14,8 +14,14 @@
 
 namespace minillm {
 
-// Rows of the [COEFFICIENTS, N] tensor that row_grad takes, in order.
-enum Coefficient { C_REVERSE_KL, C_FORWARD_KL, C_LOGPROB, C_ENTROPY, C_LOGSUMEXP, COEFFICIENTS };
+// Rows of the [COEFFICIENTS, N] tensor that row_grad takes, in order: DIFFERENTIABLE of minillm_kernels/rows.py.
+#define MINILLM_COEFFICIENTS(X) \
+    X(C_REVERSE_KL)             \
+    X(C_FORWARD_KL)             \
+    X(C_STUDENT_LOGPROBS)       \
+    X(C_STUDENT_ENTROPY)        \
+    X(C_STUDENT_LOGSUMEXP)
+enum Coefficient { MINILLM_COEFFICIENTS(MINILLM_ENUMERATOR) COEFFICIENTS };
 
 template <class R>
 struct GradientRow {
@@ -31,9 +37,10 @@ struct GradientRow {
         const R lnZs = stat(STUDENT_LOGZ), lnZt = stat(TEACHER_LOGZ);
         r.log2Zs = lnZs * R(LOG2E);
         r.log2Zt = lnZt * R(LOG2E);
-        const R cr = coef(C_REVERSE_KL), cf = coef(C_FORWARD_KL), ch = coef(C_ENTROPY), cl = coef(C_LOGSUMEXP);
+        const R cr = coef(C_REVERSE_KL), cf = coef(C_FORWARD_KL);
+        const R ch = coef(C_STUDENT_ENTROPY), cl = coef(C_STUDENT_LOGSUMEXP);
         // log q(y) = -inf for a token outside the support: it has no gradient.
-        const R cy = stat(STUDENT_LOGPROB) == R(-INFINITY) ? R(0) : coef(C_LOGPROB);
+        const R cy = stat(STUDENT_LOGPROBS) == R(-INFINITY) ? R(0) : coef(C_STUDENT_LOGPROBS);
         R constant = cf - cy + cl;
         // Guarded, so that a statistic that no coefficient asks for (the KL of a one-model row) cannot bring a NaN in.
         if (cr != R(0)) constant -= cr * (lnZs - lnZt + stat(REVERSE_KL));

@@ -92,21 +92,20 @@ MINILLM_HD RowState<R> merge(const RowState<R>& a, const RowState<R>& b, R inv_T
     return added(rebased(a, ms, mt, inv_T), rebased(b, ms, mt, inv_T));
 }
 
-// Rows of the [STATISTICS, N] tensor that row_stats returns, in order; minillm_kernels/rows.py names them the same.
-enum Statistic {
-    STUDENT_ORIGIN,
-    STUDENT_LOGZ,
-    TEACHER_ORIGIN,
-    TEACHER_LOGZ,
-    REVERSE_KL,
-    FORWARD_KL,
-    STUDENT_ENTROPY,
-    STUDENT_LOGPROB,
-    TEACHER_LOGPROB,
-    STUDENT_LOGSUMEXP,
-    TEACHER_LOGSUMEXP,
-    STATISTICS
-};
+// Rows of the [STATISTICS, N] tensor that row_stats returns, in order: RowStats of minillm_kernels/rows.py.
+#define MINILLM_STATISTICS(X) \
+    X(STUDENT_ORIGIN)         \
+    X(STUDENT_LOGZ)           \
+    X(TEACHER_ORIGIN)         \
+    X(TEACHER_LOGZ)           \
+    X(REVERSE_KL)             \
+    X(FORWARD_KL)             \
+    X(STUDENT_LOGPROBS)       \
+    X(TEACHER_LOGPROBS)       \
+    X(STUDENT_ENTROPY)        \
+    X(STUDENT_LOGSUMEXP)      \
+    X(TEACHER_LOGSUMEXP)
+enum Statistic { MINILLM_STATISTICS(MINILLM_ENUMERATOR) STATISTICS };
 
 // All statistics of a row but the two log-probabilities of a token, which need the row's logits once more.
 template <class R>

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from minillm.config.schema import ConfigError, RunConfig, StageConfig
-from minillm_kernels.logits.losses import DIVERGENCES
+from minillm_kernels.rows import DIVERGENCES
 
 METHODS = ("sft", "kd", "seqkd", "gkd", "minillm")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -17,7 +17,8 @@ from torch import Tensor
 from minillm.config.schema import EvalConfig
 from minillm.data.examples import Example, collate
 from minillm.evaluation.means import Mean
-from minillm.model.head import CausalLM, Output, token_logprobs
+from minillm.model.head import CausalLM, Output
+from minillm_kernels import fused_linear_token_logprobs, token_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,7 +91,7 @@ def next_token(model: CausalLM, examples: Sequence[Example], settings: EvalConfi
         best, top = most_likely(model, output)
         confidence.append(top)
         correct.append(best == batch.targets)
-        loss = -token_logprobs(output, batch.targets, None)
+        loss = -fused_linear_token_logprobs(*output, batch.targets)
         losses += [piece.sum() for piece in loss.split([len(e.response) for e in part])]
     counts = torch.tensor([len(e.response) for e in examples], dtype=torch.float64)
     return reliability(torch.cat(confidence), torch.cat(correct)), Mean.of(torch.stack(losses).double().cpu(), counts)
@@ -102,7 +103,7 @@ def most_likely(model: CausalLM, output: Output) -> tuple[Tensor, Tensor]:
     for states in output.states.split(max(1, 2**24 // model.vocab_size)):
         logits = model.logits(states)
         ids.append(logits.argmax(-1))
-        probabilities.append(token_logprobs(Output(logits, output.head._replace(weight=None)), ids[-1], None).exp())
+        probabilities.append(token_logprobs(logits, ids[-1]).exp())
     return torch.cat(ids), torch.cat(probabilities)
 
 
@@ -125,7 +126,7 @@ def options(
     for start in range(0, len(flat), settings.batch_size):
         prompts, answers = zip(*flat[start : start + settings.batch_size], strict=True)
         batch = collate(prompts, answers).to(model.device)
-        logprobs = token_logprobs(model.output(batch), batch.targets, None)
+        logprobs = fused_linear_token_logprobs(*model.output(batch), batch.targets)
         scores += [piece.double().sum().cpu() for piece in logprobs.split([len(answer) for answer in answers])]
     if not asked:
         return None

@@ -15,8 +15,9 @@ from torch import Tensor
 from minillm.config.schema import EvalConfig
 from minillm.data.examples import Example, collate
 from minillm.evaluation.means import Mean
-from minillm.model.head import CausalLM, Output, common_vocabulary, distill_stats
+from minillm.model.head import CausalLM, common_vocabulary
 from minillm.model.sampling import draw_uniforms, sample
+from minillm_kernels import fused_linear_distill_stats
 
 
 class Samples(NamedTuple):
@@ -71,9 +72,8 @@ def draw(
         tables = torch.zeros(2, len(mask), settings.sample_tokens, dtype=torch.float64)
         if other is not None:
             assert rollout.student_hidden is not None and rollout.teacher_hidden is not None
-            ours = Output(rollout.student_hidden[mask], author.head)
-            theirs = Output(rollout.teacher_hidden[mask], other.head)
-            stats = distill_stats(ours, theirs, rollout.token_ids[mask], vocab_size=vocab_size)
+            models = (rollout.student_hidden[mask], author.head, rollout.teacher_hidden[mask], other.head)
+            stats = fused_linear_distill_stats(*models, rollout.token_ids[mask], vocab_size=vocab_size)
             for table, values in zip(tables, (stats.reverse_kl, stats.forward_kl), strict=True):
                 table[:, : mask.shape[1]][mask.cpu()] = values.double().cpu()
         to_other.append(tables[0])
@@ -92,8 +92,9 @@ def references(
     for start in range(0, len(examples), size):
         part = examples[start : start + size]
         batch = collate([e.prompt for e in part], [e.response for e in part]).to(student.device)
-        outputs = student.output(batch), teacher.output(batch)
-        stats = distill_stats(*outputs, batch.targets, vocab_size=common_vocabulary(student, teacher))
+        models = (*student.output(batch), *teacher.output(batch))
+        vocab_size = common_vocabulary(student, teacher)
+        stats = fused_linear_distill_stats(*models, batch.targets, vocab_size=vocab_size)
         lengths = [len(e.response) for e in part]
         reverse += [piece.sum() for piece in stats.reverse_kl.split(lengths)]
         forward += [piece.sum() for piece in stats.forward_kl.split(lengths)]

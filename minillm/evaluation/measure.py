@@ -20,8 +20,8 @@ from minillm.evaluation.divergence import Samples, draw, references
 from minillm.evaluation.exposure import ExposureBias, excess_accumulated_error
 from minillm.evaluation.means import Mean, Seeds
 from minillm.evaluation.result import OWN, REFERENCES, Evaluation, Length, Responses
+from minillm.model.check import check_context
 from minillm.model.head import CausalLM
-from minillm.model.load import check_context
 from minillm.model.sampling import decode, greedy
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from minillm.config.recipe import Recipe
 from minillm.config.schema import RunConfig, StageConfig
 from minillm.data.examples import read_records
-from minillm.model.load import cached, layers_of, load_student, load_teacher, skeleton
+from minillm.model.layers import layers_of
+from minillm.model.load import cached, load_student, load_teacher, skeleton
 from minillm_kernels.hidden.chunked import BUFFER_BYTES
 
 if TYPE_CHECKING:

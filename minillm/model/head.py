@@ -1,9 +1,9 @@
 """The seam between a model's final states and its vocabulary, where distillation spends its memory and time.
 
 The base model and the vocabulary head are called apart: only positions whose prediction counts reach the head, and the
-fused linear losses read states and weights, so that logits exist for the last token of a rollout and nowhere else. A
-model whose head cannot be read goes through its own forward (`model.head: logits`): its final states then are its
-logits, and the same losses take them as they are.
+losses `fused_linear_*(*output, ...)` of minillm_kernels read states and weights, so that logits exist for the last
+token of a rollout and nowhere else. A model whose head cannot be read goes through its own forward (`model.head:
+logits`): its final states then are its logits, its head is `Head(None)`, and the same losses take them as they are.
 
 Legend: B sequences, T positions, N positions selected over the batch, H hidden, V vocabulary.
 """
@@ -14,27 +14,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import minillm_kernels as kernels
 from minillm.config.schema import ConfigError
 from minillm.data.examples import Batch
 from minillm.model.load import cached
-from minillm_kernels import DistillLoss, DistillStats, MiniLLMLoss
-from minillm_kernels.hidden.matmul import linear
+from minillm_kernels import Head
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
 Sums = dict[str, Tensor]
 """Named sums over tokens; "loss" is differentiated, the others are logged."""
-
-
-class Head(NamedTuple):
-    """z = h Wᵀ + b, then z · scale, then softcap · tanh(z / softcap). Without a weight, h is z already."""
-
-    weight: Tensor | None
-    bias: Tensor | None = None
-    softcap: float | None = None
-    scale: float = 1.0
 
 
 class Output(NamedTuple):
@@ -62,7 +51,9 @@ class CausalLM(nn.Module):
 
     @property
     def head(self) -> Head:
-        return read_head(self.model) if self.fused else Head(None)
+        """As constants where no gradient is taken: a teacher's."""
+        head = read_head(self.model) if self.fused else Head(None)
+        return head if torch.is_grad_enabled() else head.detach()
 
     @property
     def device(self) -> torch.device:
@@ -84,13 +75,8 @@ class CausalLM(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:
         """[..., V] of states [..., H], without a gradient."""
-        weight, bias, softcap, scale = self.head
-        if weight is None:
-            return states
-        z = linear(states.flatten(0, -2), weight).unflatten(0, states.shape[:-1])
-        z = z if bias is None else z + bias
-        z = z if scale == 1 else z * scale
-        return z if softcap is None else softcap * torch.tanh(z / softcap)
+        with torch.no_grad():
+            return self.head.logits(states)
 
     def output(self, batch: Batch) -> Output:
         return Output(self.states(**batch.inputs())[batch.predict], self.head)
@@ -112,92 +98,9 @@ def read_head(model: "PreTrainedModel") -> Head:
     return Head(linear.weight, getattr(linear, "bias", None), getattr(config, "final_logit_softcapping", None), scale)
 
 
-def heads(student: Head, teacher: Head) -> dict[str, Any]:
-    """Keyword arguments for `fused_linear_*`: weights, biases, soft-caps and scales; the teacher's as constants."""
-    assert student.weight is not None and teacher.weight is not None
-    return {
-        "student_weight": student.weight,
-        "student_bias": student.bias,
-        "teacher_weight": teacher.weight.detach(),
-        "teacher_bias": None if teacher.bias is None else teacher.bias.detach(),
-        "softcap": (student.softcap, teacher.softcap),
-        "logit_scale": (student.scale, teacher.scale),
-    }
-
-
 def common_vocabulary(student: CausalLM, teacher: CausalLM) -> int:
     """The one vocabulary size used everywhere: the smaller head; the rest is padding."""
     return min(student.vocab_size, teacher.vocab_size)
-
-
-# ---- the losses, of two outputs
-
-
-def token_logprobs(output: Output, token_ids: Tensor, vocab_size: int | None, temperature: float = 1.0) -> Tensor:
-    """[N] log q(token)."""
-    states, (weight, bias, softcap, scale) = output
-    options: dict[str, Any] = {"vocab_size": vocab_size, "temperature": temperature}
-    if weight is None:
-        return kernels.token_logprobs(states, token_ids, **options)
-    head: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": scale}
-    return kernels.fused_linear_token_logprobs(states, weight, token_ids, **head, **options)
-
-
-def cross_entropy(student: Output, token_ids: Tensor, vocab_size: int | None) -> Tensor:
-    """Summed over tokens, in nats."""
-    states, (weight, bias, softcap, scale) = student
-    if weight is None:
-        return -kernels.token_logprobs(states, token_ids, vocab_size=vocab_size).sum()
-    return kernels.fused_linear_distill_loss(
-        states,
-        weight,
-        token_ids=token_ids,
-        student_logprobs=-1.0,
-        student_bias=bias,
-        softcap=softcap,
-        logit_scale=scale,
-        vocab_size=vocab_size,
-    ).loss
-
-
-def distill_loss(student: Output, teacher: Output, token_ids: Tensor, **options: Any) -> DistillLoss:
-    """Summed over tokens, any loss linear in the statistics: options as of `fused_linear_distill_loss`."""
-    options["token_ids"] = token_ids
-    return _of_pair(_distill_loss_of_logits, kernels.fused_linear_distill_loss, student, teacher, options)
-
-
-def _distill_loss_of_logits(
-    student: Tensor, teacher: Tensor, token_ids: Tensor, vocab_size: int | None, **coefficients: float
-) -> DistillLoss:
-    stats = kernels.distill_stats(student, teacher, token_ids, vocab_size=vocab_size)
-    loss = torch.stack([c * getattr(stats, name).sum() for name, c in coefficients.items()]).sum()
-    return DistillLoss(loss, DistillStats(*(x.detach() for x in stats)))
-
-
-def divergence(student: Output, teacher: Output, name: str, **options: Any) -> Tensor:
-    """The sum over tokens of a divergence; options as of `minillm_kernels.fused_divergence_loss`."""
-    options |= {"divergence": name, "reduction": "sum"}
-    return _of_pair(kernels.fused_divergence_loss, kernels.fused_linear_divergence_loss, student, teacher, options)
-
-
-def distill_stats(student: Output, teacher: Output, token_ids: Tensor, **options: Any) -> DistillStats:
-    """[N] each; options as of `minillm_kernels.distill_stats`."""
-    options["token_ids"] = token_ids
-    return _of_pair(kernels.distill_stats, kernels.fused_linear_distill_stats, student, teacher, options)
-
-
-def minillm_loss(student: Output, teacher: Output, token_ids: Tensor, **options: Any) -> MiniLLMLoss:
-    """MiniLLM's objective; options as of `minillm_kernels.minillm_loss`."""
-    options["token_ids"] = token_ids
-    return _of_pair(kernels.minillm_loss, kernels.fused_linear_minillm_loss, student, teacher, options)
-
-
-def _of_pair(of_logits: Callable, of_states: Callable, student: Output, teacher: Output, options: dict) -> Any:
-    if student.head.weight is None:
-        return of_logits(student.states, teacher.states, **options)
-    return of_states(
-        student_hidden=student.states, teacher_hidden=teacher.states, **heads(student.head, teacher.head), **options
-    )
 
 
 @torch.no_grad()

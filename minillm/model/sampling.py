@@ -17,8 +17,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from minillm.data.examples import collate
-from minillm.model.head import CausalLM, common_vocabulary, token_logprobs
-from minillm_kernels import mixed_sample
+from minillm.model.head import CausalLM, common_vocabulary
+from minillm_kernels import fused_linear_token_logprobs, mixed_sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,7 +144,9 @@ def _scored(
         batch = collate(rollout.prompts[rows], responses[rows], row_length).to(teacher.device)
         output = teacher.output(batch)
         hidden.append(output.states)
-        logprobs.append(token_logprobs(output, batch.targets, vocab_size, temperature))
+        logprobs.append(
+            fused_linear_token_logprobs(*output, batch.targets, temperature=temperature, vocab_size=vocab_size)
+        )
     mask, states, known = rollout.mask, torch.cat(hidden), torch.cat(logprobs)
     teacher_hidden = states.new_zeros(*mask.shape, states.shape[1])
     teacher_hidden[mask] = states

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from minillm.config.recipe import load_recipe
 from minillm.config.schema import ConfigError
-from minillm.model.load import load_student, load_teacher, load_tokenizer, merge_adapters
+from minillm.model.adapters import merge_adapters
+from minillm.model.load import load_student, load_teacher, load_tokenizer
 from minillm.run import checkpoint
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ position in the data is a step's number; `memory` is all other state of a method
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -22,10 +23,11 @@ from torch import Tensor
 from minillm.data.examples import Batch, Example, Shuffled, collate
 from minillm.data.sources import DataError
 from minillm.files import write_atomically
-from minillm.model.head import Output, Sums, cross_entropy, distill_loss, divergence, minillm_loss
+from minillm.model.head import Output, Sums
 from minillm.model.sampling import Rollout, draw_uniforms
 from minillm.train.context import Loss, Part, Step, Training, chunks
 from minillm.train.minillm import concatenate, policy_terms, token_rewards, whiten
+from minillm_kernels import fused_linear_distill_loss, fused_linear_divergence_loss, fused_linear_minillm_loss
 
 
 class Sft:
@@ -59,7 +61,7 @@ class Sft:
         return Part("answers", rows, make, lambda i: examples[i].record.where)
 
     def loss(self, student: Output, batch: Batch) -> Sums:
-        return {"loss": cross_entropy(student, batch.targets, self.training.vocab_size)}
+        return {"loss": cross_entropy(student, batch, self.training.vocab_size)}
 
 
 class Kd(Sft):
@@ -68,21 +70,32 @@ class Kd(Sft):
     def loss(self, student: Output, batch: Batch) -> Sums:
         settings, vocab_size = self.training.config.loss, self.training.vocab_size
         if settings.divergence in ("forward_kl", "reverse_kl") and settings.temperature == 1:  # one sweep for both
-            weights = {settings.divergence: settings.distill_weight, "student_logprobs": -settings.label_weight}
+            weights: dict[str, Any] = {
+                settings.divergence: settings.distill_weight,
+                "student_logprobs": -settings.label_weight,
+            }
             target = self.training.score(batch)
-            loss, stats = distill_loss(student, target, batch.targets, vocab_size=vocab_size, **weights)
+            loss, stats = fused_linear_distill_loss(*student, *target, batch.targets, vocab_size=vocab_size, **weights)
             label = -stats.student_logprobs.sum()
             return {"loss": loss, "loss/distill": getattr(stats, settings.divergence).sum(), "loss/label": label}
         distilled = self.distilled(student, batch)
-        label = cross_entropy(student, batch.targets, vocab_size)
+        label = cross_entropy(student, batch, vocab_size)
         total = settings.distill_weight * distilled["loss/distill"] + settings.label_weight * label
         return {"loss": total, **distilled, "loss/label": label}
 
     def distilled(self, student: Output, batch: Batch) -> Sums:
         settings, vocab_size = self.training.config.loss, self.training.vocab_size
         target = self.training.score(batch)
-        options = {"beta": settings.beta, "temperature": settings.temperature, "vocab_size": vocab_size}
-        return {"loss/distill": divergence(student, target, settings.divergence, **options)}
+        loss = fused_linear_divergence_loss(
+            *student,
+            *target,
+            settings.divergence,
+            beta=settings.beta,
+            temperature=settings.temperature,
+            reduction="sum",
+            vocab_size=vocab_size,
+        )
+        return {"loss/distill": loss}
 
 
 class SeqKd(Sft):
@@ -196,15 +209,14 @@ class MiniLLM:
             parts.append(Part("text", drawn, self.make_text, lambda i: f"{config.data.text}, chunk {i + 1}"))
         return Step(parts, describe(rollout))
 
-    def policy_loss(self, student: Output, teacher: Output, batch: Batch, constants: dict[str, Tensor]) -> Sums:
+    def policy_loss(self, student: Output, teacher: Output, batch: Batch, constants: dict[str, Any]) -> Sums:
         """Single + Long on sampled tokens, from what the rollout kept: the teacher's states and the constants."""
         settings = self.training.config.objective
-        result = minillm_loss(
-            student,
-            teacher,
+        result = fused_linear_minillm_loss(
+            *student,
+            *teacher,
             batch.targets,
             **constants,
-            mask=torch.ones_like(batch.targets, dtype=torch.bool),
             clip_range=settings.clip_range or math.inf,
             single_step=float(settings.single_step),
             weight_single_step=settings.weight_single_step,
@@ -228,11 +240,11 @@ class MiniLLM:
         """L_PT: cross entropy with the text and, for a share pt_teacher, with the teacher's distribution."""
         settings, vocab_size = self.training.config.objective, self.training.vocab_size
         if settings.pt_teacher:
-            weights = {"forward_kl": settings.pt_teacher, "student_logprobs": settings.pt_teacher - 1}
+            weights: dict[str, Any] = {"forward_kl": settings.pt_teacher, "student_logprobs": settings.pt_teacher - 1}
             target = self.training.score(batch)
-            total = distill_loss(student, target, batch.targets, vocab_size=vocab_size, **weights).loss
+            total = fused_linear_distill_loss(*student, *target, batch.targets, vocab_size=vocab_size, **weights).loss
         else:
-            total = cross_entropy(student, batch.targets, vocab_size)
+            total = cross_entropy(student, batch, vocab_size)
         return {"loss": settings.pt_weight * total, "loss/pt": total}
 
     @property
@@ -255,6 +267,13 @@ METHODS: dict[str, type[Sft] | type[MiniLLM]] = {
 }  # fmt: skip
 
 # ---- helpers
+
+
+def cross_entropy(student: Output, batch: Batch, vocab_size: int | None) -> Tensor:
+    """Summed over the targets, in nats."""
+    return fused_linear_distill_loss(
+        *student, token_ids=batch.targets, student_logprobs=-1.0, vocab_size=vocab_size
+    ).loss
 
 
 def teacher_answers(training: Training) -> list[list[int]]:

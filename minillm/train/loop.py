@@ -19,8 +19,8 @@ from torch import Tensor
 
 from minillm.config.schema import ConfigError, OptimConfig, RunConfig, StageConfig
 from minillm.data.examples import Batch, Encoded, Example, chunk_text, encode, read_records, read_text
+from minillm.model.check import check_context, check_packing
 from minillm.model.head import CausalLM, Sums
-from minillm.model.load import check_context, check_packing
 from minillm.run import checkpoint
 from minillm.run.checkpoint import Checkpoint, Progress
 from minillm.run.directory import RunDirectory

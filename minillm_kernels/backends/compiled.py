@@ -1,131 +1,155 @@
-"""What the compiled backends share: row operations on tensors, as the addresses, sizes and strides of csrc/rows.h."""
+"""The row operations by the compiled core: tensors as the addresses, sizes and strides of csrc/args.h."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..rows import MIXTURE_DIVERGENCES, RowStats
+from ..rows import DIFFERENTIABLE, MIXTURE_DIVERGENCES, Pair, RowStats, row_strides
+from .protocol import Backend
 
-core: ModuleType | None
-try:
-    # After torch: the core then shares torch's OpenMP, hence its threads.
-    from .. import _core as core
-except ImportError as error:
-    core = None
-    import_error = str(error)
+if TYPE_CHECKING:
+    from .._core import How, PairAt, RowsAt
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_INSTALL = "`pip install -e .` (or `pip install .`) in the repository again"
+# The orders that Python and C++ share, as csrc/rowmath names them.
+_ORDERS = {
+    "STATISTICS": tuple(name.upper() for name in RowStats._fields),
+    "COEFFICIENTS": tuple(f"C_{name.upper()}" for name in DIFFERENTIABLE),
+    "DIVERGENCES": MIXTURE_DIVERGENCES,
+}
 
 
-def missing() -> str | None:
-    """Why there is no compiled core, or None."""
-    if core is None:
-        return (
-            f"the compiled core is missing ({import_error}); install a C++ compiler and run "
-            "`pip install -e .` (or `pip install .`) in the repository again"
-        )
-    return None
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The compiled core, or why there is none. Imported after torch, it shares torch's OpenMP, hence its threads."""
+    try:
+        from .. import _core
+    except ImportError as error:
+        return None, f"the compiled core is missing ({error}); install a C++ compiler and run {_INSTALL}"
+    for name, order in _ORDERS.items():
+        if getattr(_core, name, None) != order:
+            return None, f"the compiled core was built from other sources ({name} differ); run {_INSTALL}"
+    return _core, None
 
 
-def refusal(x: Tensor, device: str) -> str | None:
-    """Why a compiled backend of that device type cannot take this tensor, or None."""
-    if x.device.type != device:
-        return f"it takes {device.upper()} tensors, not {x.device.type}"
-    if x.dtype not in DTYPES:
-        return f"it takes float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
-    return None
+core, missing = _load()
 
 
-class Compiled:
-    """The row operations (see `minillm_kernels.backends.reference`) on a compiled module, by way of `call`."""
+@dataclass(frozen=True)
+class Compiled(Backend):
+    """The functions of a compiled module on the tensors of one device type. cpu.py and cuda.py say what is theirs."""
 
-    module: Any = core
+    device: str
+    operations: Any  # a submodule of _core: CpuOperations or CudaOperations
+    why_not: Callable[[], str | None]  # it does not run on this machine
+    launch: Callable[[Pair], AbstractContextManager[How]]  # how its functions are to run on that pair, inside
+    holds_rows: Callable[[Any, Pair], bool]  # whether its row_stats_grad, if any, takes that pair
 
-    def call(self, operation: str, student: Tensor, n_rows: int, vocab_size: int, *args: object) -> None:
-        """Runs an operation of the module; args are its own, after those that say how to run it."""
-        raise NotImplementedError
+    def unavailable(self) -> str | None:
+        return self.why_not()
 
-    def run(self, operation: str, student, teacher, temperature: float, vocab_size: int, *args: object) -> None:
-        n_rows = student.shape[:-1].numel()
-        teacher = None if teacher is None else self.rows(teacher)
-        pair = (self.rows(student), teacher, n_rows, vocab_size, temperature)
-        self.call(operation, student, n_rows, vocab_size, *pair, *args)
+    def refusal(self, x: Tensor) -> str | None:
+        if x.device.type != self.device:
+            return f"it takes {self.device.upper()} tensors, not {x.device.type}"
+        if x.dtype not in DTYPES:
+            return f"it takes float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
+        return None
 
-    def rows(self, x: Tensor):
-        """The leading dimensions as (outer, inner) with two strides: no copy for logits[:, :-1]."""
-        sizes: list[int] = []
-        strides: list[int] = []
-        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-            if size == 1:
-                continue
-            if strides and strides[-1] == size * stride:
-                sizes[-1], strides[-1] = sizes[-1] * size, stride
-            else:
-                sizes.append(size)
-                strides.append(stride)
-        if len(sizes) > 2:
-            raise ValueError(
-                f"logits of shape {tuple(x.shape)} and strides {x.stride()}: at most two strides may describe the "
-                "rows; call .contiguous() first"
-            )
-        inner = sizes[-1] if sizes else 1
-        inner_stride = strides[-1] if sizes else 0
-        outer_stride = strides[0] if len(sizes) == 2 else 0
-        return self.module.Rows(x.data_ptr(), DTYPES[x.dtype], max(inner, 1), outer_stride, inner_stride)
-
-    def row_stats(self, student, teacher, token_ids, mask, temperature, vocab_size) -> Tensor:
+    def row_stats(self, pair: Pair, token_ids: Tensor | None, mask: Tensor | None) -> Tensor:
         ids_at, _ids = pointer(token_ids, torch.int64)
         mask_at, _mask = pointer(mask, torch.bool)
-        stats = student.new_empty((len(RowStats._fields), *student.shape[:-1]), dtype=torch.float32)
-        self.run("row_stats", student, teacher, temperature, vocab_size, mask_at, ids_at, stats.data_ptr())
+        stats = per_row(pair, len(RowStats._fields))
+        with self.launch(pair) as how:
+            self.operations.row_stats(how, pair_at(pair), mask_at, ids_at, stats.data_ptr())
         return stats
 
-    def row_grad(self, student, teacher, token_ids, stats, coefficients, temperature, vocab_size, out=None) -> Tensor:
+    def row_grad(
+        self, pair: Pair, token_ids: Tensor | None, stats: Tensor, coefficients: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         ids_at, _ids = pointer(token_ids, torch.int64)
         stats_at, _stats = pointer(stats, torch.float32)
         coefficients_at, _coefficients = pointer(coefficients, torch.float32)
-        grad = student.new_empty(student.shape) if out is None else out
-        args = (ids_at, stats_at, coefficients_at, self.rows(grad), grad.shape[-1])
-        self.run("row_grad", student, teacher, temperature, vocab_size, *args)
+        grad = gradient_of(pair, out)
+        with self.launch(pair) as how:
+            inputs = (pair_at(pair), ids_at, stats_at, coefficients_at)
+            self.operations.row_grad(how, *inputs, rows_at(grad), grad.shape[-1])
         return grad
 
-    def row_divergence(self, student, teacher, mask, stats, divergence, beta, temperature, vocab_size) -> Tensor:
+    def row_stats_grad(
+        self, pair: Pair, token_ids: Tensor | None, coefficients: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One launch where the device can hold a row pair: the bits of two, and zeros as the statistics of a row
+        whose coefficients are all 0."""
+        if not self.holds_rows(self.operations, pair):
+            return super().row_stats_grad(pair, token_ids, coefficients, out)
+        ids_at, _ids = pointer(token_ids, torch.int64)
+        coefficients_at, _coefficients = pointer(coefficients, torch.float32)
+        stats, grad = per_row(pair, len(RowStats._fields)), gradient_of(pair, out)
+        with self.launch(pair) as how:
+            outputs = (stats.data_ptr(), rows_at(grad), grad.shape[-1])
+            self.operations.row_stats_grad(how, pair_at(pair), ids_at, coefficients_at, *outputs)
+        return stats, grad
+
+    def row_divergence(self, pair: Pair, mask: Tensor | None, stats: Tensor, divergence: str, beta: float) -> Tensor:
         mask_at, _mask = pointer(mask, torch.bool)
         stats_at, _stats = pointer(stats, torch.float32)
-        out = student.new_empty((2, *student.shape[:-1]), dtype=torch.float32)
-        args = (MIXTURE_DIVERGENCES.index(divergence), beta, mask_at, stats_at, out.data_ptr())
-        self.run("row_divergence", student, teacher, temperature, vocab_size, *args)
+        out = per_row(pair, 2)
+        with self.launch(pair) as how:
+            inputs = (pair_at(pair), code_of(divergence), beta, mask_at, stats_at)
+            self.operations.row_divergence(how, *inputs, out.data_ptr())
         return out
 
     def row_divergence_grad(
-        self, student, teacher, stats, values, scale, divergence, beta, temperature, vocab_size, out=None
+        self,
+        pair: Pair,
+        stats: Tensor,
+        values: Tensor,
+        scale: Tensor,
+        divergence: str,
+        beta: float,
+        out: Tensor | None = None,
     ) -> Tensor:
         stats_at, _stats = pointer(stats, torch.float32)
         values_at, _values = pointer(values, torch.float32)
         scale_at, _scale = pointer(scale, torch.float32)
-        grad = student.new_empty(student.shape) if out is None else out
-        kind = MIXTURE_DIVERGENCES.index(divergence)
-        args = (kind, beta, stats_at, values_at, scale_at, self.rows(grad), grad.shape[-1])
-        self.run("row_divergence_grad", student, teacher, temperature, vocab_size, *args)
+        grad = gradient_of(pair, out)
+        with self.launch(pair) as how:
+            inputs = (pair_at(pair), code_of(divergence), beta, stats_at, values_at, scale_at)
+            self.operations.row_divergence_grad(how, *inputs, rows_at(grad), grad.shape[-1])
         return grad
 
     def row_sample(
-        self, student, teacher, uniforms, alpha, temperature, top_k, top_p, vocab_size
+        self, pair: Pair, uniforms: Tensor, alpha: float, top_k: int, top_p: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         uniforms_at, _uniforms = pointer(uniforms, torch.float64)
-        leading = student.shape[:-1]
-        token_ids = student.new_empty(leading, dtype=torch.int64)
-        logprobs = student.new_empty((3, *leading), dtype=torch.float32)
-        from_teacher = student.new_empty(leading, dtype=torch.bool)
-        greedy = temperature == 0
-        args = (uniforms_at, alpha, top_k, top_p, greedy)
-        outputs = (token_ids.data_ptr(), logprobs.data_ptr(), from_teacher.data_ptr())
-        self.run("row_sample", student, teacher, 1.0 if greedy else temperature, vocab_size, *args, *outputs)
+        leading = pair.student.shape[:-1]
+        token_ids = pair.student.new_empty(leading, dtype=torch.int64)
+        logprobs = per_row(pair, 3)
+        from_teacher = pair.student.new_empty(leading, dtype=torch.bool)
+        greedy = pair.temperature == 0
+        if greedy:
+            pair = pair._replace(temperature=1.0)
+        with self.launch(pair) as how:
+            inputs = (pair_at(pair), uniforms_at, alpha, top_k, top_p, greedy)
+            outputs = (token_ids.data_ptr(), logprobs.data_ptr(), from_teacher.data_ptr())
+            self.operations.row_sample(how, *inputs, *outputs)
         return token_ids, logprobs, from_teacher
+
+
+def rows_at(x: Tensor) -> RowsAt:
+    return (x.data_ptr(), DTYPES[x.dtype], *row_strides(x))
+
+
+def pair_at(pair: Pair) -> PairAt:
+    student, teacher, temperature, vocab_size = pair
+    return rows_at(student), None if teacher is None else rows_at(teacher), pair.n_rows, vocab_size, temperature
 
 
 def pointer(x: Tensor | None, dtype: torch.dtype) -> tuple[int, Tensor | None]:
@@ -134,3 +158,15 @@ def pointer(x: Tensor | None, dtype: torch.dtype) -> tuple[int, Tensor | None]:
         return 0, None
     x = x.to(dtype).contiguous()
     return x.data_ptr(), x
+
+
+def per_row(pair: Pair, fields: int) -> Tensor:
+    return pair.student.new_empty((fields, *pair.student.shape[:-1]), dtype=torch.float32)
+
+
+def gradient_of(pair: Pair, out: Tensor | None) -> Tensor:
+    return pair.student.new_empty(pair.student.shape) if out is None else out
+
+
+def code_of(divergence: str) -> int:
+    return MIXTURE_DIVERGENCES.index(divergence)

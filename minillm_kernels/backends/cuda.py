@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from ..rows import RowStats
+from ..rows import Pair
 from . import compiled
 
-_core = compiled.core
+if TYPE_CHECKING:
+    from .._core import CudaOperations
+
+operations = compiled.core.cuda if compiled.core is not None and compiled.core.CUDA_ARCHITECTURES else None
 
 
-def unavailable() -> str | None:
-    missing = compiled.missing()
-    if missing or _core is None:
-        return missing
-    if not _core.CUDA_ARCHITECTURES:
+def why_not() -> str | None:
+    if compiled.missing is not None:
+        return compiled.missing
+    if operations is None:
         return (
             "the compiled core was built without nvcc; put nvcc on PATH (or set CUDA_HOME) and install again with "
             "MINILLM_CUDA=1"
         )
-    driver, runtime = _core.cuda_versions()
+    driver, runtime = operations.versions()
     if driver == 0:
         return "there is no CUDA driver on this machine"
     if driver // 1000 < runtime // 1000:
@@ -42,51 +44,27 @@ def _version(v: int) -> str:
     return f"{v // 1000}.{v % 1000 // 10}"
 
 
-def refusal(x: Tensor) -> str | None:
-    return compiled.refusal(x, "cuda")
+@contextmanager
+def launch(pair: Pair) -> Iterator[tuple[Callable[[int], int], int]]:
+    """Memory for an operation, and the current stream of the pair's device, which is the current device inside."""
+    workspaces = []
+
+    def allocate(size: int) -> int:
+        workspaces.append(pair.student.new_empty(size, dtype=torch.uint8))
+        return workspaces[-1].data_ptr()
+
+    with torch.cuda.device(pair.student.device):
+        yield allocate, torch.cuda.current_stream().cuda_stream
 
 
-class _Cuda(compiled.Compiled):
-    """Beside the operations of every backend `row_stats_grad`, which reads the logits once."""
-
-    @contextmanager
-    def stream_of(self, x: Tensor) -> Iterator[int]:
-        """The current stream of the tensor's device, which is the current device inside."""
-        with torch.cuda.device(x.device):
-            yield torch.cuda.current_stream().cuda_stream
-
-    def call(self, operation: str, student: Tensor, n_rows: int, vocab_size: int, *args: object) -> None:
-        size = getattr(self.module, f"cuda_{operation}_workspace", None)
-        workspace = student.new_empty(size(n_rows, vocab_size) if size else 0, dtype=torch.uint8)
-        with self.stream_of(student) as stream:
-            getattr(self.module, f"cuda_{operation}")(workspace.data_ptr(), stream, *args)
-
-    def holds_rows(self, student: Tensor, teacher: Tensor | None, vocab_size: int) -> bool:
-        """Whether row_stats_grad takes these: a multiprocessor can hold a row pair, and there are rows for all."""
-        if teacher is None or teacher.dtype != student.dtype:
-            return False
-        with self.stream_of(student):
-            n_rows = student.shape[:-1].numel()
-            return self.module.cuda_holds_rows(n_rows, vocab_size, compiled.DTYPES[student.dtype])
-
-    def row_stats_grad(
-        self, student, teacher, token_ids, coefficients, temperature, vocab_size, out=None
-    ) -> tuple[Tensor, Tensor]:
-        """The results of row_stats and row_grad, the same bits; where a row's coefficients are all 0, zeros."""
-        ids_at, _ids = compiled.pointer(token_ids, torch.int64)
-        coefficients_at, _coefficients = compiled.pointer(coefficients, torch.float32)
-        stats = student.new_empty((len(RowStats._fields), *student.shape[:-1]), dtype=torch.float32)
-        grad = student.new_empty(student.shape) if out is None else out
-        args = (ids_at, coefficients_at, stats.data_ptr(), self.rows(grad), grad.shape[-1])
-        self.run("row_stats_grad", student, teacher, temperature, vocab_size, *args)
-        return stats, grad
+def holds_rows(operations: CudaOperations, pair: Pair) -> bool:
+    """Whether a multiprocessor can hold a row pair, and there are rows for all of them."""
+    if pair.teacher is None or pair.teacher.dtype != pair.student.dtype:
+        return False
+    with torch.cuda.device(pair.student.device):
+        return operations.holds_rows(pair.n_rows, pair.vocab_size, compiled.DTYPES[pair.student.dtype])
 
 
-_operations = _Cuda()
-row_stats = _operations.row_stats
-row_grad = _operations.row_grad
-row_divergence = _operations.row_divergence
-row_divergence_grad = _operations.row_divergence_grad
-row_sample = _operations.row_sample
-row_stats_grad = _operations.row_stats_grad
-holds_rows = _operations.holds_rows
+backend = compiled.Compiled(
+    device="cuda", operations=operations, why_not=why_not, launch=launch, holds_rows=holds_rows
+)

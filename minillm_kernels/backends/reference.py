@@ -1,4 +1,4 @@
-"""The row operations in plain PyTorch, on any device: the oracle that every backend is compared with.
+"""The row operations (protocol.py) in plain PyTorch, on any device: the oracle of every other backend.
 
 The formulas are those of csrc/rowmath, written for tensors. fp64 input is computed and returned in fp64, everything
 else in fp32. Nothing here is fused: each function makes several tensors of the size of the logits.
@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..rows import MIXTURE_DIVERGENCES, RowStats
+from ..rows import MIXTURE_DIVERGENCES, Pair, RowStats, accumulator
+from .protocol import Backend
 
 
-class _Pair(NamedTuple):
+class _Scaled(NamedTuple):
     """Logits relative to their maxima and scaled. Columns outside the support have s = t = 0 and weight 0."""
 
     s: Tensor
@@ -25,10 +26,6 @@ class _Pair(NamedTuple):
     weight: Tensor  # 1 inside the support, 0 outside
     s_max: Tensor
     t_max: Tensor
-
-
-def _accumulator(*tensors: Tensor | None) -> torch.dtype:
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def _outside(s: Tensor, t: Tensor) -> Tensor:
@@ -42,8 +39,9 @@ def _relative(z: Tensor, z_max: Tensor, outside: Tensor, temperature: float) -> 
     return s.masked_fill(outside, 0)
 
 
-def _pair(student: Tensor, teacher: Tensor | None, temperature: float, vocab_size: int) -> _Pair:
-    dtype = _accumulator(student, teacher)
+def _scaled(pair: Pair) -> _Scaled:
+    student, teacher, temperature, vocab_size = pair
+    dtype = accumulator(student, teacher)
     z_s = student[..., :vocab_size].to(dtype)
     z_t = z_s if teacher is None else teacher[..., :vocab_size].to(dtype)
     outside = _outside(z_s, z_t)
@@ -51,7 +49,7 @@ def _pair(student: Tensor, teacher: Tensor | None, temperature: float, vocab_siz
     t_max = z_t.masked_fill(outside, -math.inf).amax(-1)
     s = _relative(z_s, s_max, outside, temperature)
     t = _relative(z_t, t_max, outside, temperature)
-    return _Pair(s, t, (~outside).to(dtype), s_max, t_max)
+    return _Scaled(s, t, (~outside).to(dtype), s_max, t_max)
 
 
 def _weighted(weight: Tensor, x: Tensor) -> Tensor:
@@ -59,53 +57,7 @@ def _weighted(weight: Tensor, x: Tensor) -> Tensor:
     return torch.where(weight == 0, weight, weight * x)
 
 
-def row_stats(
-    student: Tensor,
-    teacher: Tensor | None,
-    token_ids: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    vocab_size: int,
-) -> Tensor:
-    """See `ops.row_stats`: [len(RowStats), ...]."""
-    x = _pair(student, teacher, temperature, vocab_size)
-    es, et = x.weight * x.s.exp(), x.weight * x.t.exp()
-    Zs, Zt = es.sum(-1), et.sum(-1)
-    lnZs, lnZt = Zs.log(), Zt.log()  # of an empty support: -inf - (-inf) below gives NaN
-    empty = (Zs == 0) & (Zt == 0)
-    lnZs, lnZt = lnZs.masked_fill(empty, math.nan), lnZt.masked_fill(empty, math.nan)
-    d = x.s - x.t
-    zero = torch.zeros_like(Zs)
-    logprob_s = logprob_t = zero
-    if token_ids is not None:
-        if mask is not None:
-            token_ids = token_ids.masked_fill(~mask, 0)
-        if token_ids.device.type == "cpu" and token_ids.numel():
-            _check_token_ids(token_ids, vocab_size)
-        valid = (token_ids >= 0) & (token_ids < vocab_size)
-        y = token_ids.masked_fill(~valid, 0).unsqueeze(-1)
-        out = (x.weight.gather(-1, y).squeeze(-1) == 0) & ~empty
-        logprob_s = (x.s.gather(-1, y).squeeze(-1) - lnZs).masked_fill(out, -math.inf).masked_fill(~valid, math.nan)
-        logprob_t = (x.t.gather(-1, y).squeeze(-1) - lnZt).masked_fill(out, -math.inf).masked_fill(~valid, math.nan)
-    pair = teacher is not None
-    stats = RowStats(
-        student_origin=x.s_max,
-        student_logz=lnZs,
-        teacher_origin=x.t_max if pair else zero,
-        teacher_logz=lnZt if pair else zero,
-        reverse_kl=_weighted(es, d).sum(-1) / Zs - lnZs + lnZt if pair else zero,
-        forward_kl=_weighted(et, -d).sum(-1) / Zt - lnZt + lnZs if pair else zero,
-        student_entropy=lnZs - _weighted(es, x.s).sum(-1) / Zs,
-        student_logprob=logprob_s,
-        teacher_logprob=logprob_t if pair else zero,
-        student_logsumexp=x.s_max / temperature + lnZs,
-        teacher_logsumexp=x.t_max / temperature + lnZt if pair else zero,
-    )
-    stacked = torch.stack(tuple(stats))
-    return stacked if mask is None else torch.where(mask, stacked, 0)
-
-
-def _check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
+def check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
     low, high = int(token_ids.min()), int(token_ids.max())
     if low < 0 or high >= vocab_size:
         raise IndexError(
@@ -114,39 +66,12 @@ def _check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
         )
 
 
-def _finish_gradient(grad: Tensor, x: _Pair, rows: Tensor, student: Tensor) -> Tensor:
+def _finish_gradient(grad: Tensor, x: _Scaled, rows: Tensor, student: Tensor, out: Tensor | None) -> Tensor:
     """Exactly 0 outside the support, in rows without weight, beyond vocab_size; in the student's type and width."""
     grad = grad.masked_fill((x.weight == 0) | ~rows.unsqueeze(-1), 0)
-    full = torch.zeros_like(student, memory_format=torch.contiguous_format)
+    full = torch.zeros_like(student, memory_format=torch.contiguous_format) if out is None else out.zero_()
     full[..., : grad.shape[-1]] = grad
     return full
-
-
-def row_grad(
-    student: Tensor,
-    teacher: Tensor | None,
-    token_ids: Tensor | None,
-    stats: Tensor,
-    coefficients: Tensor,
-    temperature: float,
-    vocab_size: int,
-) -> Tensor:
-    """See `ops.row_grad`: the gradient, like student."""
-    x = _pair(student, teacher, temperature, vocab_size)
-    r = RowStats(*stats.to(x.s.dtype).unsqueeze(-1).unbind(0))
-    c_r, c_f, c_y, c_h, c_l = coefficients.to(x.s.dtype).unsqueeze(-1).unbind(0)
-    c_y = c_y.masked_fill(torch.isneginf(r.student_logprob), 0)
-    log_q = x.s - r.student_logz
-    q = x.weight * log_q.exp()
-    grad = _weighted(q, -c_h * (log_q + r.student_entropy)).masked_fill(c_h == 0, 0) + q * (c_l - c_y)
-    if teacher is not None:
-        log_p = x.t - r.teacher_logz
-        grad = grad + _weighted(q, c_r * (log_q - log_p - r.reverse_kl)).masked_fill(c_r == 0, 0)
-        grad = grad + (c_f * (q - x.weight * log_p.exp())).masked_fill(c_f == 0, 0)
-    if token_ids is not None:
-        y = token_ids.clamp(0, vocab_size - 1).unsqueeze(-1)
-        grad = grad.scatter_add(-1, y, c_y)
-    return _finish_gradient(grad / temperature, x, (coefficients != 0).any(0), student)
 
 
 def _divergence_terms(q: Tensor, p: Tensor, log_q: Tensor, log_p: Tensor, divergence: str, beta: float):
@@ -167,48 +92,10 @@ def _divergence_terms(q: Tensor, p: Tensor, log_q: Tensor, log_p: Tensor, diverg
     return _weighted(q, log_q_m), log_q_m + 1 - beta * q / m
 
 
-def _probabilities(x: _Pair, stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _probabilities(x: _Scaled, stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r = RowStats(*stats.to(x.s.dtype).unsqueeze(-1).unbind(0))
     log_q, log_p = x.s - r.student_logz, x.t - r.teacher_logz
     return x.weight * log_q.exp(), x.weight * log_p.exp(), log_q, log_p
-
-
-def row_divergence(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
-    stats: Tensor,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    vocab_size: int,
-) -> Tensor:
-    """See `ops.row_divergence`: [2, ...], the divergence and sum_v q_v slope_v."""
-    assert divergence in MIXTURE_DIVERGENCES
-    x = _pair(student, teacher, temperature, vocab_size)
-    probabilities = _probabilities(x, stats)
-    value, slope = _divergence_terms(*probabilities, divergence, beta)
-    out = torch.stack((value.sum(-1), _weighted(probabilities[0], slope).sum(-1)))
-    return out if mask is None else torch.where(mask, out, 0)
-
-
-def row_divergence_grad(
-    student: Tensor,
-    teacher: Tensor,
-    stats: Tensor,
-    values: Tensor,
-    scale: Tensor,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    vocab_size: int,
-) -> Tensor:
-    """See `ops.row_divergence_grad`: the gradient, like student."""
-    x = _pair(student, teacher, temperature, vocab_size)
-    probabilities = _probabilities(x, stats)
-    _, slope = _divergence_terms(*probabilities, divergence, beta)
-    grad = _weighted(probabilities[0], slope - values[1].unsqueeze(-1)) * (scale / temperature).unsqueeze(-1)
-    return _finish_gradient(grad, x, scale != 0, student)
 
 
 def _filtered(z: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -224,56 +111,130 @@ def _filtered(z: Tensor, top_k: int, top_p: float) -> Tensor:
     return z
 
 
-def row_sample(
-    student: Tensor,
-    teacher: Tensor | None,
-    uniforms: Tensor,
-    alpha: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    vocab_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ops.row_sample`: token_ids, [3, ...] log-probabilities, from_teacher. Computed in fp64."""
-    greedy = temperature == 0
-    models = [student] if teacher is None else [student, teacher]
-    scaled = [m[..., :vocab_size].double() / (1.0 if greedy else temperature) for m in models]
-    kept = torch.stack([_filtered(z, top_k, top_p) for z in scaled])  # [models, ..., V]
-    log_laws = kept.log_softmax(-1)
-    undrawable = log_laws.isnan().any(-1).any(0)  # NaN, +inf, or no column left: then the whole row is NaN
-    if greedy:
-        laws = log_laws.exp()
-        law = laws[0] if teacher is None else alpha * laws[1] + (1 - alpha) * laws[0]
-        only = scaled[0] if teacher is None or alpha == 0 else scaled[1] if alpha == 1 else law
-        token_ids = only.argmax(-1)
-        from_teacher = torch.zeros_like(undrawable)
-    else:
-        from_teacher = uniforms[..., 0] < alpha
-        weights = (kept - kept.amax(-1, keepdim=True)).exp()  # relative to the maximum: equal logits have exact sums
-        law = weights[0] if teacher is None else torch.where(from_teacher.unsqueeze(-1), weights[1], weights[0])
-        cumulative = law.cumsum(-1)
-        exceeds = (cumulative > uniforms[..., 1:] * cumulative[..., -1:]) & (law > 0)
-        last_possible = law.shape[-1] - 1 - (law > 0).flip(-1).to(torch.uint8).argmax(-1)
-        token_ids = torch.where(exceeds.any(-1), exceeds.to(torch.uint8).argmax(-1), last_possible)
-    token_ids = token_ids.masked_fill(undrawable, 0)
-    from_teacher = from_teacher & ~undrawable
-    logprobs = log_laws.gather(-1, token_ids.expand(len(models), *token_ids.shape).unsqueeze(-1)).squeeze(-1)
-    logprobs = logprobs.masked_fill(undrawable, math.nan)
-    lq = logprobs[0]
-    lp = logprobs[1] if teacher is not None else torch.zeros_like(lq)
-    mixture = lq if teacher is None or alpha == 0 else lp if alpha == 1 else None
-    if mixture is None:
-        mixture = torch.logaddexp(lp + math.log(alpha), lq + math.log1p(-alpha))
-    return token_ids, torch.stack((lq, lp, mixture)).to(_accumulator(student, teacher)), from_teacher
+class Reference(Backend):
+    """Any device, any floating-point type."""
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def refusal(self, x: Tensor) -> str | None:
+        return None
+
+    def row_stats(self, pair: Pair, token_ids: Tensor | None, mask: Tensor | None) -> Tensor:
+        x = _scaled(pair)
+        es, et = x.weight * x.s.exp(), x.weight * x.t.exp()
+        Zs, Zt = es.sum(-1), et.sum(-1)
+        lnZs, lnZt = Zs.log(), Zt.log()  # of an empty support: -inf - (-inf) below gives NaN
+        empty = (Zs == 0) & (Zt == 0)
+        lnZs, lnZt = lnZs.masked_fill(empty, math.nan), lnZt.masked_fill(empty, math.nan)
+        d = x.s - x.t
+        zero = torch.zeros_like(Zs)
+        log_q = log_p = zero
+        if token_ids is not None:
+            if mask is not None:
+                token_ids = token_ids.masked_fill(~mask, 0)
+            if token_ids.device.type == "cpu" and token_ids.numel():
+                check_token_ids(token_ids, pair.vocab_size)
+            valid = (token_ids >= 0) & (token_ids < pair.vocab_size)
+            y = token_ids.masked_fill(~valid, 0).unsqueeze(-1)
+            absent = (x.weight.gather(-1, y).squeeze(-1) == 0) & ~empty
+            log_q = (x.s.gather(-1, y).squeeze(-1) - lnZs).masked_fill(absent, -math.inf).masked_fill(~valid, math.nan)
+            log_p = (x.t.gather(-1, y).squeeze(-1) - lnZt).masked_fill(absent, -math.inf).masked_fill(~valid, math.nan)
+        has_teacher = pair.teacher is not None
+        stats = RowStats(
+            student_origin=x.s_max,
+            student_logz=lnZs,
+            teacher_origin=x.t_max if has_teacher else zero,
+            teacher_logz=lnZt if has_teacher else zero,
+            reverse_kl=_weighted(es, d).sum(-1) / Zs - lnZs + lnZt if has_teacher else zero,
+            forward_kl=_weighted(et, -d).sum(-1) / Zt - lnZt + lnZs if has_teacher else zero,
+            student_entropy=lnZs - _weighted(es, x.s).sum(-1) / Zs,
+            student_logprobs=log_q,
+            teacher_logprobs=log_p if has_teacher else zero,
+            student_logsumexp=x.s_max / pair.temperature + lnZs,
+            teacher_logsumexp=x.t_max / pair.temperature + lnZt if has_teacher else zero,
+        )
+        stacked = torch.stack(tuple(stats))
+        return stacked if mask is None else torch.where(mask, stacked, 0)
+
+    def row_grad(
+        self, pair: Pair, token_ids: Tensor | None, stats: Tensor, coefficients: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        x = _scaled(pair)
+        r = RowStats(*stats.to(x.s.dtype).unsqueeze(-1).unbind(0))
+        c_r, c_f, c_y, c_h, c_l = coefficients.to(x.s.dtype).unsqueeze(-1).unbind(0)
+        c_y = c_y.masked_fill(torch.isneginf(r.student_logprobs), 0)
+        log_q = x.s - r.student_logz
+        q = x.weight * log_q.exp()
+        grad = _weighted(q, -c_h * (log_q + r.student_entropy)).masked_fill(c_h == 0, 0) + q * (c_l - c_y)
+        if pair.teacher is not None:
+            log_p = x.t - r.teacher_logz
+            grad = grad + _weighted(q, c_r * (log_q - log_p - r.reverse_kl)).masked_fill(c_r == 0, 0)
+            grad = grad + (c_f * (q - x.weight * log_p.exp())).masked_fill(c_f == 0, 0)
+        if token_ids is not None:
+            y = token_ids.clamp(0, pair.vocab_size - 1).unsqueeze(-1)
+            grad = grad.scatter_add(-1, y, c_y)
+        return _finish_gradient(grad / pair.temperature, x, (coefficients != 0).any(0), pair.student, out)
+
+    def row_divergence(self, pair: Pair, mask: Tensor | None, stats: Tensor, divergence: str, beta: float) -> Tensor:
+        assert divergence in MIXTURE_DIVERGENCES
+        x = _scaled(pair)
+        probabilities = _probabilities(x, stats)
+        value, slope = _divergence_terms(*probabilities, divergence, beta)
+        out = torch.stack((value.sum(-1), _weighted(probabilities[0], slope).sum(-1)))
+        return out if mask is None else torch.where(mask, out, 0)
+
+    def row_divergence_grad(
+        self,
+        pair: Pair,
+        stats: Tensor,
+        values: Tensor,
+        scale: Tensor,
+        divergence: str,
+        beta: float,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        x = _scaled(pair)
+        probabilities = _probabilities(x, stats)
+        _, slope = _divergence_terms(*probabilities, divergence, beta)
+        grad = _weighted(probabilities[0], slope - values[1].unsqueeze(-1)) * (scale / pair.temperature).unsqueeze(-1)
+        return _finish_gradient(grad, x, scale != 0, pair.student, out)
+
+    def row_sample(
+        self, pair: Pair, uniforms: Tensor, alpha: float, top_k: int, top_p: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        student, teacher, temperature, vocab_size = pair
+        greedy = temperature == 0
+        models = [student] if teacher is None else [student, teacher]
+        scaled = [m[..., :vocab_size].double() / (1.0 if greedy else temperature) for m in models]
+        kept = torch.stack([_filtered(z, top_k, top_p) for z in scaled])  # [models, ..., V]
+        log_laws = kept.log_softmax(-1)
+        undrawable = log_laws.isnan().any(-1).any(0)  # NaN, +inf, or no column left: then the whole row is NaN
+        if greedy:
+            laws = log_laws.exp()
+            law = laws[0] if teacher is None else alpha * laws[1] + (1 - alpha) * laws[0]
+            only = scaled[0] if teacher is None or alpha == 0 else scaled[1] if alpha == 1 else law
+            token_ids = only.argmax(-1)
+            from_teacher = torch.zeros_like(undrawable)
+        else:
+            from_teacher = uniforms[..., 0] < alpha
+            # Relative to the maximum: equal logits have exact sums.
+            weights = (kept - kept.amax(-1, keepdim=True)).exp()
+            law = weights[0] if teacher is None else torch.where(from_teacher.unsqueeze(-1), weights[1], weights[0])
+            cumulative = law.cumsum(-1)
+            exceeds = (cumulative > uniforms[..., 1:] * cumulative[..., -1:]) & (law > 0)
+            last_possible = law.shape[-1] - 1 - (law > 0).flip(-1).to(torch.uint8).argmax(-1)
+            token_ids = torch.where(exceeds.any(-1), exceeds.to(torch.uint8).argmax(-1), last_possible)
+        token_ids = token_ids.masked_fill(undrawable, 0)
+        from_teacher = from_teacher & ~undrawable
+        logprobs = log_laws.gather(-1, token_ids.expand(len(models), *token_ids.shape).unsqueeze(-1)).squeeze(-1)
+        logprobs = logprobs.masked_fill(undrawable, math.nan)
+        lq = logprobs[0]
+        lp = logprobs[1] if teacher is not None else torch.zeros_like(lq)
+        mixture = lq if teacher is None or alpha == 0 else lp if alpha == 1 else None
+        if mixture is None:
+            mixture = torch.logaddexp(lp + math.log(alpha), lq + math.log1p(-alpha))
+        return token_ids, torch.stack((lq, lp, mixture)).to(accumulator(student, teacher)), from_teacher
 
 
-# ---- as a backend: any device, any floating-point type
-# ---------------------------------------------------------------
-
-
-def unavailable() -> str | None:
-    return None
-
-
-def refusal(x: Tensor) -> str | None:
-    return None
+backend = Reference()

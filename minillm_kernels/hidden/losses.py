@@ -1,16 +1,7 @@
-"""Losses of hidden states and head weights: the logits of all rows never exist at once.
+"""Losses of hidden states and heads: the logits of all rows never exist at once.
 
-Each function is its namesake on logits applied to z = hW^T + b, then z * logit_scale, then softcap * tanh(z /
-softcap), for student and teacher; how it is computed is in chunked.py and tiled.py. Arguments that all share:
-
-    student_hidden [..., H], student_weight [V, H], student_bias [V] or None: differentiable, of one type; under
-    autocast
-        they are cast as torch.nn.functional.linear casts.
-    teacher_hidden [..., H_t], teacher_weight [V_t, H_t], teacher_bias: constants. Hidden and head sizes may differ.
-    softcap, logit_scale: a number for both models or a (student, teacher) pair; softcap None: none.
-    impl: "chunked", four matmuls on a buffer of some rows' logits; or "tiled", logits formed tile by tile on the
-        tensor cores and never in memory (Triton; tiled.py says what it costs and computes).
-    chunk_rows: rows a chunk; by default both models' logits of a chunk take at most 96 MiB.
+Each function is its namesake on logits applied to the logits that the heads make of the hidden states (head.py);
+chunked.py and tiled.py say how it is computed.
 """
 
 from __future__ import annotations
@@ -22,25 +13,20 @@ from torch import Tensor, nn
 
 from .. import arguments
 from ..logits import losses
-from ..logits import minillm as policy
-from ..logits.minillm import MiniLLMLoss
 from ..rows import DIFFERENTIABLE, MIXTURE_DIVERGENCES, RowStats
 from . import ops  # noqa: F401  (registers torch.ops.minillm)
-from .head import Heads, PerModel, flat
+from .head import Head, as_heads
+from .operands import flat, like_logits, operands
 from .tiled import COMPUTES
 
 
 def fused_linear_rkl_loss(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_head: Head | Tensor,
     teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_head: Head | Tensor,
     labels: Tensor | None = None,
     *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    softcap: PerModel = None,
-    logit_scale: PerModel = 1.0,
     impl: str = "chunked",
     chunk_rows: int | None = None,
     weights: Tensor | None = None,
@@ -51,22 +37,62 @@ def fused_linear_rkl_loss(
     vocab_size: int | None = None,
     group: object = None,
 ) -> Tensor:
-    """`fused_rkl_loss` of hidden states and head weights (the arguments at the top of this file).
+    r"""Reverse KL divergence KL(q || p) of student q and teacher p, in nats per row, of hidden states and heads.
 
-    A scalar reduction forms the gradients in the same sweep as the loss: four matmuls. Rows that do not count (ignored
-    label, weight 0) are left out of the matmuls. reduction="none" forms the logits again in the backward pass.
+    It is `fused_rkl_loss` (Gu et al., ICLR 2024, eq. 3) of the logits that the heads make, which never exist for all
+    rows at once. A scalar reduction forms the gradients in the same sweep as the loss: four matmuls, and none for rows
+    that do not count. reduction="none" forms the logits again in the backward pass. The parameters, more than a dozen,
+    are those of `fused_rkl_loss` with a head for each model and how to go about it.
+
+    Args:
+        student_hidden: [..., H], the student's last hidden states. Differentiable.
+        student_head: its `Head`, or the bare weight [V, H] of one. Differentiable; weight, bias and hidden states are
+            of one type, or under autocast cast as `torch.nn.functional.linear` casts.
+        teacher_hidden: [..., H_t], constant.
+        teacher_head: its `Head` or weight [V_t, H_t], constant. Hidden and head sizes may differ from the student's.
+        labels: [...] integers. Only a mask: rows with `ignore_index` do not count. Nothing is shifted.
+        impl: "chunked", four matmuls on a buffer of some rows' logits; or "tiled", logits formed tile by tile on the
+            tensor cores and never in memory (Triton's alone; six matmuls, reverse and forward KL only).
+        chunk_rows: rows in the buffer of "chunked"; by default both models' logits of a chunk take at most 96 MiB.
+        weights: broadcastable to [...], constant. A row of weight 0 is not read: its loss and gradient are exactly 0.
+        temperature: both models' logits are divided by it.
+        reduction: "none" gives w * l, [...]; "sum" their sum; "mean" sum(w * l)/sum(w); "batchmean" sum(w * l) over
+            the number of rows that count (label not ignored, weight not 0). Nothing that counts gives 0.
+        normalizer: replaces the denominator of "mean" and "batchmean": the global token count under accumulation.
+        ignore_index: the label of rows that do not count; they are not read.
+        vocab_size: only the first `vocab_size` columns count, by default the smaller head.
+        group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
+
+    Returns:
+        A float32 scalar, or [...] for "none"; float64 when an input is float64.
+
+    Raises:
+        TypeError: an argument is no tensor, or of a type that does not fit.
+        ValueError: shapes, devices, names or numbers do not fit, or a constant requires a gradient.
+        RuntimeError: "tiled" where the Triton backend does not run.
+        NotImplementedError: `group` is given.
+
+    Examples:
+        >>> import torch
+        >>> from minillm_kernels import fused_linear_rkl_loss, fused_rkl_loss
+        >>> hidden, teacher_hidden = torch.randn(6, 8, requires_grad=True), torch.randn(6, 16)
+        >>> weight, teacher_weight = torch.randn(50, 8, requires_grad=True), torch.randn(50, 16)
+        >>> labels = torch.tensor([3, 1, 4, 1, -100, -100])
+        >>> loss = fused_linear_rkl_loss(hidden, weight, teacher_hidden, teacher_weight, labels)
+        >>> loss.backward()
+        >>> hidden.grad.shape, weight.grad.shape
+        (torch.Size([6, 8]), torch.Size([50, 8]))
+        >>> logits, teacher_logits = hidden @ weight.T, teacher_hidden @ teacher_weight.T
+        >>> torch.allclose(loss, fused_rkl_loss(logits, teacher_logits, labels), rtol=1e-4)
+        True
     """
     return fused_linear_divergence_loss(
         student_hidden,
-        student_weight,
+        student_head,
         teacher_hidden,
-        teacher_weight,
+        teacher_head,
         "reverse_kl",
         labels,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
         impl=impl,
         chunk_rows=chunk_rows,
         weights=weights,
@@ -81,17 +107,13 @@ def fused_linear_rkl_loss(
 
 def fused_linear_divergence_loss(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_head: Head | Tensor,
     teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_head: Head | Tensor,
     divergence: str,
     labels: Tensor | None = None,
     *,
     beta: float = 0.5,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    softcap: PerModel = None,
-    logit_scale: PerModel = 1.0,
     impl: str = "chunked",
     chunk_rows: int | None = None,
     weights: Tensor | None = None,
@@ -102,112 +124,120 @@ def fused_linear_divergence_loss(
     vocab_size: int | None = None,
     group: object = None,
 ) -> Tensor:
-    """`fused_divergence_loss` of hidden states and head weights; see `fused_linear_rkl_loss`."""
+    """A divergence of student q and teacher p, in nats per row, of hidden states and heads.
+
+    It is `fused_divergence_loss` of the logits that the heads make, computed as in `fused_linear_rkl_loss`, with whose
+    parameters it has the divergence and its beta: more than a dozen.
+
+    Args:
+        student_hidden: [..., H], differentiable, as in `fused_linear_rkl_loss`.
+        student_head: its `Head` or weight [V, H], differentiable.
+        teacher_hidden: [..., H_t], constant.
+        teacher_head: its `Head` or weight [V_t, H_t], constant.
+        divergence: "reverse_kl", "forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl" or "tvd", as in
+            `fused_divergence_loss`.
+        labels: [...] integers. Only a mask: rows with `ignore_index` do not count.
+        beta: the mixture's coefficient, in [0, 1]; not used by the first two and "tvd".
+        impl: "chunked", or for reverse and forward KL "tiled", as in `fused_linear_rkl_loss`.
+        chunk_rows: rows in the buffer of "chunked".
+        weights: broadcastable to [...], constant. A row of weight 0 is not read.
+        temperature: both models' logits are divided by it.
+        reduction: "none", "sum", "mean" or "batchmean", as in `fused_linear_rkl_loss`.
+        normalizer: replaces the denominator of "mean" and "batchmean".
+        ignore_index: the label of rows that do not count; they are not read.
+        vocab_size: only the first `vocab_size` columns count, by default the smaller head.
+        group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
+
+    Returns:
+        A float32 scalar, or [...] for "none"; float64 when an input is float64.
+
+    Raises:
+        TypeError: an argument is no tensor, or of a type that does not fit.
+        ValueError: shapes, devices, names or numbers do not fit, or a constant requires a gradient.
+        RuntimeError: "tiled" where the Triton backend does not run.
+        NotImplementedError: `group` is given, or "tiled" for a divergence that it cannot compute.
+
+    Examples:
+        Two heads with the soft-cap of Gemma 2:
+
+        >>> import torch
+        >>> from minillm_kernels import Head, fused_linear_divergence_loss
+        >>> hidden = torch.randn(6, 8)
+        >>> student, teacher = Head(torch.randn(50, 8), softcap=30.0), Head(torch.randn(50, 8), softcap=30.0)
+        >>> fused_linear_divergence_loss(hidden, student, hidden, teacher, "jsd", beta=0.1) > 0
+        tensor(True)
+        >>> fused_linear_divergence_loss(hidden, student, hidden, student, "jsd", beta=0.1).abs() < 1e-6
+        tensor(True)
+    """
     arguments.check_group(group)
     name = losses.check_divergence(divergence, beta, reduction)
+    student_head, teacher_head = as_heads(student_head, teacher_head)
+    if student_head.weight is None or teacher_head.weight is None:
+        return losses.fused_divergence_loss(
+            student_head.logits(student_hidden),
+            teacher_head.logits(teacher_hidden),
+            divergence,
+            labels,
+            beta=beta,
+            weights=weights,
+            temperature=temperature,
+            reduction=reduction,
+            normalizer=normalizer,
+            ignore_index=ignore_index,
+            vocab_size=vocab_size,
+        )
     if impl == "tiled" and name in MIXTURE_DIVERGENCES:
         raise NotImplementedError(
             f'impl="tiled" computes {COMPUTES}; {name}, whose mixture needs both normalisers first: use impl="chunked"'
         )
-    heads = Heads(
-        (student_hidden, student_weight, student_bias),
-        (teacher_hidden, teacher_weight, teacher_bias),
-        softcap,
-        logit_scale,
-        impl,
-        chunk_rows,
-        temperature,
-        vocab_size,
-    )
-    w = losses.row_weights(heads.like_logits, labels, weights, ignore_index)
+    student, teacher = (student_hidden, student_head), (teacher_hidden, teacher_head)
+    heads = operands(student, teacher, impl, chunk_rows, temperature, vocab_size)
+    like = like_logits(heads, student_hidden.shape[:-1])
+    w = losses.row_weights(like, labels, weights, ignore_index)
     if reduction == "none":
         mask = None if w is None else flat(w != 0)
         if name in MIXTURE_DIVERGENCES:
-            per_row = torch.ops.minillm.linear_divergence(*heads.tensors, mask, name, beta, *heads.settings)
+            per_row = torch.ops.minillm.linear_divergence(mask, name, beta, *heads)
         else:
-            stats = torch.ops.minillm.linear_stats(*heads.tensors, None, mask, *heads.settings)
-            per_row = stats[RowStats._fields.index(name)]
-        per_row = per_row.reshape(heads.leading)
+            per_row = torch.ops.minillm.linear_stats(None, mask, *heads)[RowStats._fields.index(name)]
+        per_row = per_row.reshape(like.shape[:-1])
         return per_row if w is None else per_row * w
     if w is None:
-        w = torch.ones(heads.leading, dtype=losses.accumulator(student_hidden), device=student_hidden.device)
+        w = like.new_ones(like.shape[:-1], dtype=torch.promote_types(like.dtype, torch.float32))
     row_weights = losses.normalized(w, reduction, normalizer).reshape(-1)
     if name in MIXTURE_DIVERGENCES:
-        return torch.ops.minillm.linear_divergence_loss(
-            *heads.tensors, row_weights, name, beta, heads.needs, *heads.settings
-        )[0]
+        return torch.ops.minillm.linear_divergence_loss(row_weights, name, beta, heads.needs, *heads)[0]
     coefficients = row_weights.new_zeros(len(DIFFERENTIABLE), len(row_weights))
     coefficients[DIFFERENTIABLE.index(name)] = row_weights
-    return torch.ops.minillm.linear_stats_loss(
-        *heads.tensors, None, row_weights != 0, coefficients, heads.needs, *heads.settings
-    )[0]
-
-
-def fused_linear_minillm_loss(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    token_ids: Tensor,
-    *,
-    advantages: Tensor,
-    old_logprobs: Tensor,
-    importance_weights: Tensor | None = None,
-    mask: Tensor,
-    clip_range: float = 0.2,
-    single_step: float = 1.0,
-    weight_single_step: bool = True,
-    entropy_coef: float = 0.0,
-    normalizer: float | Tensor | None = None,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    softcap: PerModel = None,
-    logit_scale: PerModel = 1.0,
-    impl: str = "chunked",
-    chunk_rows: int | None = None,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-) -> MiniLLMLoss:
-    """`minillm_loss` of hidden states and head weights, value and gradients in one sweep: four matmuls."""
-    heads = Heads(
-        (student_hidden, student_weight, student_bias),
-        (teacher_hidden, teacher_weight, teacher_bias),
-        softcap,
-        logit_scale,
-        impl,
-        chunk_rows,
-        temperature,
-        vocab_size,
-    )
-    like = heads.like_logits
-    arguments.check_token_ids("token_ids", token_ids, like)
-    rows, counts = policy.check_policy(
-        like, advantages, old_logprobs, importance_weights, mask, clip_range, single_step, weight_single_step
-    )
-    ids = torch.where(counts, token_ids, 0)
-    loss, stats, *_gradients = torch.ops.minillm.linear_minillm_loss(
-        *heads.tensors,
-        flat(ids),
-        flat(counts),
-        torch.stack([x.reshape(-1) for x in rows]),
-        1.0 / policy.denominator(counts, normalizer, rows.advantages.dtype),
-        clip_range,
-        entropy_coef,
-        heads.needs,
-        *heads.settings,
-    )
-    detached = RowStats(*(x.reshape(heads.leading) for x in stats.detach().unbind(0)))
-    return policy.summarize(detached, rows, counts, clip_range, entropy_coef, normalizer)._replace(loss=loss)
+    return torch.ops.minillm.linear_stats_loss(None, row_weights != 0, coefficients, heads.needs, *heads)[0]
 
 
 class FusedLinearRKLLoss(nn.Module):
-    """`fused_linear_rkl_loss` with its options fixed."""
+    """`fused_linear_rkl_loss` as a module, with its options fixed.
+
+    Args:
+        impl: "chunked" or "tiled", as in `fused_linear_rkl_loss`.
+        chunk_rows: rows in the buffer of "chunked".
+        temperature: both models' logits are divided by it.
+        reduction: "none", "sum", "mean" or "batchmean".
+        ignore_index: the label of rows that do not count.
+        vocab_size: only the first `vocab_size` columns count, by default the smaller head.
+
+    Raises:
+        ValueError: a temperature or reduction that `fused_linear_rkl_loss` would refuse.
+
+    Examples:
+        >>> import torch
+        >>> from minillm_kernels import FusedLinearRKLLoss
+        >>> loss = FusedLinearRKLLoss(temperature=2.0)
+        >>> hidden, weight = torch.randn(6, 8), torch.randn(50, 8)
+        >>> loss(hidden, weight, hidden, weight).abs() < 1e-6
+        tensor(True)
+    """
 
     def __init__(
         self,
         *,
-        softcap: PerModel = None,
-        logit_scale: PerModel = 1.0,
         impl: str = "chunked",
         chunk_rows: int | None = None,
         temperature: float = 1.0,
@@ -216,11 +246,9 @@ class FusedLinearRKLLoss(nn.Module):
         vocab_size: int | None = None,
     ) -> None:
         super().__init__()
-        losses.check_divergence("reverse_kl", 0.5, reduction)
+        losses.check_reduction(reduction)
         arguments.check_temperature(temperature)
         self.options: dict[str, Any] = {
-            "softcap": softcap,
-            "logit_scale": logit_scale,
             "impl": impl,
             "chunk_rows": chunk_rows,
             "temperature": temperature,
@@ -232,28 +260,30 @@ class FusedLinearRKLLoss(nn.Module):
     def forward(
         self,
         student_hidden: Tensor,
-        student_weight: Tensor,
+        student_head: Head | Tensor,
         teacher_hidden: Tensor,
-        teacher_weight: Tensor,
+        teacher_head: Head | Tensor,
         labels: Tensor | None = None,
         *,
-        student_bias: Tensor | None = None,
-        teacher_bias: Tensor | None = None,
         weights: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Tensor:
-        return fused_linear_rkl_loss(
-            student_hidden,
-            student_weight,
-            teacher_hidden,
-            teacher_weight,
-            labels,
-            student_bias=student_bias,
-            teacher_bias=teacher_bias,
-            weights=weights,
-            normalizer=normalizer,
-            **self.options,
-        )
+        """The loss of these hidden states and heads.
+
+        Args:
+            student_hidden: [..., H], differentiable.
+            student_head: its `Head` or weight [V, H], differentiable.
+            teacher_hidden: [..., H_t], constant.
+            teacher_head: its `Head` or weight [V_t, H_t], constant.
+            labels: [...] integers. Only a mask: rows with `ignore_index` do not count.
+            weights: broadcastable to [...], constant.
+            normalizer: replaces the denominator of "mean" and "batchmean".
+
+        Returns:
+            What `fused_linear_rkl_loss` returns.
+        """
+        models = (student_hidden, student_head, teacher_hidden, teacher_head)
+        return fused_linear_rkl_loss(*models, labels, weights=weights, normalizer=normalizer, **self.options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

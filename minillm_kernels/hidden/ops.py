@@ -1,333 +1,239 @@
-"""torch.ops.minillm.linear_*: losses of hidden states and head weights as torch operators, on the chunk driver,
-or with chunk_rows = TILED on the tiled one.
+"""torch.ops.minillm.linear_*: losses of hidden states and heads as torch operators.
 
 Two kinds. `linear_stats` and `linear_divergence` return a value a row; their backward pass forms the logits again,
 since what arrives is not known before. `linear_stats_loss`, `linear_divergence_loss` and `linear_minillm_loss` return
 a scalar whose coefficients are known beforehand, so the gradients are formed in the same sweep as the loss, and the
 backward pass only scales them.
 
-Legend: N rows, H hidden; a head comes as (hidden [N, H], weight [V', H], bias [V'] or None).
+Each takes its own arguments first, then those of `Operands`. Legend: N rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import choose
-from ..logits import ops
-from ..logits.minillm import PolicyRows, policy_coefficients, policy_terms
+from ..logits.minillm import Policy, loss_coefficients, loss_terms
+from ..logits.ops import no_double_backward, register
+from ..logits.statistics import weighted_sum
 from ..rows import DIFFERENTIABLE_INDEX, RowStats
-from . import tiled
-from .chunked import Gradients, Head, empty_gradients, over_chunks
-from .tiled import TILED
+from . import chunked, tiled
+from .chunked import Gradients, Sweep
+from .operands import Operands
 
-_library = ops._library
-_STUDENT = "Tensor student_hidden, Tensor student_weight, Tensor? student_bias"
-_TEACHER = "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias"
-_SETTINGS = "float[] softcap, float[] scale, float temperature, int vocab_size, int chunk_rows, str backend"
-_HEADS = f"{_STUDENT}, {_TEACHER}"
-_GRADIENTS = "Tensor, Tensor, Tensor"
-
-_library.define(f"linear_stats({_HEADS}, Tensor? token_ids, Tensor? mask, {_SETTINGS}) -> Tensor")
-_library.define(
-    f"linear_stats_grad({_HEADS}, Tensor? token_ids, Tensor? mask, Tensor stats, Tensor coefficients, bool[] needs, "
-    f"{_SETTINGS}) -> ({_GRADIENTS})"
-)
-_library.define(
-    f"linear_stats_loss({_HEADS}, Tensor? token_ids, Tensor? mask, Tensor coefficients, bool[] needs, {_SETTINGS}) "
-    f"-> (Tensor, Tensor, {_GRADIENTS})"
-)
-_library.define(f"linear_divergence({_HEADS}, Tensor? mask, str divergence, float beta, {_SETTINGS}) -> Tensor")
-_library.define(
-    f"linear_divergence_loss({_HEADS}, Tensor row_weights, str divergence, float beta, bool[] needs, {_SETTINGS}) "
-    f"-> (Tensor, {_GRADIENTS})"
-)
-_library.define(
-    f"linear_minillm_loss({_HEADS}, Tensor token_ids, Tensor mask, Tensor rows, Tensor loss_scale, "
-    f"float clip_range, float entropy_coef, bool[] needs, {_SETTINGS}) -> (Tensor, Tensor, {_GRADIENTS})"
-)
-
-N_HEADS = 6  # tensors that describe the two heads
+STATISTICS = len(RowStats._fields)
 
 
-def _heads(tensors: tuple, softcap: list[float], scale: list[float]) -> tuple[Head, Head | None]:
-    hidden, weight, bias = tensors[:3]
-    student = Head(hidden, weight, bias, softcap[0], scale[0])
-    if tensors[3] is None:
-        return student, None
-    hidden, weight, bias = tensors[3:6]
-    return student, Head(hidden, weight, bias, softcap[1], scale[1])
-
-
-def _resolve(backend: str, tensors: tuple) -> str:
-    return choose.resolve(backend, tensors[1], tensors[4])  # the weights have the logits' types
+def _at(token_ids: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if token_ids is None else token_ids[rows]
 
 
 # ---- implementations
-# -------------------------------------------------------------------------------------------------
 
 
-def _linear_stats(*args):
-    tensors, (token_ids, mask, softcap, scale, *settings) = args[:N_HEADS], args[N_HEADS:]
-    temperature, vocab_size, chunk_rows, backend = settings
-    backend = _resolve(backend, tensors)
-    heads = _heads(tensors, softcap, scale)
-    if chunk_rows == TILED:
-        return tiled.statistics(*heads, token_ids, mask, temperature, vocab_size, backend)
-
-    def row_loss(rows, z_s, z_t):
-        ids = None if token_ids is None else token_ids[rows]
-        return choose.run(backend, "row_stats", z_s, z_t, ids, None, temperature, vocab_size), None
-
-    return over_chunks(*heads, mask, vocab_size, chunk_rows, len(RowStats._fields), [False] * 3, row_loss)[0]
+def _linear_stats(token_ids: Tensor | None, mask: Tensor | None, *operands: Any) -> Tensor:
+    heads = Operands(*operands)
+    if heads.impl == "tiled":
+        return tiled.statistics(heads, token_ids, mask)
+    sweep = Sweep(heads, mask)
+    stats = sweep.outputs(STATISTICS)
+    for rows in sweep:
+        stats[:, rows] = sweep.backend.row_stats(sweep.pair, _at(token_ids, rows), None)
+    return stats
 
 
-def _linear_stats_grad(*args):
-    tensors, (token_ids, mask, stats, coefficients, needs, softcap, scale, *settings) = args[:N_HEADS], args[N_HEADS:]
-    temperature, vocab_size, chunk_rows, backend = settings
-    backend = _resolve(backend, tensors)
-    heads = _heads(tensors, softcap, scale)
-    if chunk_rows == TILED:
-        return tuple(tiled.gradients(*heads, token_ids, stats, coefficients, needs, temperature, vocab_size, backend))
-
-    def row_loss(rows, z_s, z_t):
-        ids = None if token_ids is None else token_ids[rows]
-        kept = stats[:, rows]
-        return kept[:0], _row_gradient(z_s, z_t, ids, kept, coefficients[:, rows], temperature, backend, softcap[0])
-
-    read = (coefficients != 0).any(0)
-    mask = read if mask is None else mask & read
-    return tuple(over_chunks(*heads, mask, vocab_size, chunk_rows, 0, needs, row_loss)[1])
+def _linear_stats_grad(
+    token_ids: Tensor | None, stats: Tensor, coefficients: Tensor, needs: list[bool], *operands: Any
+) -> tuple[Tensor, ...]:
+    heads = Operands(*operands)
+    if heads.impl == "tiled":
+        return tuple(tiled.gradients(heads, token_ids, stats, coefficients, needs))
+    sweep = Sweep(heads, (coefficients != 0).any(0), needs)
+    for rows in sweep:
+        ids, known, c = _at(token_ids, rows), stats[:, rows], coefficients[:, rows]
+        sweep.backend.row_grad(sweep.pair, ids, known, c, out=sweep.gradient)
+        sweep.backward()
+    return tuple(sweep.gradients)
 
 
-def _row_gradient(z_s, z_t, ids, stats, coefficients, temperature, backend, softcap) -> Tensor:
-    """The student's logits turned into their gradient; into another tensor where a soft-cap needs both."""
-    args = (z_t, ids, stats, coefficients, temperature, z_s.shape[1])
-    return choose.run(backend, "row_grad", z_s, *args, *_gradient_buffer(z_s, backend, softcap))
+def _linear_stats_loss(
+    token_ids: Tensor | None, mask: Tensor | None, coefficients: Tensor, needs: list[bool], *operands: Any
+) -> tuple[Tensor, ...]:
+    """The coefficients are 0 in the rows that the mask leaves out, and not all 0 in any other."""
+    heads = Operands(*operands)
+    if heads.impl == "tiled":
+        stats = tiled.statistics(heads, token_ids, mask)
+        gradients = tiled.gradients(heads, token_ids, stats, coefficients, needs)
+        return weighted_sum(stats, coefficients), stats, *gradients
+    sweep = Sweep(heads, mask, needs)
+    stats = sweep.outputs(STATISTICS)
+    for rows in sweep:
+        ids = _at(token_ids, rows)
+        if any(needs):
+            args = (sweep.pair, ids, coefficients[:, rows])
+            stats[:, rows] = sweep.backend.row_stats_grad(*args, out=sweep.gradient)[0]
+            sweep.backward()
+        else:
+            stats[:, rows] = sweep.backend.row_stats(sweep.pair, ids, None)
+    return weighted_sum(stats, coefficients), stats, *sweep.gradients
 
 
-def _gradient_buffer(z_s: Tensor, backend: str, softcap: float) -> tuple[Tensor, ...]:
-    return () if backend == "reference" else (torch.empty_like(z_s) if softcap else z_s,)
+def _linear_divergence(mask: Tensor | None, divergence: str, beta: float, *operands: Any) -> Tensor:
+    sweep = Sweep(Operands(*operands), mask)
+    values = sweep.outputs(1)[0]
+    for rows in sweep:
+        stats = sweep.backend.row_stats(sweep.pair, None, None)
+        values[rows] = sweep.backend.row_divergence(sweep.pair, None, stats, divergence, beta)[0]
+    return values
 
 
-def _sweep(
-    heads: tuple[Head, Head | None],
-    token_ids: Tensor | None,
-    mask: Tensor | None,
-    coefficients: Tensor | Callable[[Tensor, Tensor | slice], Tensor],
+def _linear_divergence_loss(
+    row_weights: Tensor, divergence: str, beta: float, needs: list[bool], *operands: Any
+) -> tuple[Tensor, ...]:
+    sweep = Sweep(Operands(*operands), row_weights != 0, needs)
+    per_row = sweep.outputs(1)[0]
+    for rows in sweep:
+        stats = sweep.backend.row_stats(sweep.pair, None, None)
+        values = sweep.backend.row_divergence(sweep.pair, None, stats, divergence, beta)
+        per_row[rows] = values[0]
+        if any(needs):
+            args = (sweep.pair, stats, values, row_weights[rows], divergence, beta)
+            sweep.backend.row_divergence_grad(*args, out=sweep.gradient)
+            sweep.backward()
+    return (per_row * row_weights).sum(), *sweep.gradients
+
+
+def _linear_minillm_loss(
+    token_ids: Tensor,
+    counts: Tensor,
+    constants: Tensor,
+    loss_scale: Tensor,
+    clip_range: float,
+    entropy_coef: float,
     needs: list[bool],
-    temperature: float,
-    vocab_size: int,
-    chunk_rows: int,
-    backend: str,
-) -> tuple[Tensor, Gradients]:
-    """Statistics [fields, N] and, from the same logits, the gradients of sum(coefficients * differentiable
-    statistics). The coefficients are [5, N] known beforehand, where no row that `mask` keeps has all 0, or
-    coefficients(stats, rows) gives those of some rows."""
-    if chunk_rows == TILED:
-        stats = tiled.statistics(*heads, token_ids, mask, temperature, vocab_size, backend)
-        known = coefficients if isinstance(coefficients, Tensor) else coefficients(stats, slice(None))
-        if mask is not None:
-            known = torch.where(mask, known, 0)
-        args = (*heads, token_ids, stats, known, needs, temperature, vocab_size, backend)
-        return stats, tiled.gradients(*args)
-
-    def row_loss(rows, z_s, z_t):
-        ids, softcap = None if token_ids is None else token_ids[rows], heads[0].softcap
-        if any(needs) and isinstance(coefficients, Tensor):
-            row = (z_s, z_t, ids, coefficients[:, rows], temperature, vocab_size)
-            return choose.stats_and_gradient(backend, *row, *_gradient_buffer(z_s, backend, softcap))
-        stats = choose.run(backend, "row_stats", z_s, z_t, ids, None, temperature, vocab_size)
-        if not any(needs):
-            return stats, None
-        return stats, _row_gradient(z_s, z_t, ids, stats, coefficients(stats, rows), temperature, backend, softcap)
-
-    return over_chunks(*heads, mask, vocab_size, chunk_rows, len(RowStats._fields), needs, row_loss)
-
-
-def _linear_stats_loss(*args):
-    tensors, (token_ids, mask, coefficients, needs, softcap, scale, *settings) = args[:N_HEADS], args[N_HEADS:]
-    *settings, backend = settings
-    heads, backend = _heads(tensors, softcap, scale), _resolve(backend, tensors)
-    stats, gradients = _sweep(heads, token_ids, mask, coefficients, needs, *settings, backend)
-    # A statistic that nobody asked about may be infinite: 0 times it is 0.
-    terms = torch.where(coefficients != 0, coefficients * stats[DIFFERENTIABLE_INDEX], 0)
-    return terms.sum(), stats, *gradients
-
-
-def _divergence_of(z_s, z_t, name, beta, temperature, backend):
-    """(stats, values): values[0] is the divergence of each row."""
-    vocab_size = z_s.shape[1]
-    stats = choose.run(backend, "row_stats", z_s, z_t, None, None, temperature, vocab_size)
-    args = (z_s, z_t, None, stats, name, beta, temperature, vocab_size)
-    return stats, choose.run(backend, "row_divergence", *args)
-
-
-def _linear_divergence(*args):
-    tensors, (mask, name, beta, softcap, scale, *settings) = args[:N_HEADS], args[N_HEADS:]
-    temperature, vocab_size, chunk_rows, backend = settings
-    backend = _resolve(backend, tensors)
-
-    def row_loss(rows, z_s, z_t):
-        return _divergence_of(z_s, z_t, name, beta, temperature, backend)[1][:1], None
-
-    heads = _heads(tensors, softcap, scale)
-    return over_chunks(*heads, mask, vocab_size, chunk_rows, 1, [False] * 3, row_loss)[0][0]
-
-
-def _linear_divergence_loss(*args):
-    tensors, (row_weights, name, beta, needs, softcap, scale, *settings) = args[:N_HEADS], args[N_HEADS:]
-    temperature, vocab_size, chunk_rows, backend = settings
-    backend = _resolve(backend, tensors)
-    heads = _heads(tensors, softcap, scale)
-
-    def row_loss(rows, z_s, z_t):
-        stats, values = _divergence_of(z_s, z_t, name, beta, temperature, backend)
-        if not any(needs):
-            return values[:1], None
-        args = (z_s, z_t, stats, values, row_weights[rows], name, beta, temperature, vocab_size)
-        out = _gradient_buffer(z_s, backend, softcap[0])
-        return values[:1], choose.run(backend, "row_divergence_grad", *args, *out)
-
-    outputs, gradients = over_chunks(*heads, row_weights != 0, vocab_size, chunk_rows, 1, needs, row_loss)
-    return (outputs[0] * row_weights).sum(), *gradients
-
-
-def _linear_minillm_loss(*args):
-    tensors = args[:N_HEADS]
-    token_ids, mask, rows_tensor, loss_scale, clip_range, entropy_coef, needs, softcap, scale, *settings = args[
-        N_HEADS:
-    ]
-    *settings, backend = settings
-    heads, backend = _heads(tensors, softcap, scale), _resolve(backend, tensors)
-
-    def coefficients_of(stats: Tensor, rows: Tensor | slice) -> Tensor:
-        policy = PolicyRows(*rows_tensor[:, rows].unbind(0))
-        return policy_coefficients(RowStats(*stats.unbind(0)), policy, clip_range, entropy_coef) * loss_scale
-
-    stats, gradients = _sweep(heads, token_ids, mask, coefficients_of, needs, *settings, backend)
-    terms = policy_terms(RowStats(*stats.unbind(0)), PolicyRows(*rows_tensor.unbind(0)), clip_range, entropy_coef)
-    per_row = torch.where(mask, terms.policy + terms.single_step + terms.entropy_bonus, 0)
+    *operands: Any,
+) -> tuple[Tensor, ...]:
+    """`constants` [4, N]: Policy's tensors. loss_scale: 1 / normalizer."""
+    heads, everywhere = Operands(*operands), Policy.of(constants, clip_range, entropy_coef)
+    if heads.impl == "tiled":
+        stats = tiled.statistics(heads, token_ids, counts)
+        coefficients = loss_coefficients(RowStats(*stats.unbind(0)), everywhere) * loss_scale
+        gradients = tiled.gradients(heads, token_ids, stats, torch.where(counts, coefficients, 0), needs)
+    else:
+        sweep = Sweep(heads, counts, needs)
+        stats, gradients = sweep.outputs(STATISTICS), sweep.gradients
+        for rows in sweep:
+            known = sweep.backend.row_stats(sweep.pair, token_ids[rows], None)
+            stats[:, rows] = known
+            if any(needs):
+                policy = Policy.of(constants[:, rows], clip_range, entropy_coef)
+                coefficients = loss_coefficients(RowStats(*known.unbind(0)), policy) * loss_scale
+                sweep.backend.row_grad(sweep.pair, token_ids[rows], known, coefficients, out=sweep.gradient)
+                sweep.backward()
+    terms = loss_terms(RowStats(*stats.unbind(0)), everywhere)
+    per_row = torch.where(counts, terms.policy + terms.single_step + terms.entropy_bonus, 0)
     return per_row.sum() * loss_scale, stats, *gradients
 
 
-_IMPLEMENTATIONS = {
-    "linear_stats": _linear_stats,
-    "linear_stats_grad": _linear_stats_grad,
-    "linear_stats_loss": _linear_stats_loss,
-    "linear_divergence": _linear_divergence,
-    "linear_divergence_loss": _linear_divergence_loss,
-    "linear_minillm_loss": _linear_minillm_loss,
-}
-for _name, _implementation in _IMPLEMENTATIONS.items():
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+# ---- fakes: shapes and types only
 
 
-# ---- fakes
-# -----------------------------------------------------------------------------------------------------------
+def _fake_rows(operands: tuple, *fields: int) -> Tensor:
+    heads = Operands(*operands)
+    return heads.student_hidden.new_empty((*fields, heads.n_rows), dtype=heads.accumulator)
 
 
-def _per_row(fields: int):
-    def fake(student_hidden, *_args):
-        dtype = torch.promote_types(student_hidden.dtype, torch.float32)
-        return student_hidden.new_empty((fields, student_hidden.shape[0]), dtype=dtype)
-
-    return fake
+def _fake_gradients(operands: tuple, needs: list[bool]) -> Gradients:
+    heads = Operands(*operands)
+    return (tiled if heads.impl == "tiled" else chunked).empty_gradients(heads.student, needs)
 
 
-def _fake_gradients(args: tuple, needs: list[bool]) -> Gradients:
-    *_, chunk_rows, _backend = args
-    hidden, weight, bias = args[:3]
-    empty = tiled.empty_gradients if chunk_rows == TILED else empty_gradients
-    return empty(Head(hidden, weight, bias, 0.0, 1.0), needs)
+def _stats_fake(token_ids, mask, *operands):
+    return _fake_rows(operands, STATISTICS)
 
 
-torch.library.register_fake("minillm::linear_stats", _per_row(len(RowStats._fields)), lib=_library)
-torch.library.register_fake(
-    "minillm::linear_stats_grad",
-    lambda *args: tuple(_fake_gradients(args, args[N_HEADS + 4])),
-    lib=_library,
-)
-torch.library.register_fake("minillm::linear_divergence", lambda *args: _per_row(1)(*args)[0], lib=_library)
-torch.library.register_fake(
-    "minillm::linear_divergence_loss",
-    lambda *args: (_per_row(1)(*args).sum(), *_fake_gradients(args, args[N_HEADS + 3])),
-    lib=_library,
-)
-for _name, _needs_index in (("linear_stats_loss", 3), ("linear_minillm_loss", 6)):
-    torch.library.register_fake(
-        f"minillm::{_name}",
-        lambda *args, i=_needs_index: (
-            _per_row(1)(*args).sum(),
-            _per_row(len(RowStats._fields))(*args),
-            *_fake_gradients(args, args[N_HEADS + i]),
-        ),
-        lib=_library,
-    )
+def _stats_grad_fake(token_ids, stats, coefficients, needs, *operands):
+    return tuple(_fake_gradients(operands, needs))
+
+
+def _stats_loss_fake(token_ids, mask, coefficients, needs, *operands):
+    stats = _fake_rows(operands, STATISTICS)
+    return stats.new_empty(()), stats, *_fake_gradients(operands, needs)
+
+
+def _divergence_fake(mask, divergence, beta, *operands):
+    return _fake_rows(operands)
+
+
+def _divergence_loss_fake(row_weights, divergence, beta, needs, *operands):
+    return _fake_rows(operands).new_empty(()), *_fake_gradients(operands, needs)
+
+
+def _minillm_loss_fake(token_ids, counts, constants, loss_scale, clip_range, entropy_coef, needs, *operands):
+    return _stats_loss_fake(token_ids, counts, constants, needs, *operands)
 
 
 # ---- autograd: in the student's hidden states, weight and bias
-# -------------------------------------------------------
+
+
+def _remember(ctx, inputs: tuple) -> Operands:
+    """What the gradients of the inputs need to know, in any of the backward passes below."""
+    ctx.n_inputs, ctx.first = len(inputs), len(inputs) - len(Operands._fields)
+    heads = Operands(*inputs[ctx.first :])
+    student = (heads.student_hidden, heads.student_weight, heads.student_bias)
+    ctx.dtypes = [None if x is None else x.dtype for x in student]
+    return heads
 
 
 def _needs(ctx) -> list[bool]:
-    return [bool(x) for x in ctx.needs_input_grad[:3]]
+    return list(ctx.needs_input_grad[ctx.first : ctx.first + 3])
 
 
-def _head_gradients(ctx, gradients: tuple, n_inputs: int) -> tuple:
-    """In the parameters' own types, None where nothing was asked for."""
-    own = [
-        g.to(dtype) if needed else None
-        for g, dtype, needed in zip(gradients, ctx.head_dtypes, _needs(ctx), strict=True)
-    ]
-    return *own, *([None] * (n_inputs - 3))
-
-
-def _remember_heads(ctx, tensors: tuple) -> None:
-    ctx.head_dtypes = [torch.float32 if x is None else x.dtype for x in tensors[:3]]
+def _input_gradients(ctx, gradients: tuple) -> tuple:
+    """For each input: the student's in their own types, None where nothing was asked for."""
+    wanted = zip(gradients, ctx.dtypes, _needs(ctx), strict=True)
+    own = [g.to(dtype) if needed else None for g, dtype, needed in wanted]
+    return *[None] * ctx.first, *own, *[None] * (ctx.n_inputs - ctx.first - 3)
 
 
 def _stats_context(ctx, inputs, output) -> None:
-    tensors, (token_ids, mask, *ctx.settings, backend) = inputs[:N_HEADS], inputs[N_HEADS:]
-    ctx.settings.append(choose.kept(backend, tensors[1], tensors[4]))
-    ctx.save_for_backward(*tensors, token_ids, mask, output)
-    _remember_heads(ctx, tensors)
+    token_ids, mask, *_ = inputs
+    heads = _remember(ctx, inputs)
+    ctx.settings = heads.settings
+    ctx.save_for_backward(token_ids, mask, output, *heads.tensors)
 
 
 def _stats_backward(ctx, grad_stats):
-    *inputs, stats = ctx.saved_tensors
+    token_ids, mask, stats, *tensors = ctx.saved_tensors
     coefficients = torch.stack([grad_stats[i] for i in DIFFERENTIABLE_INDEX])
-    mask = inputs[-1]
     if mask is not None:  # a masked row has gradient 0 even when what arrives is NaN
         coefficients = torch.where(mask, coefficients, 0)
-    gradients = torch.ops.minillm.linear_stats_grad(*inputs, stats, coefficients, _needs(ctx), *ctx.settings)
-    return _head_gradients(ctx, gradients, N_HEADS + 8)
+    own = (token_ids, stats, coefficients, _needs(ctx))
+    return _input_gradients(ctx, torch.ops.minillm.linear_stats_grad(*own, *tensors, *ctx.settings))
 
 
 def _divergence_context(ctx, inputs, output) -> None:
-    tensors, (mask, *ctx.settings, backend) = inputs[:N_HEADS], inputs[N_HEADS:]
-    ctx.settings.append(choose.kept(backend, tensors[1], tensors[4]))
-    ctx.save_for_backward(*tensors, mask)
-    _remember_heads(ctx, tensors)
+    mask, ctx.divergence, ctx.beta, *_ = inputs
+    heads = _remember(ctx, inputs)
+    ctx.settings = heads.settings
+    ctx.save_for_backward(mask, *heads.tensors)
 
 
 def _divergence_backward(ctx, grad_values):
-    *tensors, mask = ctx.saved_tensors
+    mask, *tensors = ctx.saved_tensors
     weights = grad_values if mask is None else torch.where(mask, grad_values, 0)
-    name, beta, *settings = ctx.settings
-    needs = _needs(ctx)
-    _, *gradients = torch.ops.minillm.linear_divergence_loss(*tensors, weights, name, beta, needs, *settings)
-    return _head_gradients(ctx, tuple(gradients), N_HEADS + 9)
+    own = (weights, ctx.divergence, ctx.beta, _needs(ctx))
+    _, *gradients = torch.ops.minillm.linear_divergence_loss(*own, *tensors, *ctx.settings)
+    return _input_gradients(ctx, tuple(gradients))
 
 
 def _loss_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # zeros for the other outputs would be as large as the weight
-    ctx.n_inputs = len(inputs)
-    ctx.save_for_backward(*output[-3:])
-    _remember_heads(ctx, inputs[:N_HEADS])
+    _remember(ctx, inputs)
+    *_, hidden, weight, bias = output
+    ctx.save_for_backward(hidden, weight, bias)
 
 
 def _loss_backward(ctx, grad_loss, *_ignored):
@@ -340,17 +246,60 @@ def _loss_backward(ctx, grad_loss, *_ignored):
     for g in ctx.saved_tensors:
         scale = grad_loss.to(g.dtype)
         scaled.append(g.mul_(scale) if type(g) is Tensor else g * scale)
-    return _head_gradients(ctx, tuple(scaled), ctx.n_inputs)
+    return _input_gradients(ctx, tuple(scaled))
 
 
-for _name, _backward, _context in (
-    ("linear_stats", _stats_backward, _stats_context),
-    ("linear_divergence", _divergence_backward, _divergence_context),
-    ("linear_stats_loss", _loss_backward, _loss_context),
-    ("linear_divergence_loss", _loss_backward, _loss_context),
-    ("linear_minillm_loss", _loss_backward, _loss_context),
-):
-    torch.library.register_autograd(f"minillm::{_name}", _backward, setup_context=_context, lib=_library)
-torch.library.register_autograd("minillm::linear_stats_grad", ops._no_double_backward, lib=_library)
-for _name in _IMPLEMENTATIONS:
-    torch.library.register_vmap(f"minillm::{_name}", ops._no_vmap, lib=_library)
+# ---- the operators
+
+_OPERANDS = (
+    "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
+    "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
+    "float[] softcap, float[] scale, float temperature, int vocab_size, str impl, int? chunk_rows, str backend"
+)
+_GRADIENTS = "Tensor, Tensor, Tensor"
+
+register(
+    f"linear_stats(Tensor? token_ids, Tensor? mask, {_OPERANDS}) -> Tensor",
+    _linear_stats,
+    _stats_fake,
+    _stats_backward,
+    _stats_context,
+)
+register(
+    f"linear_stats_grad(Tensor? token_ids, Tensor stats, Tensor coefficients, bool[] needs, {_OPERANDS}) "
+    f"-> ({_GRADIENTS})",
+    _linear_stats_grad,
+    _stats_grad_fake,
+    no_double_backward,
+)
+register(
+    f"linear_stats_loss(Tensor? token_ids, Tensor? mask, Tensor coefficients, bool[] needs, {_OPERANDS}) "
+    f"-> (Tensor, Tensor, {_GRADIENTS})",
+    _linear_stats_loss,
+    _stats_loss_fake,
+    _loss_backward,
+    _loss_context,
+)
+register(
+    f"linear_divergence(Tensor? mask, str divergence, float beta, {_OPERANDS}) -> Tensor",
+    _linear_divergence,
+    _divergence_fake,
+    _divergence_backward,
+    _divergence_context,
+)
+register(
+    f"linear_divergence_loss(Tensor row_weights, str divergence, float beta, bool[] needs, {_OPERANDS}) "
+    f"-> (Tensor, {_GRADIENTS})",
+    _linear_divergence_loss,
+    _divergence_loss_fake,
+    _loss_backward,
+    _loss_context,
+)
+register(
+    "linear_minillm_loss(Tensor token_ids, Tensor counts, Tensor constants, Tensor loss_scale, float clip_range, "
+    f"float entropy_coef, bool[] needs, {_OPERANDS}) -> (Tensor, Tensor, {_GRADIENTS})",
+    _linear_minillm_loss,
+    _minillm_loss_fake,
+    _loss_backward,
+    _loss_context,
+)

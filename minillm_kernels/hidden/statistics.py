@@ -1,62 +1,53 @@
-"""Statistics of hidden states and head weights, and losses that are linear in them; the shared arguments are in
-linear.py."""
+"""Statistics of hidden states and heads, and losses that are linear in them."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
 from .. import arguments
-from ..logits.statistics import DistillStats
-from ..rows import RowStats
+from ..logits import statistics
+from ..logits.statistics import DistillLoss, DistillStats, weighted_rows
 from . import ops  # noqa: F401  (registers torch.ops.minillm)
-from .head import Heads, PerModel, flat
+from .head import Head, as_heads
+from .operands import flat, like_logits, named, operands
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Options(statistics.Options, total=False):
+    """The keywords of `fused_linear_token_logprobs` but return_entropy, which alone decides on the result's type."""
+
+    impl: str
+    chunk_rows: int | None
 
 
 @overload
 def fused_linear_token_logprobs(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head | Tensor,
     token_ids: Tensor,
     *,
-    bias: Tensor | None = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    impl: str = ...,
-    chunk_rows: int | None = ...,
-    temperature: float = ...,
-    return_entropy: Literal[False] = ...,
-    ignore_index: int = ...,
-    vocab_size: int | None = ...,
-    group: object = ...,
-) -> Tensor: ...
-@overload
-def fused_linear_token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    token_ids: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    impl: str = ...,
-    chunk_rows: int | None = ...,
-    temperature: float = ...,
     return_entropy: Literal[True],
-    ignore_index: int = ...,
-    vocab_size: int | None = ...,
-    group: object = ...,
+    **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
 def fused_linear_token_logprobs(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head | Tensor,
     token_ids: Tensor,
     *,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
+    return_entropy: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+def fused_linear_token_logprobs(
+    hidden: Tensor,
+    head: Head | Tensor,
+    token_ids: Tensor,
+    *,
     impl: str = "chunked",
     chunk_rows: int | None = None,
     temperature: float = 1.0,
@@ -65,67 +56,129 @@ def fused_linear_token_logprobs(
     vocab_size: int | None = None,
     group: object = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`token_logprobs` of hidden states and a head. The backward pass forms the logits again."""
+    """The log-probability of one token per row, in nats, of hidden states and a head. Differentiable.
+
+    It is `token_logprobs` of the logits that the head makes, which never exist for all rows at once. The backward pass
+    forms them again.
+
+    Args:
+        hidden: [..., H] last hidden states, differentiable.
+        head: their `Head` or weight [V, H], differentiable.
+        token_ids: [...] integers in [0, vocab_size).
+        impl: "chunked" or "tiled", as in `fused_linear_rkl_loss`.
+        chunk_rows: rows in the buffer of "chunked".
+        temperature: the logits are divided by it.
+        return_entropy: also return the entropy of each row, from the same sweep.
+        ignore_index: rows with this id are not read: 0, with gradient 0.
+        vocab_size: only the first `vocab_size` columns count, by default all.
+        group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
+
+    Returns:
+        [...] float32 (float64 for float64 inputs); with `return_entropy` a pair of them, log-probabilities and
+        entropies. A token whose logit is -inf has log-probability -inf and gradient 0.
+
+    Raises:
+        TypeError: an argument is no tensor, or of a type that does not fit.
+        ValueError: shapes, devices, names or numbers do not fit.
+        IndexError: a token outside the vocabulary, on CPU tensors (on CUDA: NaN).
+        RuntimeError: "tiled" where the Triton backend does not run.
+        NotImplementedError: `group` is given.
+
+    Examples:
+        >>> import torch
+        >>> from minillm_kernels import Head, fused_linear_token_logprobs
+        >>> hidden, head = torch.randn(2, 8), Head(torch.randn(50, 8), torch.randn(50))
+        >>> logprobs = fused_linear_token_logprobs(hidden, head, torch.tensor([7, -100]))
+        >>> expected = head.logits(hidden).log_softmax(-1)[0, 7]
+        >>> torch.isclose(logprobs[0], expected, rtol=1e-4), logprobs[1]
+        (tensor(True), tensor(0.))
+    """
     arguments.check_group(group)
-    heads = Heads((hidden, weight, bias), None, softcap, logit_scale, impl, chunk_rows, temperature, vocab_size)
-    arguments.check_token_ids("token_ids", token_ids, heads.like_logits)
-    mask = token_ids != ignore_index
-    ids = torch.where(mask, token_ids, 0)
-    stats = torch.ops.minillm.linear_stats(*heads.tensors, flat(ids), flat(mask), *heads.settings)
-    stats = RowStats(*(x.reshape(heads.leading) for x in stats.unbind(0)))
-    return (stats.student_logprob, stats.student_entropy) if return_entropy else stats.student_logprob
+    (head,) = as_heads(head)
+    if head.weight is None:
+        stats = statistics.token_stats(hidden, token_ids, temperature, ignore_index, vocab_size)
+    else:
+        heads = operands((hidden, head), None, impl, chunk_rows, temperature, vocab_size)
+        like = like_logits(heads, hidden.shape[:-1])
+        ids, counts = arguments.check_token_ids(token_ids, like, ignore_index)
+        stats = named(torch.ops.minillm.linear_stats(flat(ids), flat(counts), *heads), like)
+    return (stats.student_logprobs, stats.student_entropy) if return_entropy else stats.student_logprobs
 
 
 def fused_linear_distill_stats(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_head: Head | Tensor,
     teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_head: Head | Tensor,
     token_ids: Tensor,
     *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    softcap: PerModel = None,
-    logit_scale: PerModel = 1.0,
     impl: str = "chunked",
     chunk_rows: int | None = None,
     temperature: float = 1.0,
-    mask: Tensor | None = None,
+    ignore_index: int = -100,
     vocab_size: int | None = None,
     group: object = None,
 ) -> DistillStats:
-    """`distill_stats` of hidden states and head weights. The backward pass forms the logits again."""
+    """Both KL divergences, both log-probabilities of a token per row, the student's entropy and both log-sum-exps.
+
+    It is `distill_stats` of the logits that the heads make, which never exist for all rows at once. The backward pass
+    forms them again.
+
+    Args:
+        student_hidden: [..., H], differentiable, as in `fused_linear_rkl_loss`.
+        student_head: its `Head` or weight [V, H], differentiable.
+        teacher_hidden: [..., H_t], constant.
+        teacher_head: its `Head` or weight [V_t, H_t], constant.
+        token_ids: [...] integers in [0, vocab_size).
+        impl: "chunked" or "tiled", as in `fused_linear_rkl_loss`.
+        chunk_rows: rows in the buffer of "chunked".
+        temperature: both models' logits are divided by it.
+        ignore_index: rows with this id are not read: all is 0, with gradient 0.
+        vocab_size: only the first `vocab_size` columns count, by default the smaller head.
+        group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
+
+    Returns:
+        DistillStats, [...] each. A token outside the support has log-probabilities -inf and gradient 0.
+
+    Raises:
+        TypeError: an argument is no tensor, or of a type that does not fit.
+        ValueError: shapes, devices, names or numbers do not fit, or the teacher requires a gradient.
+        IndexError: a token outside the vocabulary, on CPU tensors (on CUDA: NaN).
+        RuntimeError: "tiled" where the Triton backend does not run.
+        NotImplementedError: `group` is given.
+
+    Examples:
+        >>> import torch
+        >>> from minillm_kernels import fused_linear_distill_stats
+        >>> hidden, weight, teacher_weight = torch.randn(2, 8), torch.randn(50, 8), torch.randn(50, 8)
+        >>> stats = fused_linear_distill_stats(hidden, weight, hidden, teacher_weight, torch.tensor([7, -100]))
+        >>> stats.reverse_kl > 0
+        tensor([ True, False])
+    """
     arguments.check_group(group)
-    heads = Heads(
-        (student_hidden, student_weight, student_bias),
-        (teacher_hidden, teacher_weight, teacher_bias),
-        softcap,
-        logit_scale,
-        impl,
-        chunk_rows,
-        temperature,
-        vocab_size,
-    )
-    arguments.check_token_ids("token_ids", token_ids, heads.like_logits)
-    if mask is not None:
-        mask = arguments.check_per_row("mask", mask, heads.like_logits) != 0
-        token_ids = torch.where(mask, token_ids, 0)
-    stats = torch.ops.minillm.linear_stats(*heads.tensors, flat(token_ids), flat(mask), *heads.settings)
-    return DistillStats.of(RowStats(*(x.reshape(heads.leading) for x in stats.unbind(0))))
-
-
-class DistillLoss(NamedTuple):
-    """`loss` is a differentiable scalar; `stats`, each [...] and 0 in rows that were not read, are for logging."""
-
-    loss: Tensor
-    stats: DistillStats
+    student_head, teacher_head = as_heads(student_head, teacher_head)
+    if student_head.weight is None or teacher_head.weight is None:
+        return statistics.distill_stats(
+            student_head.logits(student_hidden),
+            teacher_head.logits(teacher_hidden),
+            token_ids,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            vocab_size=vocab_size,
+        )
+    student, teacher = (student_hidden, student_head), (teacher_hidden, teacher_head)
+    heads = operands(student, teacher, impl, chunk_rows, temperature, vocab_size)
+    like = like_logits(heads, student_hidden.shape[:-1])
+    ids, counts = arguments.check_token_ids(token_ids, like, ignore_index)
+    stats = torch.ops.minillm.linear_stats(flat(ids), flat(counts), *heads)
+    return DistillStats.of(named(stats, like))
 
 
 def fused_linear_distill_loss(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_head: Head | Tensor,
     teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
+    teacher_head: Head | Tensor | None = None,
     token_ids: Tensor | None = None,
     *,
     reverse_kl: float | Tensor = 0.0,
@@ -133,78 +186,90 @@ def fused_linear_distill_loss(
     student_logprobs: float | Tensor = 0.0,
     student_entropy: float | Tensor = 0.0,
     student_logsumexp: float | Tensor = 0.0,
-    mask: Tensor | None = None,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    softcap: PerModel = None,
-    logit_scale: PerModel = 1.0,
     impl: str = "chunked",
     chunk_rows: int | None = None,
     temperature: float = 1.0,
+    ignore_index: int = -100,
     vocab_size: int | None = None,
     group: object = None,
 ) -> DistillLoss:
-    """Any loss that is linear in the statistics, and its gradients, in one sweep over the logits: the sum over rows of
+    r"""Any loss that is linear in the statistics of `distill_stats`, and its gradients, in one sweep over the logits.
 
-        reverse_kl KL(q || p) + forward_kl KL(p || q) + student_logprobs log q(token) + student_entropy H(q)
-        + student_logsumexp LSE
+    It is `distill_loss`, where the sum is written down, of the logits that the heads make, which never exist for all
+    rows at once. Cross entropy is `student_logprobs=-1 / n`, without a teacher three matmuls; distillation mixed with
+    it costs the four of either alone. The parameters, more than a dozen, are those of `distill_loss` with a head for
+    each model and how to go about it.
 
-    Each coefficient is a number or a tensor [...] that broadcasts (weights, a mean's 1 / n), in nats. Cross entropy is
-    `student_logprobs=-1 / n`, without a teacher three matmuls; distillation mixed with it costs the four of either
-    alone. Rows where `mask` is 0 or every coefficient is 0 are left out of the matmuls, whatever they hold.
+    Args:
+        student_hidden: [..., H], differentiable, as in `fused_linear_rkl_loss`.
+        student_head: its `Head` or weight [V, H], differentiable.
+        teacher_hidden: [..., H_t], constant; None, like its head, where no coefficient needs a teacher.
+        teacher_head: its `Head` or weight [V_t, H_t], constant.
+        token_ids: [...] integers in [0, vocab_size); None where every row counts and no log-probability is asked for.
+        reverse_kl: the coefficient of KL(q || p): a number, or a constant tensor broadcastable to [...] (weights, the
+            1 / n of a mean).
+        forward_kl: of KL(p || q), likewise.
+        student_logprobs: of log q(token).
+        student_entropy: of H(q).
+        student_logsumexp: of the log-sum-exp of the student's logits, after the temperature.
+        impl: "chunked" or "tiled", as in `fused_linear_rkl_loss`.
+        chunk_rows: rows in the buffer of "chunked".
+        temperature: both models' logits are divided by it.
+        ignore_index: rows with this id do not count. They are left out of the matmuls, as are rows whose coefficients
+            are all 0.
+        vocab_size: only the first `vocab_size` columns count, by default the smaller head.
+        group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
 
-    Raises ValueError for a divergence without a teacher, log-probabilities without token_ids, or no coefficient.
+    Returns:
+        DistillLoss(loss, stats): a float32 scalar (float64 for float64 inputs), and the statistics for logging.
+
+    Raises:
+        TypeError: an argument is no tensor, or of a type that does not fit.
+        ValueError: no coefficient, a divergence without a teacher, log-probabilities without token_ids; shapes,
+            devices, names or numbers that do not fit; a constant that requires a gradient.
+        IndexError: a token outside the vocabulary, on CPU tensors (on CUDA: NaN).
+        RuntimeError: "tiled" where the Triton backend does not run.
+        NotImplementedError: `group` is given.
+
+    Examples:
+        Cross entropy with two labels, of a model alone:
+
+        >>> import torch
+        >>> from minillm_kernels import fused_linear_distill_loss
+        >>> hidden, weight = torch.randn(3, 8), torch.randn(50, 8, requires_grad=True)
+        >>> labels = torch.tensor([7, 9, -100])
+        >>> loss, stats = fused_linear_distill_loss(hidden, weight, token_ids=labels, student_logprobs=-1 / 2)
+        >>> torch.allclose(loss, torch.nn.functional.cross_entropy(hidden @ weight.T, labels), rtol=1e-4)
+        True
+        >>> loss.backward()
     """
     arguments.check_group(group)
-    if (teacher_hidden is None) != (teacher_weight is None):
-        raise ValueError("teacher_hidden and teacher_weight come together, or both are None")
-    teacher = None
-    if teacher_hidden is not None and teacher_weight is not None:
-        teacher = (teacher_hidden, teacher_weight, teacher_bias)
-    student = (student_hidden, student_weight, student_bias)
-    heads = Heads(student, teacher, softcap, logit_scale, impl, chunk_rows, temperature, vocab_size)
-    like = heads.like_logits
-    given = {  # in the order of row_grad's coefficients
-        "reverse_kl": reverse_kl,
-        "forward_kl": forward_kl,
-        "student_logprobs": student_logprobs,
-        "student_entropy": student_entropy,
-        "student_logsumexp": student_logsumexp,
-    }
-
-    def unused(name: str) -> bool:
-        value = given[name]
-        return not isinstance(value, Tensor) and value == 0
-
-    if all(unused(name) for name in given):
-        raise ValueError("every coefficient is 0: there is no loss; fused_linear_distill_stats gives the statistics")
-    for name in ("reverse_kl", "forward_kl"):
-        if teacher is None and not unused(name):
-            raise ValueError(f"{name} needs a teacher: pass teacher_hidden and teacher_weight")
-    if token_ids is None and not unused("student_logprobs"):
-        raise ValueError("student_logprobs needs token_ids, the tokens whose log-probabilities count")
-    dtype = torch.promote_types(student_hidden.dtype, torch.float32)
-    rows = [_coefficient(name, value, like, dtype) for name, value in given.items()]
-    coefficients = torch.stack(rows)
-    read = None
-    if mask is not None or any(isinstance(value, Tensor) for value in given.values()):
-        if mask is not None:
-            counts = arguments.check_per_row("mask", mask, like) != 0
-            coefficients = torch.where(counts.reshape(-1), coefficients, 0)
-        read = (coefficients != 0).any(0)
-    ids = None
-    if token_ids is not None:
-        ids = arguments.check_token_ids("token_ids", token_ids, like).reshape(-1)
-        ids = ids if read is None else torch.where(read, ids, 0)
+    if teacher_hidden is None or teacher_head is None:
+        if teacher_hidden is not teacher_head:
+            raise ValueError("teacher_hidden and teacher_head come together: pass both, or neither")
+        (student_head,), teacher = as_heads(student_head), None
+    else:
+        student_head, teacher_head = as_heads(student_head, teacher_head)
+        teacher = (teacher_hidden, teacher_head)
+    given = (reverse_kl, forward_kl, student_logprobs, student_entropy, student_logsumexp)
+    if student_head.weight is None or (teacher is not None and teacher[1].weight is None):
+        return statistics.distill_loss(
+            student_head.logits(student_hidden),
+            None if teacher is None else teacher[1].logits(teacher[0]),
+            token_ids,
+            reverse_kl=reverse_kl,
+            forward_kl=forward_kl,
+            student_logprobs=student_logprobs,
+            student_entropy=student_entropy,
+            student_logsumexp=student_logsumexp,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            vocab_size=vocab_size,
+        )
+    heads = operands((student_hidden, student_head), teacher, impl, chunk_rows, temperature, vocab_size)
+    like = like_logits(heads, student_hidden.shape[:-1])
+    rows = weighted_rows(given, like, teacher is not None, token_ids, ignore_index)
     loss, stats, *_gradients = torch.ops.minillm.linear_stats_loss(
-        *heads.tensors, ids, read, coefficients, heads.needs, *heads.settings
+        flat(rows.token_ids), flat(rows.counts), rows.coefficients.reshape(5, heads.n_rows), heads.needs, *heads
     )
-    detached = RowStats(*(x.reshape(heads.leading) for x in stats.detach().unbind(0)))
-    return DistillLoss(loss, DistillStats.of(detached))
-
-
-def _coefficient(name: str, value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N]."""
-    if not isinstance(value, Tensor):
-        return torch.full((like.shape[:-1].numel(),), value, dtype=dtype, device=like.device)
-    return arguments.check_per_row(name, value, like).to(dtype).reshape(-1)
+    return DistillLoss(loss, DistillStats.of(named(stats.detach(), like)))

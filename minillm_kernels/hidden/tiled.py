@@ -11,31 +11,27 @@ Legend: N rows, H hidden, V vocab_size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ..backends import choose
-from .chunked import Gradients, Head
+from ..backends import choose, triton
+from .chunked import Gradients
+from .operands import Operands, Projection
 
-TILED = 0  # as chunk_rows: no chunks
 GRADIENT_BYTES = 16 << 20
 COMPUTES = "reverse_kl, forward_kl, token log-probabilities, statistics and the MiniLLM loss"
 
 
-def statistics(
-    student: Head,
-    teacher: Head | None,
-    token_ids: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    vocab_size: int,
-    backend: str,
-) -> Tensor:
+def statistics(heads: Operands, token_ids: Tensor | None, mask: Tensor | None) -> Tensor:
     """[len(RowStats), N], 0 in rows that `mask` leaves out."""
-    return choose.run(backend, "linear_stats", student, teacher, token_ids, mask, temperature, vocab_size)
+    choose.resolve(heads.backend, heads.student_weight, heads.teacher_weight)
+    settings = (heads.temperature, heads.vocab_size)
+    return triton.linear_stats(heads.student, heads.teacher, token_ids, mask, *settings)
 
 
-def empty_gradients(student: Head, needs: list[bool]) -> Gradients:
+def empty_gradients(student: Projection, needs: Sequence[bool]) -> Gradients:
     """Of the hidden states in fp32, where tiles add up; of the weight in its own type."""
     none = student.hidden.new_empty(0)
     hidden = torch.zeros_like(student.hidden, dtype=torch.float32) if needs[0] else none
@@ -45,17 +41,11 @@ def empty_gradients(student: Head, needs: list[bool]) -> Gradients:
 
 
 def gradients(
-    student: Head,
-    teacher: Head | None,
-    token_ids: Tensor | None,
-    stats: Tensor,
-    coefficients: Tensor,
-    needs: list[bool],
-    temperature: float,
-    vocab_size: int,
-    backend: str,
+    heads: Operands, token_ids: Tensor | None, stats: Tensor, coefficients: Tensor, needs: Sequence[bool]
 ) -> Gradients:
     """Of sum(coefficients * differentiable statistics), rows without a coefficient not read."""
+    choose.resolve(heads.backend, heads.student_weight, heads.teacher_weight)
+    student, teacher, vocab_size = heads.student, heads.teacher, heads.vocab_size
     result = empty_gradients(student, needs)
     n_rows = student.hidden.shape[0]
     if n_rows == 0 or not any(needs):
@@ -68,12 +58,12 @@ def gradients(
     for start in range(0, vocab_size, width):
         end = min(start + width, vocab_size)
         g = buffer[:, : end - start]
-        args = (student, teacher, token_ids, stats, coefficients, temperature, vocab_size, g, start)
-        choose.run(backend, "linear_grad_tile", *args)
+        args = (student, teacher, token_ids, stats, coefficients, heads.temperature, vocab_size)
+        triton.linear_grad_tile(*args, out=g, start=start)
         if needs[0]:
             result.hidden.add_(g @ student.weight[start:end])
         if needs[1]:
             torch.mm(g.t(), hidden, out=result.weight[start:end])
-        if needs[2] and student.bias is not None:
+        if needs[2]:
             result.bias[start:end] = g.sum(0, dtype=torch.float32)
     return result

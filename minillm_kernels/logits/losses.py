@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from .. import arguments
 from ..backends import choose
-from ..rows import MIXTURE_DIVERGENCES, RowStats
+from ..rows import DIVERGENCES, RowStats
 from . import ops  # noqa: F401  (registers torch.ops.minillm)
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
-DIVERGENCES = ("reverse_kl", "forward_kl", *MIXTURE_DIVERGENCES)
 
 
 def fused_rkl_loss(
@@ -34,7 +33,10 @@ def fused_rkl_loss(
 ) -> Tensor:
     r"""Reverse KL divergence KL(q || p) = sum_v q_v (log q_v - log p_v) of student q and teacher p, in nats per row.
 
-    The exact per-token part of MiniLLM's gradient (Gu et al., ICLR 2024, eq. 3). There is no factor T^2.
+    It is the exact per-token part of MiniLLM's gradient (Gu et al., ICLR 2024, eq. 3). There is no factor T^2.
+
+    A column that is -inf in one of the models is outside the support of both: the true KL, +inf where only the teacher
+    excludes a token, is replaced by that of the renormalised rest. A row without support gives NaN with gradient 0.
 
     Args:
         student_logits: [..., V] float32, bfloat16, float16 or float64. Differentiable. Columns contiguous; the leading
@@ -46,16 +48,32 @@ def fused_rkl_loss(
         reduction: "none" gives w * l, [...]; "sum" their sum; "mean" sum(w * l)/sum(w); "batchmean" sum(w * l) over
             the number of rows that count (label not ignored, weight not 0). Nothing that counts gives 0.
         normalizer: replaces the denominator of "mean" and "batchmean": the global token count under accumulation.
+        ignore_index: the label of rows that do not count; they are not read.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
         inplace: the backward pass writes the gradient over `student_logits` (saves a tensor of their size).
         group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
 
-    Columns that are -inf in one of the models are outside the support of both: the true KL, +inf where only the
-    teacher excludes a token, is replaced by that of the renormalised rest. A row without support gives NaN with
-    gradient 0.
+    Returns:
+        A float32 scalar, or [...] for "none"; float64 when an input is float64.
 
-    Returns a float32 scalar, or [...] for "none"; float64 when an input is float64.
-    Raises ValueError, TypeError or NotImplementedError for arguments that do not fit.
+    Raises:
+        TypeError: an argument is no tensor, or of a type that does not fit.
+        ValueError: shapes, devices or numbers do not fit, or a constant requires a gradient.
+        NotImplementedError: `group` is given.
+
+    Examples:
+        A student that knows nothing and a teacher that is sure of token 1, of four:
+
+        >>> import torch
+        >>> from minillm_kernels import fused_rkl_loss
+        >>> student = torch.zeros(2, 4, requires_grad=True)
+        >>> teacher = torch.tensor([[0.0, 3.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+        >>> loss = fused_rkl_loss(student, teacher, labels=torch.tensor([1, -100]))  # the second row is masked
+        >>> round(loss.item(), 4)
+        1.0029
+        >>> loss.backward()
+        >>> student.grad[0, 1] < 0, student.grad[1].any()
+        (tensor(True), tensor(False))
     """
     return fused_divergence_loss(
         student_logits,
@@ -89,25 +107,59 @@ def fused_divergence_loss(
     inplace: bool = False,
     group: object = None,
 ) -> Tensor:
-    """A divergence of student q and teacher p, in nats per row. Arguments beyond these are those of `fused_rkl_loss`.
+    """A divergence of student q and teacher p, in nats per row ("tvd": a number in [0, 1]).
+
+    "jsd" is the generalised Jensen-Shannon divergence of GKD (Agarwal et al., ICLR 2024); the skewed divergences are
+    those of DistiLLM (Ko et al., ICML 2024). The parameters, more than a dozen, are those of `fused_rkl_loss` with the
+    divergence and its beta.
 
     Args:
-        divergence:
-            "reverse_kl"       KL(q || p)
-            "forward_kl"       KL(p || q)
-            "jsd"              beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q
-                               (Agarwal et al., GKD); exactly beta = 0 is the forward, beta = 1 the reverse KL
-            "skew_forward_kl"  KL(p || beta p + (1 - beta) q)  (Ko et al., DistiLLM)
-            "skew_reverse_kl"  KL(q || (1 - beta) p + beta q)
-            "tvd"              1/2 sum |p - q|, subgradient 0 at ties
-        beta: in [0, 1].
+        student_logits: [..., V], differentiable, as in `fused_rkl_loss`.
+        teacher_logits: [..., V_t], constant.
+        divergence: one of
+
+            - "reverse_kl": KL(q || p)
+            - "forward_kl": KL(p || q)
+            - "jsd": beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; exactly beta = 0 gives the
+              forward, exactly beta = 1 the reverse KL, as in TRL (the limit itself is 0)
+            - "skew_forward_kl": KL(p || beta p + (1 - beta) q)
+            - "skew_reverse_kl": KL(q || (1 - beta) p + beta q)
+            - "tvd": 1/2 sum |p - q|, subgradient 0 at ties
+        labels: [...] integers. Only a mask: rows with `ignore_index` do not count.
+        beta: the mixture's coefficient, in [0, 1]; not used by the first two and "tvd".
+        weights: broadcastable to [...], constant. A row of weight 0 is not read.
+        temperature: both models' logits are divided by it.
+        reduction: "none", "sum", "mean" or "batchmean", as in `fused_rkl_loss`.
+        normalizer: replaces the denominator of "mean" and "batchmean".
+        ignore_index: the label of rows that do not count; they are not read.
+        vocab_size: only the first `vocab_size` columns count, by default the smaller head.
+        inplace: the backward pass writes the gradient over `student_logits`.
+        group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
+
+    Returns:
+        A float32 scalar, or [...] for "none"; float64 when an input is float64.
+
+    Raises:
+        TypeError: an argument is no tensor, or of a type that does not fit.
+        ValueError: shapes, devices, names or numbers do not fit, or a constant requires a gradient.
+        NotImplementedError: `group` is given.
+
+    Examples:
+        >>> import torch
+        >>> from minillm_kernels import fused_divergence_loss
+        >>> student, teacher = torch.tensor([0.75, 0.25]).log(), torch.tensor([0.25, 0.75]).log()
+        >>> for name in ("forward_kl", "jsd", "tvd"):
+        ...     print(name, round(fused_divergence_loss(student, teacher, name).item(), 4))
+        forward_kl 0.5493
+        jsd 0.1308
+        tvd 0.5
     """
     arguments.check_logits(student_logits, teacher_logits)
     arguments.check_inplace(inplace, student_logits)
     arguments.check_group(group)
     temperature = arguments.check_temperature(temperature)
     name = check_divergence(divergence, beta, reduction)
-    vocab_size = arguments.resolve_vocab_size(vocab_size, student_logits, teacher_logits)
+    vocab_size = arguments.resolve_vocab_size(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1])
     w = row_weights(student_logits, labels, weights, ignore_index)
     mask = None if w is None else w != 0
     settings = (temperature, vocab_size, choose.requested())
@@ -128,8 +180,7 @@ def check_divergence(divergence: str, beta: float, reduction: str) -> str:
     beta = arguments.check_unit_interval("beta", beta)
     if divergence not in DIVERGENCES:
         raise ValueError(f"unknown divergence {divergence!r}: expected one of {', '.join(DIVERGENCES)}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"unknown reduction {reduction!r}: expected one of {', '.join(REDUCTIONS)}")
+    check_reduction(reduction)
     if divergence == "jsd" and beta in (0.0, 1.0):
         return "reverse_kl" if beta == 1.0 else "forward_kl"
     if beta == 0.0 and divergence.startswith("skew_"):
@@ -137,17 +188,17 @@ def check_divergence(divergence: str, beta: float, reduction: str) -> str:
     return divergence
 
 
-def accumulator(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"unknown reduction {reduction!r}: expected one of {', '.join(REDUCTIONS)}")
 
 
 def row_weights(logits: Tensor, labels: Tensor | None, weights: Tensor | None, ignore_index: int) -> Tensor | None:
     """The weight of each row in the accumulation type, 0 where a label is ignored; None when every row counts once."""
-    dtype = accumulator(logits)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     w = None if weights is None else arguments.check_per_row("weights", weights, logits).to(dtype)
     if labels is not None:
-        arguments.check_token_ids("labels", labels, logits)
-        counts = labels != ignore_index
+        counts = arguments.rows_that_count("labels", labels, logits, ignore_index)
         w = counts.to(dtype) if w is None else torch.where(counts, w, 0)
     return w
 
@@ -172,8 +223,27 @@ def _reduce(per_row: Tensor, w: Tensor | None, reduction: str, normalizer: float
 
 
 class FusedRKLLoss(nn.Module):
-    """`fused_rkl_loss` with its options fixed: `FusedRKLLoss(temperature=2.0)(student_logits, teacher_logits,
-    labels)`."""
+    """`fused_rkl_loss` as a module, with its options fixed.
+
+    Args:
+        temperature: both models' logits are divided by it.
+        reduction: "none", "sum", "mean" or "batchmean", as in `fused_rkl_loss`.
+        ignore_index: the label of rows that do not count.
+        vocab_size: only the first `vocab_size` columns count, by default the smaller head.
+        inplace: the backward pass writes the gradient over the student's logits.
+
+    Raises:
+        ValueError: a temperature or reduction that `fused_rkl_loss` would refuse.
+
+    Examples:
+        >>> import torch
+        >>> from minillm_kernels import FusedRKLLoss
+        >>> loss = FusedRKLLoss(temperature=2.0, reduction="sum")
+        >>> loss
+        FusedRKLLoss(temperature=2.0, reduction='sum', vocab_size=None)
+        >>> round(loss(torch.zeros(3, 4), torch.tensor([0.0, 6.0, 0.0, 0.0]).expand(3, 4)).item(), 4)
+        3.0087
+    """
 
     def __init__(
         self,
@@ -186,8 +256,7 @@ class FusedRKLLoss(nn.Module):
     ) -> None:
         super().__init__()
         arguments.check_temperature(temperature)
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"unknown reduction {reduction!r}: expected one of {', '.join(REDUCTIONS)}")
+        check_reduction(reduction)
         self.temperature = temperature
         self.reduction = reduction
         self.ignore_index = ignore_index
@@ -203,6 +272,18 @@ class FusedRKLLoss(nn.Module):
         weights: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Tensor:
+        """The loss of these logits.
+
+        Args:
+            student_logits: [..., V], differentiable.
+            teacher_logits: [..., V_t], constant.
+            labels: [...] integers. Only a mask: rows with `ignore_index` do not count.
+            weights: broadcastable to [...], constant.
+            normalizer: replaces the denominator of "mean" and "batchmean".
+
+        Returns:
+            What `fused_rkl_loss` returns.
+        """
         return fused_rkl_loss(
             student_logits,
             teacher_logits,

@@ -15,148 +15,115 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..rows import DIFFERENTIABLE_INDEX, RowStats
+from ..rows import DIFFERENTIABLE_INDEX, Pair, RowStats, accumulator
 
 _library = torch.library.Library("minillm", "DEF")
-_SETTINGS = "float temperature, SymInt vocab_size, str backend"
-_DIVERGENCE = f"str divergence, float beta, {_SETTINGS}"
 
-_library.define(
-    f"row_stats(Tensor student, Tensor? teacher, Tensor? token_ids, Tensor? mask, bool inplace, {_SETTINGS}) -> Tensor"
-)
-_library.define(
-    "row_grad(Tensor student, Tensor? teacher, Tensor? token_ids, Tensor stats, Tensor coefficients, "
-    f"{_SETTINGS}) -> Tensor"
-)
-_library.define(
-    "row_grad_(Tensor(a!) student, Tensor? teacher, Tensor? token_ids, Tensor stats, Tensor coefficients, "
-    f"{_SETTINGS}) -> ()"
-)
-_library.define(
-    "row_divergence(Tensor student, Tensor teacher, Tensor? mask, Tensor stats, bool inplace, "
-    f"{_DIVERGENCE}) -> Tensor"
-)
-_library.define(
-    "row_divergence_grad(Tensor student, Tensor teacher, Tensor stats, Tensor values, Tensor scale, "
-    f"{_DIVERGENCE}) -> Tensor"
-)
-_library.define(
-    "row_divergence_grad_(Tensor(a!) student, Tensor teacher, Tensor stats, Tensor values, Tensor scale, "
-    f"{_DIVERGENCE}) -> ()"
-)
-_library.define(
-    "row_sample(Tensor student, Tensor? teacher, Tensor uniforms, float alpha, float temperature, int top_k, "
-    "float top_p, SymInt vocab_size, str backend) -> (Tensor, Tensor, Tensor)"
-)
+
+def register(
+    schema: str,
+    implementation: Callable,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> None:
+    """An operator of torch.ops.minillm: one implementation for every device, `fake` for shapes and types alone, and
+    how it is differentiated, if it can be."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"minillm::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(f"minillm::{name}", backward, setup_context=setup_context, lib=_library)
+    if "(a!)" not in schema:
+        torch.library.register_vmap(f"minillm::{name}", _no_vmap, lib=_library)
+
+
+def _no_vmap(info, in_dims, *_args):
+    raise NotImplementedError(
+        "torch.func.vmap over minillm_kernels is not supported: the functions take any leading dimensions themselves"
+    )
+
+
+def no_double_backward(ctx, *_grads):
+    raise RuntimeError(
+        "the losses of minillm_kernels have no second derivative; call backward() without create_graph=True, or use "
+        "the plain formula (log_softmax) where a double backward is needed"
+    )
 
 
 # ---- implementations
-# -------------------------------------------------------------------------------------------------
 
 
 def _row_stats(student, teacher, token_ids, mask, inplace, temperature, vocab_size, backend):
-    backend = choose.resolve(backend, student, teacher)
-    return choose.run(backend, "row_stats", student, teacher, token_ids, mask, temperature, vocab_size)
+    pair = Pair(student, teacher, temperature, vocab_size)
+    return choose.resolve(backend, student, teacher).row_stats(pair, token_ids, mask)
 
 
 def _row_grad(student, teacher, token_ids, stats, coefficients, temperature, vocab_size, backend):
-    backend = choose.resolve(backend, student, teacher)
-    args = (student, teacher, token_ids, stats, coefficients, temperature, vocab_size)
-    return choose.run(backend, "row_grad", *args)
+    pair = Pair(student, teacher, temperature, vocab_size)
+    return choose.resolve(backend, student, teacher).row_grad(pair, token_ids, stats, coefficients)
 
 
 def _row_grad_(student, teacher, token_ids, stats, coefficients, temperature, vocab_size, backend):
-    backend = choose.resolve(backend, student, teacher)
-    args = (student, teacher, token_ids, stats, coefficients, temperature, vocab_size)
-    _into(student, backend, "row_grad", args)
+    pair = Pair(student, teacher, temperature, vocab_size)
+    choose.resolve(backend, student, teacher).row_grad(pair, token_ids, stats, coefficients, out=student)
+    torch.autograd.graph.increment_version(student)  # written behind torch's back
 
 
 def _row_divergence(student, teacher, mask, stats, inplace, divergence, beta, temperature, vocab_size, backend):
-    backend = choose.resolve(backend, student, teacher)
-    args = (student, teacher, mask, stats, divergence, beta, temperature, vocab_size)
-    return choose.run(backend, "row_divergence", *args)
+    pair = Pair(student, teacher, temperature, vocab_size)
+    return choose.resolve(backend, student, teacher).row_divergence(pair, mask, stats, divergence, beta)
 
 
 def _row_divergence_grad(student, teacher, stats, values, scale, divergence, beta, temperature, vocab_size, backend):
-    backend = choose.resolve(backend, student, teacher)
-    args = (student, teacher, stats, values, scale, divergence, beta, temperature, vocab_size)
-    return choose.run(backend, "row_divergence_grad", *args)
+    pair = Pair(student, teacher, temperature, vocab_size)
+    chosen = choose.resolve(backend, student, teacher)
+    return chosen.row_divergence_grad(pair, stats, values, scale, divergence, beta)
 
 
 def _row_divergence_grad_(student, teacher, stats, values, scale, divergence, beta, temperature, vocab_size, backend):
-    backend = choose.resolve(backend, student, teacher)
-    args = (student, teacher, stats, values, scale, divergence, beta, temperature, vocab_size)
-    _into(student, backend, "row_divergence_grad", args)
-
-
-def _into(student: Tensor, backend: str, operation: str, args: tuple) -> None:
-    """Overwrites the student with its gradient; only the reference needs memory for that."""
-    if backend == "reference":
-        student.copy_(choose.run(backend, operation, *args))
-    else:
-        choose.run(backend, operation, *args, student)
-        torch.autograd.graph.increment_version(student)  # written behind torch's back
+    pair = Pair(student, teacher, temperature, vocab_size)
+    chosen = choose.resolve(backend, student, teacher)
+    chosen.row_divergence_grad(pair, stats, values, scale, divergence, beta, out=student)
+    torch.autograd.graph.increment_version(student)  # written behind torch's back
 
 
 def _row_sample(student, teacher, uniforms, alpha, temperature, top_k, top_p, vocab_size, backend):
-    backend = choose.resolve(backend, student, teacher)
-    args = (student, teacher, uniforms, alpha, temperature, top_k, top_p, vocab_size)
-    return choose.run(backend, "row_sample", *args)
-
-
-_IMPLEMENTATIONS = {
-    "row_stats": _row_stats,
-    "row_grad": _row_grad,
-    "row_grad_": _row_grad_,
-    "row_divergence": _row_divergence,
-    "row_divergence_grad": _row_divergence_grad,
-    "row_divergence_grad_": _row_divergence_grad_,
-    "row_sample": _row_sample,
-}
-for _name, _implementation in _IMPLEMENTATIONS.items():
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    pair = Pair(student, teacher, temperature, vocab_size)
+    return choose.resolve(backend, student, teacher).row_sample(pair, uniforms, alpha, top_k, top_p)
 
 
 # ---- fakes: shapes and types only
-# ------------------------------------------------------------------------------------
-
-
-def _accumulator(student: Tensor, teacher: Tensor | None) -> torch.dtype:
-    double = student.dtype == torch.float64 or (teacher is not None and teacher.dtype == torch.float64)
-    return torch.float64 if double else torch.float32
 
 
 def _per_row(student: Tensor, teacher: Tensor | None, fields: int) -> Tensor:
-    return student.new_empty((fields, *student.shape[:-1]), dtype=_accumulator(student, teacher))
+    return student.new_empty((fields, *student.shape[:-1]), dtype=accumulator(student, teacher))
 
 
-def _like(student: Tensor, *_args) -> Tensor:
+def _stats_fake(student, teacher, *_args) -> Tensor:
+    return _per_row(student, teacher, len(RowStats._fields))
+
+
+def _divergence_fake(student, teacher, *_args) -> Tensor:
+    return _per_row(student, teacher, 2)
+
+
+def _gradient_fake(student, *_args) -> Tensor:
     return student.new_empty(student.shape)
 
 
-def _nothing(*_args) -> None:
+def _in_place_fake(*_args) -> None:
     return None
 
 
-_FAKES: dict[str, Callable] = {
-    "row_stats": lambda student, teacher, *_: _per_row(student, teacher, len(RowStats._fields)),
-    "row_grad": _like,
-    "row_grad_": _nothing,
-    "row_divergence": lambda student, teacher, *_: _per_row(student, teacher, 2),
-    "row_divergence_grad": _like,
-    "row_divergence_grad_": _nothing,
-    "row_sample": lambda student, teacher, *_: (
-        student.new_empty(student.shape[:-1], dtype=torch.int64),
-        _per_row(student, teacher, 3),
-        student.new_empty(student.shape[:-1], dtype=torch.bool),
-    ),
-}
-for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"minillm::{_name}", _fake, lib=_library)
+def _sample_fake(student, teacher, *_args) -> tuple[Tensor, Tensor, Tensor]:
+    leading = student.shape[:-1]
+    token_ids, from_teacher = (student.new_empty(leading, dtype=dtype) for dtype in (torch.int64, torch.bool))
+    return token_ids, _per_row(student, teacher, 3), from_teacher
 
 
 # ---- autograd: in the student's logits only
-# --------------------------------------------------------------------------
 
 
 def _stats_context(ctx, inputs, output) -> None:
@@ -198,26 +165,41 @@ def _gradient(ctx, out_of_place, in_place, student: Tensor, args: tuple) -> Tens
     return logits
 
 
-def _no_double_backward(ctx, *_grads):
-    raise RuntimeError(
-        "the losses of minillm_kernels have no second derivative; call backward() without create_graph=True, or use "
-        "the plain formula (log_softmax) where a double backward is needed"
-    )
+# ---- the operators
 
+_MODELS = "Tensor student, Tensor? teacher"
+_SETTINGS = "float temperature, SymInt vocab_size, str backend"
+_GRAD = f"Tensor? teacher, Tensor? token_ids, Tensor stats, Tensor coefficients, {_SETTINGS}"
+_DIVERGENCE = f"str divergence, float beta, {_SETTINGS}"
+_DIVERGENCE_GRAD = f"Tensor teacher, Tensor stats, Tensor values, Tensor scale, {_DIVERGENCE}"
 
-torch.library.register_autograd("minillm::row_stats", _stats_backward, setup_context=_stats_context, lib=_library)
-torch.library.register_autograd(
-    "minillm::row_divergence", _divergence_backward, setup_context=_divergence_context, lib=_library
+register(
+    f"row_stats({_MODELS}, Tensor? token_ids, Tensor? mask, bool inplace, {_SETTINGS}) -> Tensor",
+    _row_stats,
+    _stats_fake,
+    _stats_backward,
+    _stats_context,
 )
-torch.library.register_autograd("minillm::row_grad", _no_double_backward, lib=_library)
-torch.library.register_autograd("minillm::row_divergence_grad", _no_double_backward, lib=_library)
-
-
-def _no_vmap(info, in_dims, *_args):
-    raise NotImplementedError(
-        "torch.func.vmap over minillm_kernels is not supported: the functions take any leading dimensions themselves"
-    )
-
-
-for _name in ("row_stats", "row_grad", "row_divergence", "row_divergence_grad", "row_sample"):
-    torch.library.register_vmap(f"minillm::{_name}", _no_vmap, lib=_library)
+register(f"row_grad(Tensor student, {_GRAD}) -> Tensor", _row_grad, _gradient_fake, no_double_backward)
+register(f"row_grad_(Tensor(a!) student, {_GRAD}) -> ()", _row_grad_, _in_place_fake)
+register(
+    "row_divergence(Tensor student, Tensor teacher, Tensor? mask, Tensor stats, bool inplace, "
+    f"{_DIVERGENCE}) -> Tensor",
+    _row_divergence,
+    _divergence_fake,
+    _divergence_backward,
+    _divergence_context,
+)
+register(
+    f"row_divergence_grad(Tensor student, {_DIVERGENCE_GRAD}) -> Tensor",
+    _row_divergence_grad,
+    _gradient_fake,
+    no_double_backward,
+)
+register(f"row_divergence_grad_(Tensor(a!) student, {_DIVERGENCE_GRAD}) -> ()", _row_divergence_grad_, _in_place_fake)
+register(
+    f"row_sample({_MODELS}, Tensor uniforms, float alpha, float temperature, int top_k, "
+    "float top_p, SymInt vocab_size, str backend) -> (Tensor, Tensor, Tensor)",
+    _row_sample,
+    _sample_fake,
+)

@@ -13,7 +13,22 @@ from . import ops  # noqa: F401  (registers torch.ops.minillm)
 
 
 class MixedSample(NamedTuple):
-    """One token per row with its log-probabilities (nats) under the laws actually sampled: filtered and tempered."""
+    """One token per row, with its log-probabilities under the laws actually sampled: filtered and tempered.
+
+    Attributes:
+        token_ids: [...] int64.
+        student_logprobs: [...] log q(token), in nats, float32 (float64 for float64 logits).
+        teacher_logprobs: [...] log p(token), likewise; None where no teacher was given.
+        mixture_logprobs: [...] log(alpha p(token) + (1 - alpha) q(token)), likewise.
+        from_teacher: [...] bool, whether the teacher's side of the mixture drew the token.
+
+    Examples:
+        >>> import torch
+        >>> from minillm_kernels import mixed_sample
+        >>> drawn = mixed_sample(torch.zeros(3, 4), None, alpha=0)
+        >>> drawn.student_logprobs.exp(), drawn.teacher_logprobs
+        (tensor([0.2500, 0.2500, 0.2500]), None)
+    """
 
     token_ids: Tensor
     student_logprobs: Tensor
@@ -36,10 +51,13 @@ def mixed_sample(
 ) -> MixedSample:
     """Draws a token per row from alpha p + (1 - alpha) q, teacher p and student q (Gu et al., ICLR 2024, eq. 4).
 
-    Exact by composition: a coin picks the model, one inverse-CDF draw picks the token from that model alone.
+    Exact by composition: a coin picks the model, one inverse-CDF draw picks the token from that model alone. A column
+    of -inf is removed from that model alone. A row that holds NaN or +inf, or has no column left in one of the models,
+    gives token 0 with NaN log-probabilities.
 
     Args:
-        student_logits: [..., V]; teacher_logits: [..., V_t], or None when alpha = 0. Constants here.
+        student_logits: [..., V] float32, bfloat16, float16 or float64; a constant here.
+        teacher_logits: [..., V_t], likewise; None when alpha = 0.
         alpha: the teacher's share, in [0, 1]; 0 samples from the student, 1 from the teacher.
         temperature: divides both models' logits; 0 takes the argmax of alpha p + (1 - alpha) q at T = 1, lowest index
             first.
@@ -51,11 +69,25 @@ def mixed_sample(
             same tokens.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
 
-    A column of -inf is removed from that model alone. A row that holds NaN or +inf, or has no column left in one of
-    the models, gives token 0 with NaN log-probabilities.
+    Returns:
+        MixedSample: tokens, log-probabilities in nats, and which model drew.
 
-    Returns token_ids int64 [...], log-probabilities float32 [...] (teacher's None without teacher), from_teacher bool
-    [...].
+    Raises:
+        TypeError: an argument is no tensor, or of a type that does not fit.
+        ValueError: shapes, devices or numbers do not fit, or alpha > 0 without a teacher.
+
+    Examples:
+        The first coin is below alpha, the second is not:
+
+        >>> import torch
+        >>> from minillm_kernels import mixed_sample
+        >>> student, teacher = torch.tensor([[0.5, 0.5]] * 2).log(), torch.tensor([[0.9, 0.1]] * 2).log()
+        >>> uniforms = torch.tensor([[0.1, 0.6], [0.7, 0.6]], dtype=torch.float64)
+        >>> drawn = mixed_sample(student, teacher, alpha=0.2, uniforms=uniforms)
+        >>> drawn.from_teacher, drawn.token_ids
+        (tensor([ True, False]), tensor([0, 1]))
+        >>> drawn.mixture_logprobs.exp()
+        tensor([0.5800, 0.4200])
     """
     with torch.no_grad():  # constants here, the teacher too
         arguments.check_logits(student_logits, teacher_logits)
@@ -69,12 +101,12 @@ def mixed_sample(
         raise ValueError(f"top_k must be a whole number >= 0 (0 = no limit), got {top_k}")
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p must lie in (0, 1] (1 = no limit), got {top_p}")
-    vocab_size = arguments.resolve_vocab_size(vocab_size, student_logits, teacher_logits)
+    sizes = [x.shape[-1] for x in (student_logits, teacher_logits) if x is not None]
+    vocab_size = arguments.resolve_vocab_size(vocab_size, *sizes)
     leading = student_logits.shape[:-1]
     if uniforms is None:
-        source: dict[str, Any] = (
-            {} if generator is None else {"generator": generator}
-        )  # a None would forbid dynamic shapes
+        # generator=None would forbid dynamic shapes
+        source: dict[str, Any] = {} if generator is None else {"generator": generator}
         uniforms = torch.rand(*leading, 2, dtype=torch.float64, device=student_logits.device, **source)
     else:
         arguments.check_tensor("uniforms", uniforms)

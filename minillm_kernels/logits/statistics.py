@@ -1,20 +1,45 @@
-"""Log-probabilities, entropies and divergences of given tokens, as one read of the logits gives them."""
+"""Log-probabilities, entropies and divergences of given tokens, as one read of the logits gives them, and the losses
+that are linear in them."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from .. import arguments
 from ..backends import choose
-from ..rows import RowStats
+from ..rows import DIFFERENTIABLE, DIFFERENTIABLE_INDEX, RowStats
 from . import ops  # noqa: F401  (registers torch.ops.minillm)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class DistillStats(NamedTuple):
-    """Per row, in nats. Differentiable in the student: all but teacher_logprobs and teacher_logsumexp."""
+    """The statistics of each row of two models' logits, [...] each, in nats, float32 (float64 for float64 logits).
+
+    Differentiable in the student: all but the teacher's two.
+
+    Attributes:
+        reverse_kl: KL(q || p) of student q and teacher p.
+        forward_kl: KL(p || q).
+        student_logprobs: log q(token).
+        teacher_logprobs: log p(token), constant.
+        student_entropy: H(q) = -sum q log q.
+        student_logsumexp: log sum exp of the student's logits, after the temperature.
+        teacher_logsumexp: the teacher's, constant.
+
+    Examples:
+        >>> import torch
+        >>> from minillm_kernels import distill_stats
+        >>> stats = distill_stats(torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0, 3]))
+        >>> stats.student_entropy  # log 4
+        tensor([1.3863, 1.3863])
+        >>> stats.reverse_kl
+        tensor([0., 0.])
+    """
 
     reverse_kl: Tensor
     forward_kl: Tensor
@@ -26,39 +51,49 @@ class DistillStats(NamedTuple):
 
     @classmethod
     def of(cls, stats: RowStats) -> DistillStats:
-        return cls(
-            reverse_kl=stats.reverse_kl,
-            forward_kl=stats.forward_kl,
-            student_logprobs=stats.student_logprob,
-            teacher_logprobs=stats.teacher_logprob.detach(),
-            student_entropy=stats.student_entropy,
-            student_logsumexp=stats.student_logsumexp,
-            teacher_logsumexp=stats.teacher_logsumexp.detach(),
-        )
+        kept = cls(*(getattr(stats, name) for name in cls._fields))
+        teacher = (kept.teacher_logprobs.detach(), kept.teacher_logsumexp.detach())
+        return kept._replace(teacher_logprobs=teacher[0], teacher_logsumexp=teacher[1])
+
+
+class DistillLoss(NamedTuple):
+    """What `distill_loss` and `fused_linear_distill_loss` give.
+
+    Attributes:
+        loss: the scalar to differentiate.
+        stats: `DistillStats` for logging, without gradient; 0 in rows that were not read, and 0 where a field is the
+            teacher's or depends on it and there is none.
+
+    Examples:
+        >>> import torch
+        >>> from minillm_kernels import distill_loss
+        >>> logits = torch.zeros(2, 4)
+        >>> loss, stats = distill_loss(logits, logits, torch.tensor([0, 3]), student_logprobs=-0.5)
+        >>> loss, stats.student_logprobs
+        (tensor(1.3863), tensor([-1.3863, -1.3863]))
+    """
+
+    loss: Tensor
+    stats: DistillStats
+
+
+class Options(TypedDict, total=False):
+    """The keywords of `token_logprobs` but return_entropy, which alone decides on the result's type."""
+
+    temperature: float
+    ignore_index: int
+    vocab_size: int | None
+    group: object
 
 
 @overload
 def token_logprobs(
-    logits: Tensor,
-    token_ids: Tensor,
-    *,
-    temperature: float = ...,
-    return_entropy: Literal[False] = ...,
-    ignore_index: int = ...,
-    vocab_size: int | None = ...,
-    group: object = ...,
-) -> Tensor: ...
-@overload
-def token_logprobs(
-    logits: Tensor,
-    token_ids: Tensor,
-    *,
-    temperature: float = ...,
-    return_entropy: Literal[True],
-    ignore_index: int = ...,
-    vocab_size: int | None = ...,
-    group: object = ...,
+    logits: Tensor, token_ids: Tensor, *, return_entropy: Literal[True], **options: Unpack[Options]
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def token_logprobs(
+    logits: Tensor, token_ids: Tensor, *, return_entropy: Literal[False] = False, **options: Unpack[Options]
+) -> Tensor: ...
 def token_logprobs(
     logits: Tensor,
     token_ids: Tensor,
@@ -69,31 +104,52 @@ def token_logprobs(
     vocab_size: int | None = None,
     group: object = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log softmax(logits/T)[token_ids] per row, in nats; with `return_entropy` also the entropy of the row.
-    Differentiable.
+    """The log-probability of one token per row, log softmax(logits/T)[token], in nats. Differentiable.
 
     Args:
-        logits: [..., V] float32, bfloat16, float16 or float64, columns contiguous.
-        token_ids: [...] integers in [0, vocab_size). Rows with `ignore_index` are not read: log-probability and
-            entropy 0. Others outside the vocabulary raise IndexError on a CPU and give NaN on CUDA (no
-            synchronisation).
+        logits: [..., V] float32, bfloat16, float16 or float64; columns contiguous, leading dimensions may be strided.
+        token_ids: [...] integers in [0, vocab_size).
+        temperature: the logits are divided by it.
+        return_entropy: also return the entropy of each row, from the same read.
+        ignore_index: rows with this id are not read: 0, with gradient 0.
         vocab_size: only the first `vocab_size` columns count, by default all.
+        group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
 
-    Returns float32 [...] (float64 for float64 logits), -inf for a token whose logit is -inf.
+    Returns:
+        [...] float32 (float64 for float64 logits); with `return_entropy` a pair of them, log-probabilities and
+        entropies. A token whose logit is -inf has log-probability -inf and gradient 0.
+
+    Raises:
+        TypeError: an argument is no tensor, or of a type that does not fit.
+        ValueError: shapes, devices or numbers do not fit.
+        IndexError: a token outside the vocabulary, on CPU tensors. On CUDA, where finding out would wait for the
+            device, its log-probability is NaN.
+        NotImplementedError: `group` is given.
+
+    Examples:
+        >>> import torch
+        >>> from minillm_kernels import token_logprobs
+        >>> logits = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]]).log()
+        >>> token_logprobs(logits, torch.tensor([0, 2])).exp()
+        tensor([0.5000, 0.6000])
+        >>> logprobs, entropy = token_logprobs(logits, torch.tensor([0, -100]), return_entropy=True)
+        >>> entropy
+        tensor([1.0397, 0.0000])
     """
-    arguments.check_logits(logits, None)
     arguments.check_group(group)
+    stats = token_stats(logits, token_ids, temperature, ignore_index, vocab_size)
+    return (stats.student_logprobs, stats.student_entropy) if return_entropy else stats.student_logprobs
+
+
+def token_stats(
+    logits: Tensor, token_ids: Tensor, temperature: float, ignore_index: int, vocab_size: int | None
+) -> RowStats:
+    arguments.check_logits(logits, None)
     temperature = arguments.check_temperature(temperature)
-    vocab_size = arguments.resolve_vocab_size(vocab_size, logits, None)
-    token_ids = arguments.check_token_ids("token_ids", token_ids, logits)
-    mask = token_ids != ignore_index
-    ids = torch.where(mask, token_ids, 0)
-    stats = RowStats(
-        *torch.ops.minillm.row_stats(
-            logits, None, ids, mask, False, temperature, vocab_size, choose.requested()
-        ).unbind(0)
-    )
-    return (stats.student_logprob, stats.student_entropy) if return_entropy else stats.student_logprob
+    vocab_size = arguments.resolve_vocab_size(vocab_size, logits.shape[-1])
+    ids, counts = arguments.check_token_ids(token_ids, logits, ignore_index)
+    settings = (temperature, vocab_size, choose.requested())
+    return RowStats(*torch.ops.minillm.row_stats(logits, None, ids, counts, False, *settings).unbind(0))
 
 
 def distill_stats(
@@ -102,32 +158,172 @@ def distill_stats(
     token_ids: Tensor,
     *,
     temperature: float = 1.0,
-    mask: Tensor | None = None,
+    ignore_index: int = -100,
     vocab_size: int | None = None,
     group: object = None,
 ) -> DistillStats:
-    """Both KL divergences, both log-probabilities of `token_ids`, the student's entropy and both log-sum-exps, in one
-    read.
+    """Both KL divergences, both log-probabilities of a token per row, the student's entropy and both log-sum-exps.
+
+    One read of the logits gives them all; the gradients of all differentiable fields together cost one more read and
+    one write. The support is the columns finite in both models, for every statistic.
 
     Args:
-        student_logits: [..., V], teacher_logits: [..., V_t], as in `fused_rkl_loss`.
-        token_ids: [...] integers in [0, vocab_size); not looked at where `mask` is 0.
-        mask: [...] bool or 0/1, broadcastable. Rows with 0 are not read: everything is 0, with gradient 0.
+        student_logits: [..., V], differentiable, as in `fused_rkl_loss`.
+        teacher_logits: [..., V_t], constant.
+        token_ids: [...] integers in [0, vocab_size).
+        temperature: both models' logits are divided by it.
+        ignore_index: rows with this id are not read: all is 0, with gradient 0.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
+        group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
 
-    The support is the columns finite in both models, for every statistic; a token outside has log-probability -inf and
-    gradient 0. Gradients of all differentiable fields together cost one more read and one write.
+    Returns:
+        DistillStats, [...] each. A token outside the support has log-probabilities -inf and gradient 0.
+
+    Raises:
+        TypeError: an argument is no tensor, or of a type that does not fit.
+        ValueError: shapes, devices or numbers do not fit, or the teacher requires a gradient.
+        IndexError: a token outside the vocabulary, on CPU tensors (on CUDA: NaN).
+        NotImplementedError: `group` is given.
+
+    Examples:
+        >>> import torch
+        >>> from minillm_kernels import distill_stats
+        >>> student, teacher = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
+        >>> stats = distill_stats(student, teacher, torch.tensor([0]))
+        >>> stats.reverse_kl, stats.teacher_logprobs.exp()
+        (tensor([0.5108]), tensor([0.9000]))
     """
     arguments.check_logits(student_logits, teacher_logits)
     arguments.check_group(group)
     temperature = arguments.check_temperature(temperature)
-    vocab_size = arguments.resolve_vocab_size(vocab_size, student_logits, teacher_logits)
-    token_ids = arguments.check_token_ids("token_ids", token_ids, student_logits)
-    if mask is not None:
-        mask = arguments.check_per_row("mask", mask, student_logits) != 0
-        token_ids = torch.where(mask, token_ids, 0)
+    vocab_size = arguments.resolve_vocab_size(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1])
+    ids, counts = arguments.check_token_ids(token_ids, student_logits, ignore_index)
     settings = (temperature, vocab_size, choose.requested())
-    stats = RowStats(
-        *torch.ops.minillm.row_stats(student_logits, teacher_logits, token_ids, mask, False, *settings).unbind(0)
+    stats = torch.ops.minillm.row_stats(student_logits, teacher_logits, ids, counts, False, *settings)
+    return DistillStats.of(RowStats(*stats.unbind(0)))
+
+
+def distill_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    *,
+    reverse_kl: float | Tensor = 0.0,
+    forward_kl: float | Tensor = 0.0,
+    student_logprobs: float | Tensor = 0.0,
+    student_entropy: float | Tensor = 0.0,
+    student_logsumexp: float | Tensor = 0.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    inplace: bool = False,
+    group: object = None,
+) -> DistillLoss:
+    r"""Any loss that is linear in the statistics of `distill_stats`: the sum over the rows that count of
+
+        reverse_kl KL(q || p) + forward_kl KL(p || q) + student_logprobs log q(token) + student_entropy H(q)
+        + student_logsumexp LSE
+
+    with coefficients that are numbers or one number a row. Cross entropy with labels is `student_logprobs=-1 / n`;
+    distillation mixed with it costs no more than either alone: one read, and one read and write for the gradient. The
+    parameters are more than a dozen because five of them are the coefficients.
+
+    Args:
+        student_logits: [..., V], differentiable, as in `fused_rkl_loss`.
+        teacher_logits: [..., V_t], constant; None where no coefficient needs it.
+        token_ids: [...] integers in [0, vocab_size); None where every row counts and no log-probability is asked for.
+        reverse_kl: the coefficient of KL(q || p): a number, or a constant tensor broadcastable to [...] (weights, the
+            1 / n of a mean).
+        forward_kl: of KL(p || q), likewise.
+        student_logprobs: of log q(token).
+        student_entropy: of H(q).
+        student_logsumexp: of the log-sum-exp of the student's logits, after the temperature.
+        temperature: both models' logits are divided by it.
+        ignore_index: rows with this id do not count. They are not read, nor are rows whose coefficients are all 0.
+        vocab_size: only the first `vocab_size` columns count, by default the smaller head.
+        inplace: the backward pass writes the gradient over `student_logits`.
+        group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
+
+    Returns:
+        DistillLoss(loss, stats): a float32 scalar (float64 for float64 logits), and the statistics for logging.
+
+    Raises:
+        TypeError: an argument is no tensor, or of a type that does not fit.
+        ValueError: no coefficient, a divergence without a teacher, log-probabilities without token_ids; shapes,
+            devices or numbers that do not fit; a constant that requires a gradient.
+        IndexError: a token outside the vocabulary, on CPU tensors (on CUDA: NaN).
+        NotImplementedError: `group` is given.
+
+    Examples:
+        Half distillation, half cross entropy with the label:
+
+        >>> import torch
+        >>> from minillm_kernels import distill_loss
+        >>> student, teacher = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
+        >>> loss, stats = distill_loss(student, teacher, torch.tensor([0]), forward_kl=0.5, student_logprobs=-0.5)
+        >>> loss
+        tensor(0.5306)
+        >>> torch.isclose(loss, 0.5 * stats.forward_kl.sum() - 0.5 * stats.student_logprobs.sum())
+        tensor(True)
+    """
+    arguments.check_logits(student_logits, teacher_logits)
+    arguments.check_inplace(inplace, student_logits)
+    arguments.check_group(group)
+    temperature = arguments.check_temperature(temperature)
+    sizes = [x.shape[-1] for x in (student_logits, teacher_logits) if x is not None]
+    vocab_size = arguments.resolve_vocab_size(vocab_size, *sizes)
+    given = (reverse_kl, forward_kl, student_logprobs, student_entropy, student_logsumexp)
+    rows = weighted_rows(given, student_logits, teacher_logits is not None, token_ids, ignore_index)
+    settings = (temperature, vocab_size, choose.requested())
+    stats = torch.ops.minillm.row_stats(
+        student_logits, teacher_logits, rows.token_ids, rows.counts, inplace, *settings
     )
-    return DistillStats.of(stats)
+    return DistillLoss(weighted_sum(stats, rows.coefficients), DistillStats.of(RowStats(*stats.detach().unbind(0))))
+
+
+class WeightedRows(NamedTuple):
+    """Which rows of a loss count, and for how much."""
+
+    coefficients: Tensor
+    """[5, ...] in the order of DIFFERENTIABLE, 0 in rows that do not count."""
+    token_ids: Tensor | None
+    """[...] int64, 0 in rows that do not count."""
+    counts: Tensor | None
+    """[...] bool; None where every row counts."""
+
+
+def weighted_rows(
+    given: tuple[float | Tensor, ...], like: Tensor, teacher: bool, token_ids: Tensor | None, ignore_index: int
+) -> WeightedRows:
+    """The coefficients, in the order of DIFFERENTIABLE, checked and as tensors of the leading shape of `like`."""
+    used = {name for name, x in zip(DIFFERENTIABLE, given, strict=True) if isinstance(x, Tensor) or x != 0}
+    if not used:
+        raise ValueError(
+            "every coefficient is 0: there is no loss; pass one of "
+            f"{', '.join(DIFFERENTIABLE)}, or take the statistics from distill_stats"
+        )
+    for name in ("reverse_kl", "forward_kl"):
+        if name in used and not teacher:
+            raise ValueError(f"{name} needs a teacher: pass the teacher's logits, or its hidden states and head")
+    if "student_logprobs" in used and token_ids is None:
+        raise ValueError("student_logprobs needs token_ids, the tokens whose log-probabilities count")
+    dtype, shape = torch.promote_types(like.dtype, torch.float32), like.shape[:-1]
+    coefficients = torch.stack([
+        arguments.check_per_row(name, x, like).to(dtype)
+        if isinstance(x, Tensor)
+        else torch.full(shape, x, dtype=dtype, device=like.device)
+        for name, x in zip(DIFFERENTIABLE, given, strict=True)
+    ])  # fmt: skip
+    ids, counts = None, None
+    if token_ids is not None:
+        ids, counts = arguments.check_token_ids(token_ids, like, ignore_index)
+        coefficients = torch.where(counts, coefficients, 0)
+    if any(isinstance(x, Tensor) for x in given):
+        counts = (coefficients != 0).any(0)
+        ids = None if ids is None else torch.where(counts, ids, 0)
+    return WeightedRows(coefficients, ids, counts)
+
+
+def weighted_sum(stats: Tensor, coefficients: Tensor) -> Tensor:
+    """Of the differentiable statistics. One that nobody asked about may be infinite: 0 times it is 0."""
+    return torch.where(coefficients != 0, coefficients * stats[DIFFERENTIABLE_INDEX], 0).sum()

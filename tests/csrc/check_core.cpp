@@ -35,23 +35,19 @@ static void expect(const char* what, int64_t V, double actual, double wanted, do
 
 #ifdef HOST_CUDA
 template <class Args>
-static void run(std::string (*operation)(const Args&, const cuda::Launch&), const Args& a, int64_t workspace_bytes) {
+static void run(std::string (*operation)(const Args&, const cuda::Launch&), const Args& a) {
     cuda::Launch l;
-    l.workspace = malloc(workspace_bytes);  // exactly, so that a sanitizer sees a byte too many
+    l.workspace = malloc(cuda::workspace(a));  // exactly, so that a sanitizer sees a byte too many
     const std::string error = operation(a, l);
     free(l.workspace);
     if (error.empty()) return;
     printf("%s\n", error.c_str());
     exit(1);
 }
-static void row_stats(const StatsArgs& a) { run(cuda::row_stats, a, cuda::row_stats_workspace(a.N, a.V)); }
-static void row_grad(const GradArgs& a) { run(cuda::row_grad, a, 0); }
-static void row_stats_grad(const StatsGradArgs& a) { run(cuda::row_stats_grad, a, 0); }
-static void row_divergence(const DivergenceArgs& a) {
-    run(cuda::row_divergence, a, cuda::row_divergence_workspace(a.N, a.V));
-}
-static void row_divergence_grad(const DivergenceGradArgs& a) { run(cuda::row_divergence_grad, a, 0); }
-static void row_sample(const SampleArgs& a) { run(cuda::row_sample, a, cuda::row_sample_workspace(a.N, a.V)); }
+#define DEFINE(name, Args) \
+    static void name(const Args& a) { run(cuda::name, a); }
+MINILLM_ROW_OPERATIONS(DEFINE)
+DEFINE(row_stats_grad, StatsGradArgs)
 #else
 using namespace minillm::cpu;
 #endif
@@ -118,7 +114,7 @@ static void check(int64_t N, int64_t V, DType student_type, DType teacher_type) 
     // A row of zeros among the coefficients: its gradient is not computed.
     for (int64_t i = 0; i + 1 < N || N == 1; ++i) {
         coefficients[C_REVERSE_KL * N + i] = 1.0f;
-        coefficients[C_LOGPROB * N + i] = -0.5f;
+        coefficients[C_STUDENT_LOGPROBS * N + i] = -0.5f;
         if (N == 1) break;
     }
     GradArgs g;
@@ -221,10 +217,10 @@ static void check(int64_t N, int64_t V, DType student_type, DType teacher_type) 
         }
         expect("reverse KL", V, stats[REVERSE_KL * N + i], rkl, 3e-6);
         expect("entropy", V, stats[STUDENT_ENTROPY * N + i], entropy, 3e-6);
-        expect("log q(y)", V, stats[STUDENT_LOGPROB * N + i], log(q[ids[i]]), 3e-6);
-        expect("log p(y)", V, stats[TEACHER_LOGPROB * N + i], log(p[ids[i]]), 3e-6);
+        expect("log q(y)", V, stats[STUDENT_LOGPROBS * N + i], log(q[ids[i]]), 3e-6);
+        expect("log p(y)", V, stats[TEACHER_LOGPROBS * N + i], log(p[ids[i]]), 3e-6);
         expect("jsd", V, jsd[i], divergence, 3e-6);
-        const double cr = coefficients[C_REVERSE_KL * N + i], cy = coefficients[C_LOGPROB * N + i];
+        const double cr = coefficients[C_REVERSE_KL * N + i], cy = coefficients[C_STUDENT_LOGPROBS * N + i];
         for (int64_t v = 0; v < V; ++v) {
             const double wanted = cr * q[v] * (log(q[v] / p[v]) - rkl) + cy * ((v == ids[i]) - q[v]);
             double actual;

@@ -1,4 +1,4 @@
-// The module host_cuda: the launchers of csrc/cuda, their kernels run by host_cuda.h, under the names that _core has.
+// The module host_cuda: the launchers of csrc/cuda, their kernels run by host_cuda.h, as _core.cuda has them.
 #include "../../csrc/python/bindings.h"
 
 #include "../../csrc/cuda/launch.h"
@@ -8,7 +8,6 @@ namespace py = pybind11;
 using namespace minillm;
 
 PYBIND11_MODULE(host_cuda_kernels, m) {
-    python::define_rows(m);
     python::define_cuda(m);
     m.def("seed", [](uint64_t seed) { host_cuda::settings.seed = seed; });
     m.def("shared_memory", [](int bytes) { host_cuda::settings.shared_memory = bytes; });

@@ -67,7 +67,7 @@ def test_without_cuda_the_core_has_no_cuda_in_it(tmp_path):
     result = build(tmp_path, MINILLM_CUDA="0")
     assert result.returncode == 0, result.stderr
     (core,) = (tmp_path / "lib").rglob("_core*.so")
-    probe = "import torch, _core; print(_core.CUDA_ARCHITECTURES == '', hasattr(_core, 'cuda_row_stats'))"
+    probe = "import torch, _core; print(_core.CUDA_ARCHITECTURES == '', hasattr(_core, 'cuda'))"
     output = subprocess.run(
         [sys.executable, "-c", probe], cwd=core.parent, capture_output=True, text=True, check=True
     ).stdout

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OPERATIONS = ("row_stats", "row_grad", "row_divergence", "row_sample")
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", f"-I{ROOT / 'csrc'}"]
 INSTRUCTION_SETS = {
     "baseline": [],
@@ -25,9 +24,8 @@ def build(compiler: str, folder: Path, sets: dict[str, list[str]], *flags: str) 
     objects = []
     jobs = []
     for name, extra in sets.items():
-        for operation in OPERATIONS:
-            objects.append(folder / f"{operation}_{name}.o")
-            source = ROOT / "csrc" / "cpu" / f"{operation}.cpp"
+        for source in sorted((ROOT / "csrc" / "cpu").glob("row_*.cpp")):
+            objects.append(folder / f"{source.stem}_{name}.o")
             jobs.append([*common, *extra, f"-DMINILLM_ISA={name}", "-c", source, "-o", objects[-1]])
     defines = ["-DMINILLM_X86"] if len(sets) > 1 else []
     for source in (ROOT / "csrc" / "cpu" / "dispatch.cpp", Path(__file__).parent / "check_core.cpp"):

@@ -3,17 +3,19 @@ in the binary, and fails well."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 
+import host_build
 import pytest
 import torch
 
-from minillm_kernels.backends import cuda
+from minillm_kernels.backends import compiled, cuda
+from minillm_kernels.rows import Pair
 
 pytest.importorskip("triton", reason="cuobjdump and nvdisasm come with the Triton wheel")
 from benchmarks.gpu_static import cuda_kernels, sass
@@ -96,31 +98,31 @@ def test_each_row_moves_what_it_must():
 
 @needs_cuda_build
 def test_versions_are_readable_without_a_gpu():
-    driver, runtime = _core.cuda_versions()
+    driver, runtime = _core.cuda.versions()
     assert runtime >= 11000
     assert driver >= 0  # 0: no driver
 
 
-class _WithoutGpu(cuda._Cuda):
+def _without_gpu() -> compiled.Compiled:
     """The compiled launchers on CPU tensors: they get as far as a launch does where there is no GPU."""
-
-    def stream_of(self, x):
-        return nullcontext(0)
+    return dataclasses.replace(cuda.backend, launch=host_build.launch, holds_rows=lambda operations, pair: True)
 
 
 _STATS, _ROWS = torch.zeros(11, 4), torch.zeros(4, 10)
 LAUNCHES = {
-    "row_stats_kernel<<<4, 256, 0>>>": lambda run: run.row_stats(_ROWS, None, None, None, 1.0, 10),
-    "row_grad_kernel<<<4, 256, 0>>>": lambda run: run.row_grad(_ROWS, None, None, _STATS, _STATS[:5], 1.0, 10),
-    "row_stats_grad_kernel<<<4, 256, 128>>>": lambda run: run.row_stats_grad(_ROWS, _ROWS, None, _STATS[:5], 1.0, 10),
+    "row_stats_kernel<<<4, 256, 0>>>": lambda run: run.row_stats(Pair(_ROWS, None, 1.0, 10), None, None),
+    "row_grad_kernel<<<4, 256, 0>>>": lambda run: run.row_grad(Pair(_ROWS, None, 1.0, 10), None, _STATS, _STATS[:5]),
+    "row_stats_grad_kernel<<<4, 256, 128>>>": lambda run: run.row_stats_grad(
+        Pair(_ROWS, _ROWS, 1.0, 10), None, _STATS[:5]
+    ),
     "row_divergence_kernel<<<4, 256, 0>>>": lambda run: run.row_divergence(
-        _ROWS, _ROWS, None, _STATS, "jsd", 0.5, 1.0, 10
+        Pair(_ROWS, _ROWS, 1.0, 10), None, _STATS, "jsd", 0.5
     ),
     "row_divergence_grad_kernel<<<4, 256, 0>>>": lambda run: run.row_divergence_grad(
-        _ROWS, _ROWS, _STATS, _STATS[:2], _STATS[0], "jsd", 0.5, 1.0, 10
+        Pair(_ROWS, _ROWS, 1.0, 10), _STATS, _STATS[:2], _STATS[0], "jsd", 0.5
     ),
     "row_sample_mass_kernel<<<1, 256, 0>>>": lambda run: run.row_sample(
-        _ROWS, None, torch.zeros(4, 2).double(), 0.0, 1.0, 0, 1.0, 10
+        Pair(_ROWS, None, 1.0, 10), torch.zeros(4, 2).double(), 0.0, 0, 1.0
     ),
 }
 
@@ -130,23 +132,23 @@ LAUNCHES = {
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_an_error_names_the_kernel_and_its_launch(launch):
     with pytest.raises(RuntimeError, match=rf"^{re.escape(launch)} on 4 x 10 logits: \w+"):
-        LAUNCHES[launch](_WithoutGpu())
+        LAUNCHES[launch](_without_gpu())
 
 
 def test_too_long_a_row_is_an_error(host_cuda_kernels):
-    rows = host_cuda_kernels.Rows(16, 0, 4, 0, 10)
+    rows = (16, 0, 4, 0, 10)
     with pytest.raises(RuntimeError, match=r"row_stats_kernel: 2147483648 columns, at most 2\^30"):
-        host_cuda_kernels.cuda_row_stats(16, 0, rows, None, 1, 2**31, 1.0, 0, 0, 16)
+        host_cuda_kernels.row_stats((lambda size: 16, 0), (rows, None, 1, 2**31, 1.0), 0, 0, 16)
 
 
 def test_the_host_build_reports_memory_that_a_kernel_was_not_given(host_cuda_kernels):
     x, workspace = torch.zeros(4, 10), torch.zeros(1000)
-    rows = host_cuda_kernels.Rows(x.data_ptr(), 0, 4, 0, 10)
+    rows, how = (x.data_ptr(), 0, 4, 0, 10), (lambda size: workspace.data_ptr(), 0)
     host_cuda_kernels.allow(x.data_ptr(), 9 * 4)
     try:
         with pytest.raises(
             RuntimeError, match=r"<<<4, 256, 0>>> on 4 x 10 logits: thread \d+ of block 0: reads outside"
         ):
-            host_cuda_kernels.cuda_row_stats(workspace.data_ptr(), 0, rows, None, 4, 10, 1.0, 0, 0, 16)
+            host_cuda_kernels.row_stats(how, (rows, None, 4, 10, 1.0), 0, 0, 16)
     finally:
         host_cuda_kernels.allow_everything()

@@ -3,6 +3,7 @@ read that was not given; clean under sanitizers. And the harness itself: broken 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -13,8 +14,8 @@ import host_build
 import pytest
 import torch
 
-from minillm_kernels.backends import cuda
-from minillm_kernels.rows import MIXTURE_DIVERGENCES
+from minillm_kernels.backends import compiled, cuda
+from minillm_kernels.rows import MIXTURE_DIVERGENCES, Pair
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 NAMES = {FP32: "fp32", BF16: "bf16", FP16: "fp16"}
@@ -29,26 +30,38 @@ def logits(N: int, V: int, dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
     return x.copy_(3 * torch.randn(N, V))
 
 
+def in_one_launch() -> compiled.Compiled:
+    """The backend with row_stats_grad in one launch whatever the number of rows."""
+    return dataclasses.replace(cuda.backend, holds_rows=lambda operations, pair: True)
+
+
+def holds_rows(s: torch.Tensor, t: torch.Tensor | None, V: int) -> bool:
+    return cuda.backend.holds_rows(cuda.backend.operations, Pair(s, t, 1.0, V))
+
+
 def everything(s: torch.Tensor, t: torch.Tensor) -> list[torch.Tensor]:
     """The outputs of every operation, some rows masked or without a coefficient."""
     N, V = s.shape
     ids, uniforms, scale = torch.arange(N) % V, torch.rand(N, 2, dtype=torch.float64), torch.ones(N)
     mask = torch.arange(N) != 1
     coefficients = torch.randn(5, N) * mask
-    stats = cuda.row_stats(s, t, ids, mask, 0.7, V)
-    out = [stats, cuda.row_stats(s, None, ids, None, 1.0, V)]
+    stats = cuda.backend.row_stats(Pair(s, t, 0.7, V), ids, mask)
+    out = [stats, cuda.backend.row_stats(Pair(s, None, 1.0, V), ids, None)]
     out += [
-        cuda.row_grad(s, t, ids, stats, c, 0.7, V)
+        cuda.backend.row_grad(Pair(s, t, 0.7, V), ids, stats, c)
         for c in (coefficients, coefficients * (torch.arange(5) < 1)[:, None])
     ]
-    out.append(cuda.row_grad(s, None, ids, out[1], coefficients, 1.0, V))
+    out.append(cuda.backend.row_grad(Pair(s, None, 1.0, V), ids, out[1], coefficients))
     if s.dtype == t.dtype:
-        out += cuda.row_stats_grad(s, t, ids, coefficients, 0.7, V)
+        out += in_one_launch().row_stats_grad(Pair(s, t, 0.7, V), ids, coefficients)
     for divergence in MIXTURE_DIVERGENCES:
-        values = cuda.row_divergence(s, t, mask, stats, divergence, 0.3, 0.7, V)
-        out += [values, cuda.row_divergence_grad(s, t, stats, values, scale * mask, divergence, 0.3, 0.7, V)]
-    for settings in ((0.4, 1.0, 0, 1.0), (0.4, 0.7, 20, 0.8), (0.4, 0.0, 0, 1.0)):
-        out += cuda.row_sample(s, t, uniforms, *settings, V)
+        values = cuda.backend.row_divergence(Pair(s, t, 0.7, V), mask, stats, divergence, 0.3)
+        out += [
+            values,
+            cuda.backend.row_divergence_grad(Pair(s, t, 0.7, V), stats, values, scale * mask, divergence, 0.3),
+        ]
+    for temperature, *filters in ((1.0, 0, 1.0), (0.7, 20, 0.8), (0.0, 0, 1.0)):
+        out += cuda.backend.row_sample(Pair(s, t, temperature, V), uniforms, 0.4, *filters)
     return out
 
 
@@ -84,9 +97,9 @@ def test_nothing_outside_the_rows_is_read_or_written(cuda_on_host, dtype, offset
     tokens, logprobs, coin = torch.empty(N, dtype=torch.int64), torch.empty(3, N), torch.empty(N, dtype=torch.bool)
     uniforms, coefficients = torch.rand(N, 2, dtype=torch.float64), torch.ones(5, N)
     m, code = cuda_on_host, {FP32: 0, BF16: 1}[dtype]
-    rows = [m.Rows(x.data_ptr(), code, N, 0, V) for x in (s, t, g)]
+    rows = [(x.data_ptr(), code, N, 0, V) for x in (s, t, g)]
     workspace = torch.empty(1 << 16)
-    run = (workspace.data_ptr(), 0)
+    how = (lambda size: workspace.data_ptr(), 0)
     # The cut is in the vocabulary: columns from V - 5 on are those of another row.
     pair = (rows[0], rows[1], N, V - 5, 1.0)
     for x in (stats, out, logprobs):
@@ -97,17 +110,17 @@ def test_nothing_outside_the_rows_is_read_or_written(cuda_on_host, dtype, offset
     for i in range(N):
         m.allow(g[i].data_ptr(), (V - 5) * g.element_size())
     try:
-        m.cuda_row_stats(*run, *pair, 0, 0, stats.data_ptr())
-        m.cuda_row_grad(*run, *pair, 0, stats.data_ptr(), coefficients.data_ptr(), rows[2], V - 5)
-        m.cuda_row_stats_grad(*run, *pair, 0, coefficients.data_ptr(), stats.data_ptr(), rows[2], V - 5)
+        m.row_stats(how, pair, 0, 0, stats.data_ptr())
+        m.row_grad(how, pair, 0, stats.data_ptr(), coefficients.data_ptr(), rows[2], V - 5)
+        m.row_stats_grad(how, pair, 0, coefficients.data_ptr(), stats.data_ptr(), rows[2], V - 5)
         for kind in range(4):
-            m.cuda_row_divergence(*run, *pair, kind, 0.5, 0, stats.data_ptr(), out.data_ptr())
-            m.cuda_row_divergence_grad(
-                *run, *pair, kind, 0.5, stats.data_ptr(), out.data_ptr(), coefficients.data_ptr(), rows[2], V - 5
+            m.row_divergence(how, pair, kind, 0.5, 0, stats.data_ptr(), out.data_ptr())
+            m.row_divergence_grad(
+                how, pair, kind, 0.5, stats.data_ptr(), out.data_ptr(), coefficients.data_ptr(), rows[2], V - 5
             )
         for top_k, greedy in ((0, False), (20, False), (0, True)):
             outputs = (tokens.data_ptr(), logprobs.data_ptr(), coin.data_ptr())
-            m.cuda_row_sample(*run, *pair, uniforms.data_ptr(), 0.5, top_k, 1.0, greedy, *outputs)
+            m.row_sample(how, pair, uniforms.data_ptr(), 0.5, top_k, 1.0, greedy, *outputs)
     finally:
         m.allow_everything()
 
@@ -129,15 +142,23 @@ def test_each_row_is_read_and_written_once(cuda_on_host, types, V):
     N = 3
     s, t = logits(N, V, types[0]), logits(N, V, types[1])
     bytes_s, bytes_t = s.nbytes, t.nbytes
-    stats = cuda.row_stats(s, t, None, None, 1.0, V)
-    values = cuda.row_divergence(s, t, None, stats, "jsd", 0.5, 1.0, V)
+    stats = cuda.backend.row_stats(Pair(s, t, 1.0, V), None, None)
+    values = cuda.backend.row_divergence(Pair(s, t, 1.0, V), None, stats, "jsd", 0.5)
     aligned = V % 8 == 0
     for operation, per_row, stored in (
-        (lambda: cuda.row_stats(s, t, None, None, 1.0, V), 0, 11 * 4 * N),
-        (lambda: cuda.row_grad(s, t, None, stats, torch.ones(5, N), 1.0, V), 0, bytes_s),
-        (lambda: cuda.row_divergence(s, t, None, stats, "jsd", 0.5, 1.0, V), 0, 2 * 4 * N),
-        (lambda: cuda.row_divergence_grad(s, t, stats, values, torch.ones(N), "jsd", 0.5, 1.0, V), 0, bytes_s),
-        (lambda: cuda.row_sample(s, t, torch.rand(N, 2).double(), 0.5, 1.0, 0, 1.0, V), 3 * 1024 * 2 * 4, 3 * 4 * N),
+        (lambda: cuda.backend.row_stats(Pair(s, t, 1.0, V), None, None), 0, 11 * 4 * N),
+        (lambda: cuda.backend.row_grad(Pair(s, t, 1.0, V), None, stats, torch.ones(5, N)), 0, bytes_s),
+        (lambda: cuda.backend.row_divergence(Pair(s, t, 1.0, V), None, stats, "jsd", 0.5), 0, 2 * 4 * N),
+        (
+            lambda: cuda.backend.row_divergence_grad(Pair(s, t, 1.0, V), stats, values, torch.ones(N), "jsd", 0.5),
+            0,
+            bytes_s,
+        ),
+        (
+            lambda: cuda.backend.row_sample(Pair(s, t, 1.0, V), torch.rand(N, 2).double(), 0.5, 0, 1.0),
+            3 * 1024 * 2 * 4,
+            3 * 4 * N,
+        ),
     ):
         c = counted(cuda_on_host, operation)
         # Sectors of 32 bytes: those that the rows lie in, and no other. Sampling reads a tile again.
@@ -154,8 +175,8 @@ def test_statistics_and_gradient_in_one_launch_read_each_row_once(cuda_on_host, 
     N = 2
     s, t = logits(N, V, dtype), logits(N, V, dtype)
     cuda_on_host.processors(N)
-    assert cuda.holds_rows(s, t, V)
-    c = counted(cuda_on_host, lambda: cuda.row_stats_grad(s, t, None, torch.ones(5, N), 1.0, V))
+    assert holds_rows(s, t, V)
+    c = counted(cuda_on_host, lambda: in_one_launch().row_stats_grad(Pair(s, t, 1.0, V), None, torch.ones(5, N)))
     assert c["launches"] == 1
     assert c["loaded"] == s.nbytes + t.nbytes and c["stored"] == s.nbytes + 11 * 4 * N
     assert c["sectors_loaded"] <= sum(-(-x.nbytes // 32) + 1 for x in (s, t))
@@ -164,19 +185,19 @@ def test_statistics_and_gradient_in_one_launch_read_each_row_once(cuda_on_host, 
 def test_which_rows_one_launch_takes(cuda_on_host):
     """Of one type, no wider than a block holds, as many as there are multiprocessors."""
     s = torch.empty(132, 50257, dtype=BF16)
-    assert cuda.holds_rows(s, s, 50257)
-    assert not cuda.holds_rows(s[1:], s[1:], 50257)
-    assert not cuda.holds_rows(s, None, 50257)
-    assert not cuda.holds_rows(s, s.float(), 50257)
-    assert not cuda.holds_rows(s.float(), s.float(), 50257)
+    assert holds_rows(s, s, 50257)
+    assert not holds_rows(s[1:], s[1:], 50257)
+    assert not holds_rows(s, None, 50257)
+    assert not holds_rows(s, s.float(), 50257)
+    assert not holds_rows(s.float(), s.float(), 50257)
     cuda_on_host.shared_memory(163 << 10)  # an A100's
-    assert not cuda.holds_rows(s, s, 50257)
-    assert cuda.holds_rows(s, s, 41000)
+    assert not holds_rows(s, s, 50257)
+    assert holds_rows(s, s, 41000)
     cuda_on_host.shared_memory(227 << 10)
     with pytest.raises(RuntimeError, match="row_stats_grad_kernel: takes a student and a teacher of one type"):
-        cuda.row_stats_grad(s, s.float(), None, torch.ones(5, 132), 1.0, 50257)
+        in_one_launch().row_stats_grad(Pair(s, s.float(), 1.0, 50257), None, torch.ones(5, 132))
     with pytest.raises(RuntimeError, match=r"row_stats_grad_kernel<<<132, 256, 402112>>> on 132 x 50257 logits: "):
-        cuda.row_stats_grad(s.float(), s.float(), None, torch.ones(5, 132), 1.0, 50257)
+        in_one_launch().row_stats_grad(Pair(s.float(), s.float(), 1.0, 50257), None, torch.ones(5, 132))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=NAMES.get)
@@ -191,22 +212,22 @@ def test_one_launch_gives_the_bits_of_two(cuda_on_host, dtype, V, offset):
     ids = torch.tensor([0, V - 1, V // 2, V, 0])
     coefficients = torch.randn(5, N)
     coefficients[1:, 0] = coefficients[:, 3] = 0
-    stats = cuda.row_stats(s, t, ids, torch.arange(N) != 3, 0.7, V)
-    grad = cuda.row_grad(s, t, ids, stats, coefficients, 0.7, V)
-    one, g = cuda.row_stats_grad(s, t, ids, coefficients, 0.7, V)
+    stats = cuda.backend.row_stats(Pair(s, t, 0.7, V), ids, torch.arange(N) != 3)
+    grad = cuda.backend.row_grad(Pair(s, t, 0.7, V), ids, stats, coefficients)
+    one, g = in_one_launch().row_stats_grad(Pair(s, t, 0.7, V), ids, coefficients)
     assert torch.equal(one.nan_to_num(7), stats.nan_to_num(7)) and torch.equal(g.nan_to_num(7), grad.nan_to_num(7))
-    cuda.row_stats_grad(s, t, ids, coefficients, 0.7, V, s)
+    in_one_launch().row_stats_grad(Pair(s, t, 0.7, V), ids, coefficients, s)
     assert torch.equal(s.nan_to_num(7), grad.nan_to_num(7))
 
 
 def test_rows_that_do_not_count_are_not_read(cuda_on_host):
     s, t = logits(4, 5000, BF16), logits(4, 5000, BF16)
     mask = torch.tensor([True, False, False, True])
-    stats = cuda.row_stats(s, t, None, None, 1.0, 5000)
+    stats = cuda.backend.row_stats(Pair(s, t, 1.0, 5000), None, None)
     for operation in (
-        lambda: cuda.row_stats(s, t, None, mask, 1.0, 5000),
-        lambda: cuda.row_grad(s, t, None, stats, torch.ones(5, 4) * mask, 1.0, 5000),
-        lambda: cuda.row_divergence(s, t, mask, stats, "tvd", 0.5, 1.0, 5000),
+        lambda: cuda.backend.row_stats(Pair(s, t, 1.0, 5000), None, mask),
+        lambda: cuda.backend.row_grad(Pair(s, t, 1.0, 5000), None, stats, torch.ones(5, 4) * mask),
+        lambda: cuda.backend.row_divergence(Pair(s, t, 1.0, 5000), mask, stats, "tvd", 0.5),
     ):
         assert counted(cuda_on_host, operation)["loaded"] <= 1.01 * (s.nbytes + t.nbytes) / 2
 

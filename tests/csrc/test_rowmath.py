@@ -11,6 +11,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from minillm_kernels.rows import RowStats
+
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 FLAGS = {
@@ -43,11 +45,11 @@ def simd(request, tmp_path_factory):
 def _processor_has(name: str) -> bool:
     from minillm_kernels.backends import cpu
 
-    if cpu.unavailable():
+    if cpu.backend.unavailable():
         return False
-    before = cpu._core.instruction_set()
-    has = cpu._core.use_instruction_set(name)
-    cpu._core.use_instruction_set(before)
+    before = cpu.operations.instruction_set()
+    has = cpu.operations.use_instruction_set(name)
+    cpu.operations.use_instruction_set(before)
     return has
 
 
@@ -124,13 +126,14 @@ def test_the_empty_state_is_the_identity(simd, sets, T):
 
 
 def finished(library, state: torch.Tensor, T: float) -> torch.Tensor:
-    out = torch.empty(11, dtype=torch.float64)
+    out = torch.empty(len(RowStats._fields), dtype=torch.float64)
     pointer = ctypes.c_void_p(state.data_ptr())
     library.finish_state(pointer, ctypes.c_double(1 / T), 1, ctypes.c_void_p(out.data_ptr()))
     return out
 
 
-STATISTICS = [1, 3, 4, 5, 6, 9, 10]  # all but the maxima and the log-probabilities of the token
+# All but the maxima and the log-probabilities of the token.
+STATISTICS = [i for i, name in enumerate(RowStats._fields) if not name.endswith(("origin", "logprobs"))]
 
 
 def test_a_state_of_nan_is_not_empty(simd):
@@ -158,9 +161,15 @@ def test_finish(simd, sets, T):
         return
     lq, lp = (s / T).log_softmax(-1), (t / T).log_softmax(-1)
     q, p = lq.exp(), lp.exp()
-    expected = [(q * (lq - lp)).sum(), (p * (lp - lq)).sum(), -(q * lq).sum(), 0, 0, (s / T).logsumexp(-1)]
-    expected = torch.tensor([*expected, (t / T).logsumexp(-1)], dtype=torch.float64)
-    torch.testing.assert_close(out[4:], expected, rtol=1e-10, atol=1e-10)
+    expected = {
+        "reverse_kl": (q * (lq - lp)).sum(),
+        "forward_kl": (p * (lp - lq)).sum(),
+        "student_entropy": -(q * lq).sum(),
+        "student_logsumexp": (s / T).logsumexp(-1),
+        "teacher_logsumexp": (t / T).logsumexp(-1),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(out[RowStats._fields.index(name)], value, rtol=1e-10, atol=1e-10)
 
 
 # ---- the sampler's key and law --------------------------------------------------------------------------------------

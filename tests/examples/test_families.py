@@ -6,38 +6,35 @@ what the trainer does to models beside: cached decoding of prompts padded on the
 """
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from families import FAMILIES, V, hidden, logits, pair, rollout
 
 from minillm.config.schema import ConfigError
-from minillm.model.head import CausalLM, heads, read_head
-from minillm.model.load import check_packing, drop_layers
+from minillm.model.check import check_packing
+from minillm.model.head import CausalLM, read_head
+from minillm.model.layers import drop_layers
 from minillm.model.sampling import draw_uniforms, sample
-from minillm_kernels import fused_linear_minillm_loss, fused_linear_token_logprobs, minillm_loss
+from minillm_kernels import Head, fused_linear_minillm_loss, fused_linear_token_logprobs, minillm_loss
 
 VARIANTS = ("paper", "reference")
-HAS = {"bias": ("phi",), "softcap": ("gemma2", "gemma3"), "logit_scale": ("cohere", "granite")}
-
-
-def both_heads(student, teacher):
-    return heads(read_head(student), read_head(teacher))
+HAS = {"bias": ("phi",), "softcap": ("gemma2", "gemma3"), "scale": ("cohere", "granite")}
 
 
 def fused(student, teacher, sampled):
     with torch.no_grad():
         teacher_hidden = hidden(teacher, sampled)
-    states = {"student_hidden": hidden(student, sampled), "teacher_hidden": teacher_hidden}
-    options = {**states, **both_heads(student, teacher), **sampled.constants}
-    return fused_linear_minillm_loss(token_ids=sampled.tokens, mask=sampled.mask, chunk_rows=7, **options).loss
+    models = (hidden(student, sampled), read_head(student), teacher_hidden, read_head(teacher).detach())
+    return fused_linear_minillm_loss(*models, sampled.counted, chunk_rows=7, **sampled.constants).loss
 
 
 def from_logits(student, teacher, sampled):
     with torch.no_grad():
         teacher_logits = logits(teacher, sampled)
     own = logits(student, sampled)
-    return minillm_loss(own, teacher_logits, sampled.tokens, mask=sampled.mask, **sampled.constants).loss
+    return minillm_loss(own, teacher_logits, sampled.counted, **sampled.constants).loss
 
 
 def written_out(student, teacher, sampled):
@@ -85,21 +82,19 @@ def test_three_steps(family, variant, dtype, tolerance):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_heads_give_the_models_own_logits(family):
     student, teacher = pair(family)
-    sampled, options = rollout(student, teacher, "paper"), both_heads(student, teacher)
+    sampled = rollout(student, teacher, "paper")
     CausalLM(student), CausalLM(teacher)  # neither is refused
-    for i, (which, model) in enumerate([("student", student), ("teacher", teacher)]):
-        steps = {"bias": options[f"{which}_bias"], "softcap": options["softcap"][i]}
-        steps["logit_scale"] = options["logit_scale"][i]
-        weight = options[f"{which}_weight"]
+    for model in (student, teacher):
+        head = read_head(model)
         own = logits(model, sampled).log_softmax(-1).gather(-1, sampled.tokens[..., None]).squeeze(-1)
-        found = fused_linear_token_logprobs(hidden(model, sampled), weight, sampled.tokens, **steps)
+        found = fused_linear_token_logprobs(hidden(model, sampled), head, sampled.tokens)
         assert (found - own).abs().max() <= 2e-6
         # each step that the family has is felt: without it the log-probabilities are others
-        for name, absent in {"bias": None, "softcap": None, "logit_scale": 1.0}.items():
+        for name, absent in {"bias": None, "softcap": None, "scale": 1.0}.items():
             if family not in HAS[name]:
                 continue
-            without = {**steps, name: absent}
-            found = fused_linear_token_logprobs(hidden(model, sampled), weight, sampled.tokens, **without)
+            without = dataclasses.replace(head, **{name: absent})
+            found = fused_linear_token_logprobs(hidden(model, sampled), without, sampled.tokens)
             assert (found - own).abs().max() > 1e-2, name
 
 
@@ -131,11 +126,11 @@ def test_packing_is_right_or_refused_and_students_are_cut(family):
 
 
 def test_families_have_what_they_stand_for():
-    options = {family: both_heads(*pair(family)) for family in FAMILIES}
-    assert options["gemma2"]["softcap"] == options["gemma3"]["softcap"] == (2.5, 2.5)
-    assert options["cohere"]["logit_scale"] == options["granite"]["logit_scale"] == (0.25, 0.25)
-    assert options["phi"]["student_bias"] is not None
-    assert options["opt"]["student_weight"].shape == (V, 16)  # OPT projects to the size of its embedding
+    heads: dict[str, Head] = {family: read_head(pair(family)[0]) for family in FAMILIES}
+    assert heads["gemma2"].softcap == heads["gemma3"].softcap == 2.5
+    assert heads["cohere"].scale == heads["granite"].scale == 0.25
+    assert heads["phi"].bias is not None
+    assert heads["opt"].weight.shape == (V, 16)  # OPT projects to the size of its embedding
 
 
 def test_the_clip_acts():
@@ -144,5 +139,5 @@ def test_the_clip_acts():
     _, trained = three_steps(fused, student, teacher, sampled)
     with torch.no_grad():
         own, theirs = logits(trained, sampled), logits(teacher, sampled)
-    result = minillm_loss(own, theirs, sampled.tokens, mask=sampled.mask, **sampled.constants)
+    result = minillm_loss(own, theirs, sampled.counted, **sampled.constants)
     assert 0 < result.clip_fraction < 1

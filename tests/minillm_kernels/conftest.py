@@ -38,20 +38,20 @@ INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 
 def select_instruction_set(name: str) -> None:
-    if cpu.unavailable():
-        pytest.skip(cpu.unavailable())
-    if not cpu._core.use_instruction_set(name):
+    if reason := cpu.backend.unavailable():
+        pytest.skip(reason)
+    if not cpu.operations.use_instruction_set(name):
         pytest.skip(f"this processor has no {name}")
 
 
 @pytest.fixture
 def core():
     """The compiled module, with its choice of instruction set given back."""
-    if cpu.unavailable():
-        pytest.skip(cpu.unavailable())
-    chosen = cpu._core.instruction_set()
-    yield cpu._core
-    cpu._core.use_instruction_set(chosen)
+    if reason := cpu.backend.unavailable():
+        pytest.skip(reason)
+    chosen = cpu.operations.instruction_set()
+    yield cpu.operations
+    cpu.operations.use_instruction_set(chosen)
 
 
 def _make_ready(request, backend: str) -> None:
@@ -67,13 +67,13 @@ def implementation(request):
     _make_ready(request, backend)
     if available_backends()[backend] != "ok":
         pytest.skip(available_backends()[backend])
-    before = cpu._core.instruction_set() if cpu._core else None
+    before = cpu.operations.instruction_set() if cpu.operations else None
     if instruction_set:
         select_instruction_set(instruction_set)
     with use_backend(backend):
         yield backend
     if before:
-        cpu._core.use_instruction_set(before)
+        cpu.operations.use_instruction_set(before)
 
 
 @pytest.fixture(params=["cpu", "cuda", "triton", "reference"])

@@ -1,17 +1,30 @@
 """Every error of a bad argument, from every function that takes it: what was wrong and what was expected."""
 
+import inspect
+
 import pytest
 import torch
 
-from minillm_kernels import distill_stats, fused_divergence_loss, fused_rkl_loss, mixed_sample, token_logprobs
+import minillm_kernels
+from minillm_kernels import (
+    distill_loss,
+    distill_stats,
+    fused_divergence_loss,
+    fused_rkl_loss,
+    minillm_loss,
+    mixed_sample,
+    token_logprobs,
+)
 
 S, T = torch.randn(2, 3, 60), torch.randn(2, 3, 60)
-IDS = torch.zeros(2, 3, dtype=torch.int64)
+IDS, ZERO = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(())
 
 PAIRS = {
     "fused_rkl_loss": lambda s, t, **k: fused_rkl_loss(s, t, **k),
     "fused_divergence_loss": lambda s, t, **k: fused_divergence_loss(s, t, "jsd", **k),
     "distill_stats": lambda s, t, **k: distill_stats(s, t, IDS, **k),
+    "distill_loss": lambda s, t, **k: distill_loss(s, t, reverse_kl=1.0, **k),
+    "minillm_loss": lambda s, t, **k: minillm_loss(s, t, IDS, advantages=ZERO, old_logprobs=ZERO, **k),
     "mixed_sample": lambda s, t, **k: mixed_sample(s, t, **k),
 }
 SINGLES = {
@@ -97,6 +110,8 @@ def test_unit_intervals(value):
 PER_TOKEN = {
     "token_ids-logprobs": lambda ids: token_logprobs(S, ids),
     "token_ids-stats": lambda ids: distill_stats(S, T, ids),
+    "token_ids-loss": lambda ids: distill_loss(S, T, ids, reverse_kl=1.0),
+    "token_ids-minillm": lambda ids: minillm_loss(S, T, ids, advantages=ZERO, old_logprobs=ZERO),
     "labels": lambda ids: fused_rkl_loss(S, T, ids),
     "labels-divergence": lambda ids: fused_divergence_loss(S, T, "tvd", ids),
 }
@@ -118,15 +133,17 @@ def test_token_ids_and_labels(name):
 
 PER_ROW = {
     "weights": lambda x: fused_rkl_loss(S, T, weights=x),
-    "mask": lambda x: distill_stats(S, T, IDS, mask=x),
+    "forward_kl": lambda x: distill_loss(S, T, forward_kl=x),
+    "advantages": lambda x: minillm_loss(S, T, IDS, advantages=x, old_logprobs=torch.zeros(())),
 }
 
 
 @pytest.mark.parametrize("name", PER_ROW)
-def test_weights_and_mask(name):
+def test_constants_of_each_row(name):
     function = PER_ROW[name]
-    with pytest.raises(TypeError, match=f"{name} must be a tensor, got list"):
-        function([1.0, 2.0])
+    if name != "forward_kl":  # a number otherwise
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got list"):
+            function([1.0, 2.0])
     with pytest.raises(ValueError, match=rf"{name} must broadcast to the leading shape \(2, 3\), got \(2,\)"):
         function(torch.ones(2))
     with pytest.raises(ValueError, match=rf"{name} must broadcast to the leading shape \(2, 3\), got \(1, 2, 3\)"):
@@ -163,15 +180,33 @@ def test_rows_that_share_memory_cannot_be_overwritten():
             loss(row, T, inplace=True)
 
 
-def test_group_is_reserved():
-    for call in (
-        lambda: fused_rkl_loss(S, T, group="world"),
-        lambda: fused_divergence_loss(S, T, "jsd", group="world"),
-        lambda: token_logprobs(S, IDS, group="world"),
-        lambda: distill_stats(S, T, IDS, group="world"),
-    ):
-        with pytest.raises(NotImplementedError, match=r"group= \(a vocabulary split over ranks\) is not implemented"):
-            call()
+GROUPED = {
+    "fused_rkl_loss": (S, T),
+    "fused_divergence_loss": (S, T, "jsd"),
+    "token_logprobs": (S, IDS),
+    "distill_stats": (S, T, IDS),
+    "distill_loss": (S, T),
+    "minillm_loss": (S, T, IDS),
+    "fused_linear_rkl_loss": (S, S[0], S, S[0]),
+    "fused_linear_divergence_loss": (S, S[0], S, S[0], "jsd"),
+    "fused_linear_token_logprobs": (S, S[0], IDS),
+    "fused_linear_distill_stats": (S, S[0], S, S[0], IDS),
+    "fused_linear_distill_loss": (S, S[0]),
+    "fused_linear_minillm_loss": (S, S[0], S, S[0], IDS),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_group_is_reserved(name):
+    constants = {"advantages": ZERO, "old_logprobs": ZERO} if "minillm" in name else {}
+    with pytest.raises(NotImplementedError, match=r"group= \(a vocabulary split over ranks\) is not implemented"):
+        getattr(minillm_kernels, name)(*GROUPED[name], group="world", **constants)
+
+
+def test_every_function_that_has_a_group_is_above():
+    functions = [name for name in minillm_kernels.__all__ if inspect.isfunction(getattr(minillm_kernels, name))]
+    grouped = [name for name in functions if "group" in inspect.signature(getattr(minillm_kernels, name)).parameters]
+    assert sorted(grouped) == sorted(GROUPED)
 
 
 def test_sampling_options():

@@ -26,6 +26,7 @@ from minillm_kernels import (
     use_backend,
 )
 from minillm_kernels.backends import cuda
+from minillm_kernels.rows import Pair
 
 pytestmark = [
     pytest.mark.gpu,
@@ -171,13 +172,14 @@ def test_statistics_and_gradient_in_one_launch_have_the_bits_of_two(on_gpu):
     if on_gpu != "cuda":
         pytest.skip("of the CUDA backend alone")
     s, t = (x.cuda() for x in Case(32001, (300,), BF16, BF16).logits())
-    if not cuda.holds_rows(s, t, 32001):
+    pair = Pair(s, t, temperature=1.0, vocab_size=32001)
+    if not cuda.backend.holds_rows(cuda.backend.operations, pair):
         pytest.skip("a multiprocessor of this device holds no row pair of 32001 columns")
     coefficients = torch.randn(5, 300, device="cuda")
-    stats = cuda.row_stats(s, t, None, None, 1.0, 32001)
-    at_once = cuda.row_stats_grad(s, t, None, coefficients, 1.0, 32001)
+    stats = cuda.backend.row_stats(pair, None, None)
+    at_once = cuda.backend.row_stats_grad(pair, None, coefficients)
     assert torch.equal(at_once[0], stats)
-    assert torch.equal(at_once[1], cuda.row_grad(s, t, None, stats, coefficients, 1.0, 32001))
+    assert torch.equal(at_once[1], cuda.backend.row_grad(pair, None, stats, coefficients))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

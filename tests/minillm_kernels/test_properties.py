@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from tolerance import assert_gradient, assert_values, error, gradient_terms
 
 from minillm_kernels import distill_stats, fused_divergence_loss, mixed_sample
-from minillm_kernels.logits.losses import DIVERGENCES
+from minillm_kernels.rows import DIVERGENCES
 
 FUZZ = int(os.environ.get("MINILLM_FUZZ_CASES", "0"))  # fuzz.py: more cases, other ones every time
 BOUNDED = settings(

@@ -2,6 +2,6 @@
 
 import pytest
 
-from minillm.model.load import adapters_unavailable
+from minillm.model.adapters import adapters_unavailable
 
 needs_adapters = pytest.mark.skipif(bool(adapters_unavailable()), reason=str(adapters_unavailable()))

@@ -48,6 +48,11 @@ class Sampled(NamedTuple):
     mask: Tensor  # [B, T]
     constants: dict[str, Tensor | bool]
 
+    @property
+    def counted(self) -> Tensor:
+        """The tokens, -100 where the mask is 0."""
+        return self.tokens.where(self.mask, -100)
+
 
 @torch.no_grad()
 def rollout(student, teacher, variant: str) -> Sampled:

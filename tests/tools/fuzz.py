@@ -35,15 +35,15 @@ def main() -> int:
     wanted = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
     log = json.loads(LOG.read_text()) if LOG.exists() else {"cases": 0, "seconds": 0.0, "failed_seeds": []}
     torch.set_num_threads(1)
-    sets = [name for name in ("baseline", "avx2", "avx512") if cpu._core.use_instruction_set(name)]
+    sets = [name for name in ("baseline", "avx2", "avx512") if cpu.operations.use_instruction_set(name)]
     while log["cases"] < wanted:
         number = log["cases"] // BATCH
         name = list(TESTS)[number % len(TESTS)]
         instructions = sets[number // len(TESTS) % len(sets)]
-        cpu._core.use_instruction_set(instructions)
+        cpu.operations.use_instruction_set(instructions)
         start = time.monotonic()
         try:
-            seed(number)(TESTS[name])(core=cpu._core)
+            seed(number)(TESTS[name])(core=cpu.operations)
         except AssertionError:
             log["failed_seeds"].append([name, instructions, number])
             LOG.write_text(json.dumps(log, indent=1) + "\n")

@@ -9,13 +9,19 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
+from minillm_kernels.backends import compiled
+from minillm_kernels.rows import Pair
+
 ROOT = Path(__file__).parents[2]
 HARNESS = ROOT / "tests" / "csrc"
-OPERATIONS = ("row_stats", "row_grad", "row_stats_grad", "row_divergence", "row_sample")
 
 
 def cuda_headers() -> Path | None:
@@ -68,7 +74,7 @@ def compile_all(folder: Path, sources: list[Path], *extra: str) -> list[Path]:
 
 def sources() -> list[Path]:
     """Of the launchers, and the harness."""
-    return [*(ROOT / "csrc" / "cuda" / f"{name}.cu" for name in OPERATIONS), HARNESS / "host_cuda.cpp"]
+    return [*sorted((ROOT / "csrc" / "cuda").glob("row_*.cu")), HARNESS / "host_cuda.cpp"]
 
 
 def module() -> ModuleType:
@@ -96,3 +102,27 @@ def module() -> ModuleType:
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
+
+
+@contextmanager
+def launch(pair: Pair) -> Iterator[tuple[Callable[[int], int], int]]:
+    """As cuda.launch, on CPU tensors and without a stream."""
+    workspaces = []
+
+    def allocate(size: int) -> int:
+        workspaces.append(pair.student.new_empty(size, dtype=torch.uint8))
+        return workspaces[-1].data_ptr()
+
+    yield allocate, 0
+
+
+def backend(operations: ModuleType, launch: Callable = launch) -> compiled.Compiled:
+    """The backend "cuda" on CPU tensors, its operations those of a host build."""
+    return compiled.Compiled("cpu", operations, lambda: None, launch, holds_rows)
+
+
+def holds_rows(operations: ModuleType, pair: Pair) -> bool:
+    teacher = pair.teacher
+    code = compiled.DTYPES[pair.student.dtype]
+    same = teacher is not None and teacher.dtype == pair.student.dtype
+    return same and operations.holds_rows(pair.n_rows, pair.vocab_size, code)

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minillm_kernels import Head
+
 # 37 rows in chunks of 5: the last chunk is short. Hidden sizes differ. 1001 and 1010 columns: unequal heads, neither
 # one a multiple of a register.
 N, H, H_T, V, V_T = 37, 24, 32, 1001, 1010
@@ -27,7 +29,13 @@ class Case:
         self.weights[4] = 0
 
     def leaves(self) -> list[Tensor]:
+        """Of the student: hidden states, weight and bias."""
         return [x.clone().requires_grad_() for x in self.student]
+
+    def models(self, leaves: list[Tensor], cap: float | None = None, scale=SCALE) -> tuple:
+        """Hidden states and head of the student, which consists of these leaves, and of the teacher."""
+        (hidden, *student), (teacher_hidden, *teacher) = leaves, self.teacher
+        return hidden, Head(*student, cap, scale[0]), teacher_hidden, Head(*teacher, cap, scale[1])
 
 
 def plain_logits(student, teacher, cap, scale=SCALE) -> list[Tensor]:

@@ -12,9 +12,10 @@ import torch
 from ptxjit import Module  # type: ignore[import-not-found]
 
 from benchmarks.gpu_static.recording import Launch, recording
-from minillm_kernels.backends import reference
+from minillm_kernels.backends.reference import backend as REFERENCE
 from minillm_kernels.backends.triton import divergence, grad, linear, sample, stats
 from minillm_kernels.hidden.chunked import Head
+from minillm_kernels.rows import Pair
 
 modules: dict[int, Module] = {}
 launched: set[str] = set()
@@ -57,27 +58,29 @@ def rows(n: int, V: int, s_type: torch.dtype, t_type: torch.dtype) -> None:
     S, R = s.double(), t.double()
     gradient = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[s_type]
 
-    x = reference.row_stats(S, R, ids, mask, T, V)
-    check(f"row_stats {label}", 4e-6, lambda: [stats.row_stats(s, t, ids, mask, T, V)], [x])
-    one = reference.row_stats(S, None, ids, None, T, V)
-    check(f"row_stats, one model {label}", 4e-6, lambda: [stats.row_stats(s, None, ids, None, T, V)], [one])
+    pair, exact = Pair(s, t, T, V), Pair(S, R, T, V)
+    x = REFERENCE.row_stats(exact, ids, mask)
+    check(f"row_stats {label}", 4e-6, lambda: [stats.row_stats(pair, ids, mask)], [x])
+    one = REFERENCE.row_stats(Pair(S, None, T, V), ids, None)
+    check(f"row_stats, one model {label}", 4e-6, lambda: [stats.row_stats(Pair(s, None, T, V), ids, None)], [one])
 
     c = torch.randn(5, n)
     c[:, 1] = 0  # the masked row
-    truth = reference.row_grad(S, R, ids, x, c.double(), T, V)
-    check(f"row_grad {label}", gradient, lambda: [grad.row_grad(s, t, ids, x.float(), c, T, V)], [truth])
+    truth = REFERENCE.row_grad(exact, ids, x, c.double())
+    check(f"row_grad {label}", gradient, lambda: [grad.row_grad(pair, ids, x.float(), c)], [truth])
     for kind in ("jsd", "skew_forward_kl", "skew_reverse_kl", "tvd") if V == 4111 else ("jsd",):
-        d = reference.row_divergence(S, R, mask, x, kind, 0.3, T, V)
-        args = (s, t, mask, x.float(), kind, 0.3, T, V)
+        d = REFERENCE.row_divergence(exact, mask, x, kind, 0.3)
+        args = (pair, mask, x.float(), kind, 0.3)
         check(f"{kind} {label}", 4e-6, lambda args=args: [divergence.row_divergence(*args)], [d])
-        g = reference.row_divergence_grad(S, R, x, d, c[0].double(), kind, 0.3, T, V)
-        args = (s, t, x.float(), d.float(), c[0], kind, 0.3, T, V)
+        g = REFERENCE.row_divergence_grad(exact, x, d, c[0].double(), kind, 0.3)
+        args = (pair, x.float(), d.float(), c[0], kind, 0.3)
         check(f"{kind} gradient {label}", gradient, lambda args=args: [divergence.row_divergence_grad(*args)], [g])
 
     u = torch.rand(n, 2, dtype=torch.float64)
     for options in ((T, 0, 1.0), (0.0, 0, 1.0)) + (((T, 20, 0.9),) if V == 4111 else ()):
-        draw = reference.row_sample(s, t, u, 0.4, *options, V)
-        args = (s, t, u, 0.4, *options, V)
+        temperature, *filters = options
+        args = (Pair(s, t, temperature, V), u, 0.4, *filters)
+        draw = REFERENCE.row_sample(*args)
         check(f"row_sample {options} {label}", 4e-6, lambda args=args: sample.row_sample(*args), draw)
 
 
@@ -94,10 +97,10 @@ def heads(dtype: torch.dtype) -> None:
         x = (m.hidden.double() @ m.weight.double().t() + m.bias.double()) * 0.7
         z.append(5.0 * torch.tanh(x / 5.0))
     ids, mask = torch.randint(V, (n,)), torch.arange(n) % 5 != 0
-    truth = reference.row_stats(*z, ids, mask, T, V)
+    truth = REFERENCE.row_stats(Pair(*z, T, V), ids, mask)
     check(f"linear_stats {dtype}", 2e-5, lambda: [linear.linear_stats(*models, ids, mask, T, V)], [truth])
     c = torch.randn(5, n) * mask
-    g = reference.row_grad(*z, ids, truth, c.double(), T, V) * (1 - (z[0] / 5.0) ** 2) * 0.7
+    g = REFERENCE.row_grad(Pair(*z, T, V), ids, truth, c.double()) * (1 - (z[0] / 5.0) ** 2) * 0.7
 
     def run():
         tile = torch.zeros(n, 128, dtype=dtype)

@@ -4,15 +4,21 @@ rowmath.py. Triton is imported when an operation first runs; importing this pack
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
+import importlib.metadata
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from ...rows import Pair
+from ..protocol import Backend
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MINIMUM = (8, 0)  # compute capability: what the kernels are compiled for and counted on
+_OLDEST = (3, 7)  # Triton that compiles them
 
 
 def interpreted() -> bool:
@@ -21,60 +27,120 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def unavailable() -> str | None:
-    if not _installed():
-        return "Triton is not installed; `pip install triton` (Linux)"
-    if interpreted():
-        return None
-    if torch.version.hip:
-        return "it has not been tried on ROCm; the reference runs there"
-    if not torch.cuda.is_available():
-        return "there is no CUDA device; set TRITON_INTERPRET=1 before Python starts to run CPU tensors, slowly"
-    if torch.cuda.get_device_capability() < _MINIMUM:
-        return f"it needs compute capability 8.0, this device has {torch.cuda.get_device_capability()}"
+def version() -> str | None:
+    """Of the installed Triton, without importing it; None where there is none."""
+    for distribution in ("triton", "pytorch-triton"):  # the second comes with torch's nightly builds
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
     return None
 
 
-def refusal(x: Tensor) -> str | None:
-    if x.dtype not in _DTYPES:
-        return f"it takes float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
+@contextmanager
+def _launching(x: Tensor) -> Iterator[None]:
+    """Triton launches on the current device. In its interpreter numpy warns of infinities, which are meant."""
     if interpreted():
-        return None if x.device.type == "cpu" else f"its interpreter takes CPU tensors, not {x.device.type}"
-    if x.device.type == "cuda":
-        return None
-    if x.device.type == "cpu":
-        return "a CPU tensor runs only in its interpreter: set TRITON_INTERPRET=1 before Python starts"
-    return f"it takes CUDA tensors, not {x.device.type}"
+        import numpy
+
+        with numpy.errstate(all="ignore"):
+            yield
+    else:
+        with torch.cuda.device(x.device):
+            yield
 
 
-def _operation(module: str, name: str):
-    def run(*args):
-        function = getattr(importlib.import_module(f".{module}", __name__), name)
+class Triton(Backend):
+    def unavailable(self) -> str | None:
+        found = version()
+        if found is None:
+            return "Triton is not installed; `pip install triton` (Linux)"
+        if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < _OLDEST:
+            return f"it needs Triton {_OLDEST[0]}.{_OLDEST[1]} or newer, installed is {found}; `pip install -U triton`"
         if interpreted():
-            return _quietly(function, *args)
-        first = args[0] if isinstance(args[0], Tensor) else args[0].hidden  # logits, or a Head
-        with torch.cuda.device(first.device):  # Triton launches on the current device
-            return function(*args)
+            return None
+        if torch.version.hip:
+            return "it has not been tried on ROCm; the reference runs there"
+        if not torch.cuda.is_available():
+            return "there is no CUDA device; set TRITON_INTERPRET=1 before Python starts to run CPU tensors, slowly"
+        if torch.cuda.get_device_capability() < _MINIMUM:
+            return f"it needs compute capability 8.0, this device has {torch.cuda.get_device_capability()}"
+        return None
 
-    return run
+    def refusal(self, x: Tensor) -> str | None:
+        if x.dtype not in _DTYPES:
+            return f"it takes float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
+        if interpreted():
+            return None if x.device.type == "cpu" else f"its interpreter takes CPU tensors, not {x.device.type}"
+        if x.device.type == "cuda":
+            return None
+        if x.device.type == "cpu":
+            return "a CPU tensor runs only in its interpreter: set TRITON_INTERPRET=1 before Python starts"
+        return f"it takes CUDA tensors, not {x.device.type}"
+
+    def row_stats(self, pair: Pair, token_ids: Tensor | None, mask: Tensor | None) -> Tensor:
+        from .stats import row_stats
+
+        with _launching(pair.student):
+            return row_stats(pair, token_ids, mask)
+
+    def row_grad(
+        self, pair: Pair, token_ids: Tensor | None, stats: Tensor, coefficients: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        from .grad import row_grad
+
+        with _launching(pair.student):
+            return row_grad(pair, token_ids, stats, coefficients, out)
+
+    def row_divergence(self, pair: Pair, mask: Tensor | None, stats: Tensor, divergence: str, beta: float) -> Tensor:
+        from .divergence import row_divergence
+
+        with _launching(pair.student):
+            return row_divergence(pair, mask, stats, divergence, beta)
+
+    def row_divergence_grad(
+        self,
+        pair: Pair,
+        stats: Tensor,
+        values: Tensor,
+        scale: Tensor,
+        divergence: str,
+        beta: float,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        from .divergence import row_divergence_grad
+
+        with _launching(pair.student):
+            return row_divergence_grad(pair, stats, values, scale, divergence, beta, out)
+
+    def row_sample(
+        self, pair: Pair, uniforms: Tensor, alpha: float, top_k: int, top_p: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from .sample import row_sample
+
+        with _launching(pair.student):
+            return row_sample(pair, uniforms, alpha, top_k, top_p)
 
 
-def _quietly(function, *args):
-    """In the interpreter numpy warns of infinities, which are meant."""
-    import numpy
-
-    with numpy.errstate(all="ignore"):
-        return function(*args)
+backend = Triton()
 
 
-row_stats = _operation("stats", "row_stats")
-row_grad = _operation("grad", "row_grad")
-row_divergence = _operation("divergence", "row_divergence")
-row_divergence_grad = _operation("divergence", "row_divergence_grad")
-row_sample = _operation("sample", "row_sample")
-linear_stats = _operation("linear", "linear_stats")
-linear_grad_tile = _operation("linear", "linear_grad_tile")
+# ---- Triton's alone: rows whose logits are never in memory (linear.py); minillm_kernels/hidden/tiled.py calls them
+
+
+def linear_stats(student, teacher, token_ids, mask, temperature: float, vocab_size: int) -> Tensor:
+    from . import linear
+
+    with _launching(student.hidden):
+        return linear.linear_stats(student, teacher, token_ids, mask, temperature, vocab_size)
+
+
+def linear_grad_tile(
+    student, teacher, token_ids, stats, coefficients, temperature: float, vocab_size: int, out: Tensor, start: int
+) -> Tensor:
+    from . import linear
+
+    with _launching(student.hidden):
+        return linear.linear_grad_tile(
+            student, teacher, token_ids, stats, coefficients, temperature, vocab_size, out, start
+        )

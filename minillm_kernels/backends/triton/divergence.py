@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...rows import MIXTURE_DIVERGENCES
+from ...rows import MIXTURE_DIVERGENCES, Pair
 from . import rowmath as rm
 from .launch import Rows, per_row, tiles_of
 
@@ -178,19 +178,10 @@ def row_divergence_grad_kernel(
         rm.zero_row(out, width, lead, SHAPE)
 
 
-def row_divergence(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
-    stats: Tensor,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    vocab_size: int,
-) -> Tensor:
-    """See `minillm_kernels.logits.ops.row_divergence`: [2, ...], the divergence and sum_v q_v slope_v."""
-    leading = student.shape[:-1]
-    n_rows = leading.numel()
+def row_divergence(pair: Pair, mask: Tensor | None, stats: Tensor, divergence: str, beta: float) -> Tensor:
+    student, teacher, temperature, vocab_size = pair
+    assert teacher is not None
+    n_rows = pair.n_rows
     tiles = tiles_of(n_rows, vocab_size, student, teacher)
     partial = torch.empty((2, n_rows, tiles.parts), dtype=torch.float32, device=student.device)
     if n_rows > 0:
@@ -209,24 +200,22 @@ def row_divergence(
             SHAPE=tiles.shape,
             **tiles.options,
         )
-    return (partial[..., 0] if tiles.parts == 1 else partial.sum(-1)).reshape(2, *leading)
+    return (partial[..., 0] if tiles.parts == 1 else partial.sum(-1)).reshape(2, *student.shape[:-1])
 
 
 def row_divergence_grad(
-    student: Tensor,
-    teacher: Tensor,
+    pair: Pair,
     stats: Tensor,
     values: Tensor,
     scale: Tensor,
     divergence: str,
     beta: float,
-    temperature: float,
-    vocab_size: int,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See `minillm_kernels.logits.ops.row_divergence_grad`: the gradient, like student, or written to `out`."""
+    student, teacher, temperature, vocab_size = pair
+    assert teacher is not None
     grad = torch.empty(student.shape, dtype=student.dtype, device=student.device) if out is None else out
-    n_rows = student.shape[:-1].numel()
+    n_rows = pair.n_rows
     if n_rows == 0:
         return grad
     tiles = tiles_of(n_rows, student.shape[-1], student, teacher, grad)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...rows import Pair
 from . import rowmath as rm
 from .launch import Rows, per_row, tiles_of
 
@@ -26,14 +27,14 @@ def gradient_row(stats, coefficients, N, row, inv_T):
     c = coefficients + row
     cr = tl.load(c + rm.C_REVERSE_KL * N)
     cf = tl.load(c + rm.C_FORWARD_KL * N)
-    cy = tl.load(c + rm.C_LOGPROB * N)
-    ch = tl.load(c + rm.C_ENTROPY * N)
-    cl = tl.load(c + rm.C_LOGSUMEXP * N)
+    cy = tl.load(c + rm.C_STUDENT_LOGPROBS * N)
+    ch = tl.load(c + rm.C_STUDENT_ENTROPY * N)
+    cl = tl.load(c + rm.C_STUDENT_LOGSUMEXP * N)
     wanted = (cr != 0.0) | (cf != 0.0) | (cy != 0.0) | (ch != 0.0) | (cl != 0.0)
     lnZs = tl.load(stats + rm.STUDENT_LOGZ * N)
     lnZt = tl.load(stats + rm.TEACHER_LOGZ * N)
     # log q(y) = -inf for a token outside the support: it has no gradient.
-    cy = tl.where(tl.load(stats + rm.STUDENT_LOGPROB * N) == rm.MINUS_INF, 0.0, cy)
+    cy = tl.where(tl.load(stats + rm.STUDENT_LOGPROBS * N) == rm.MINUS_INF, 0.0, cy)
     # Guarded, so that a statistic that no coefficient asks for (the KL of a one-model row) cannot bring a NaN in.
     of_kl = tl.where(cr == 0.0, 0.0, cr * (lnZs - lnZt + tl.load(stats + rm.REVERSE_KL * N)))
     of_entropy = tl.where(ch == 0.0, 0.0, ch * (lnZs - tl.load(stats + rm.STUDENT_ENTROPY * N)))
@@ -108,18 +109,11 @@ def row_grad_kernel(
 
 
 def row_grad(
-    student: Tensor,
-    teacher: Tensor | None,
-    token_ids: Tensor | None,
-    stats: Tensor,
-    coefficients: Tensor,
-    temperature: float,
-    vocab_size: int,
-    out: Tensor | None = None,
+    pair: Pair, token_ids: Tensor | None, stats: Tensor, coefficients: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    """See `minillm_kernels.logits.ops.row_grad`: like student, or written to `out`, which may be the student."""
+    student, teacher, temperature, vocab_size = pair
     grad = torch.empty(student.shape, dtype=student.dtype, device=student.device) if out is None else out
-    n_rows = student.shape[:-1].numel()
+    n_rows = pair.n_rows
     if n_rows == 0:
         return grad
     tiles = tiles_of(n_rows, student.shape[-1], student, teacher, grad)

@@ -8,15 +8,13 @@ import torch
 import triton
 from torch import Tensor
 
-from ..reference import _check_token_ids
+from ...rows import row_strides
+from ..reference import check_token_ids
 
 
 class Rows(NamedTuple):
-    """Row i starts (i // inner) * outer_stride + (i % inner) * inner_stride elements after the pointer.
-
-    The three numbers x come as 2x + 3: Triton compiles anew where an integer inside a tuple is 1 or a multiple of 16,
-    do_not_specialize notwithstanding, and this is neither.
-    """
+    """A pointer and the numbers x of its rows.RowStrides, as 2x + 3: Triton compiles anew where an integer inside a
+    tuple is 1 or a multiple of 16, do_not_specialize notwithstanding, and this is neither."""
 
     pointer: Tensor
     inner: int
@@ -25,24 +23,7 @@ class Rows(NamedTuple):
 
     @staticmethod
     def of(x: Tensor) -> Rows:
-        """The leading dimensions as two strides: no copy for logits[:, :-1]."""
-        dims = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
-        merged: list[tuple[int, int]] = []
-        for size, stride in dims:
-            if merged and merged[-1][1] == size * stride:
-                merged[-1] = (merged[-1][0] * size, stride)
-            else:
-                merged.append((size, stride))
-        if len(merged) > 2:
-            raise ValueError(
-                f"logits of shape {tuple(x.shape)} and strides {x.stride()}: at most two strides may describe the "
-                "rows; call .contiguous() first"
-            )
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(f"the last dimension must have stride 1, not {x.stride(-1)}: call .contiguous() first")
-        inner, inner_stride = merged[-1] if merged else (1, 0)
-        outer_stride = merged[0][1] if len(merged) == 2 else 0
-        return Rows(x, *(2 * number + 3 for number in (max(inner, 1), outer_stride, inner_stride)))
+        return Rows(x, *(2 * number + 3 for number in row_strides(x)))
 
 
 class Tiles(NamedTuple):
@@ -109,5 +90,5 @@ def checked_token_ids(token_ids: Tensor | None, mask: Tensor | None, vocab_size:
     synchronise, its log-probability is NaN."""
     token_ids = per_row(token_ids, torch.int64)
     if token_ids is not None and token_ids.device.type == "cpu" and token_ids.numel():
-        _check_token_ids(token_ids if mask is None else token_ids.masked_fill(~mask, 0), vocab_size)
+        check_token_ids(token_ids if mask is None else token_ids.masked_fill(~mask, 0), vocab_size)
     return token_ids

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from ...rows import DIFFERENTIABLE, RowStats
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # -FLT_MAX
@@ -21,30 +23,38 @@ NAN: tl.constexpr = tl.constexpr(float("nan"))
 MINUS_INF: tl.constexpr = tl.constexpr(float("-inf"))
 SMALLEST_NORMAL: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 
-# Rows of the [STATISTICS, N] tensor of row_stats and of the [COEFFICIENTS, N] tensor of row_grad:
-# minillm_kernels/rows.py and csrc/rowmath have the same order.
-STUDENT_ORIGIN: tl.constexpr = tl.constexpr(0)
-STUDENT_LOGZ: tl.constexpr = tl.constexpr(1)
-TEACHER_ORIGIN: tl.constexpr = tl.constexpr(2)
-TEACHER_LOGZ: tl.constexpr = tl.constexpr(3)
-REVERSE_KL: tl.constexpr = tl.constexpr(4)
-FORWARD_KL: tl.constexpr = tl.constexpr(5)
-STUDENT_ENTROPY: tl.constexpr = tl.constexpr(6)
-STUDENT_LOGPROB: tl.constexpr = tl.constexpr(7)
-TEACHER_LOGPROB: tl.constexpr = tl.constexpr(8)
-STUDENT_LOGSUMEXP: tl.constexpr = tl.constexpr(9)
-TEACHER_LOGSUMEXP: tl.constexpr = tl.constexpr(10)
-STATISTICS: tl.constexpr = tl.constexpr(11)
-C_REVERSE_KL: tl.constexpr = tl.constexpr(0)
-C_FORWARD_KL: tl.constexpr = tl.constexpr(1)
-C_LOGPROB: tl.constexpr = tl.constexpr(2)
-C_ENTROPY: tl.constexpr = tl.constexpr(3)
-C_LOGSUMEXP: tl.constexpr = tl.constexpr(4)
+
+def _statistic(name: str) -> tl.constexpr:
+    """Its row in the [STATISTICS, N] tensor of row_stats."""
+    return tl.constexpr(RowStats._fields.index(name))
+
+
+def _coefficient(name: str) -> tl.constexpr:
+    """Its row in the [COEFFICIENTS, N] tensor of row_grad."""
+    return tl.constexpr(DIFFERENTIABLE.index(name))
+
+
+STUDENT_ORIGIN: tl.constexpr = _statistic("student_origin")
+STUDENT_LOGZ: tl.constexpr = _statistic("student_logz")
+TEACHER_ORIGIN: tl.constexpr = _statistic("teacher_origin")
+TEACHER_LOGZ: tl.constexpr = _statistic("teacher_logz")
+REVERSE_KL: tl.constexpr = _statistic("reverse_kl")
+FORWARD_KL: tl.constexpr = _statistic("forward_kl")
+STUDENT_ENTROPY: tl.constexpr = _statistic("student_entropy")
+STUDENT_LOGPROBS: tl.constexpr = _statistic("student_logprobs")
+TEACHER_LOGPROBS: tl.constexpr = _statistic("teacher_logprobs")
+STUDENT_LOGSUMEXP: tl.constexpr = _statistic("student_logsumexp")
+TEACHER_LOGSUMEXP: tl.constexpr = _statistic("teacher_logsumexp")
+STATISTICS: tl.constexpr = tl.constexpr(len(RowStats._fields))
+C_REVERSE_KL: tl.constexpr = _coefficient("reverse_kl")
+C_FORWARD_KL: tl.constexpr = _coefficient("forward_kl")
+C_STUDENT_LOGPROBS: tl.constexpr = _coefficient("student_logprobs")
+C_STUDENT_ENTROPY: tl.constexpr = _coefficient("student_entropy")
+C_STUDENT_LOGSUMEXP: tl.constexpr = _coefficient("student_logsumexp")
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 # ---- where rows and tiles lie
-# ----------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -123,7 +133,6 @@ def zero_row(out, width, lead, SHAPE: tl.constexpr):
 
 
 # ---- logits
-# ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -189,7 +198,6 @@ def log2_probability(z, origin, log2Z, scale):
 
 
 # ---- the state
-# -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...rows import Pair
 from . import rowmath as rm
 from .cutoff import cutoffs_of, weight
 from .launch import PROGRAMS, Rows, per_row
@@ -267,19 +268,10 @@ def greedy(student: Model, teacher: Model | None, N: int, V: int, parts: int, al
     return tokens.gather(1, values.argmax(1, keepdim=True)).squeeze(1)
 
 
-def row_sample(
-    student: Tensor,
-    teacher: Tensor | None,
-    uniforms: Tensor,
-    alpha: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    vocab_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `minillm_kernels.logits.ops.row_sample`: token_ids, [3, ...] log-probabilities, from_teacher."""
+def row_sample(pair: Pair, uniforms: Tensor, alpha: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
+    student, teacher, temperature, vocab_size = pair
     leading, device = student.shape[:-1], student.device
-    N, V = leading.numel(), vocab_size
+    N, V = pair.n_rows, vocab_size
     token_ids = torch.empty(leading, dtype=torch.int64, device=device)
     logprobs = torch.empty((3, *leading), dtype=torch.float32, device=device)
     argmax = temperature == 0

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...rows import RowStats
+from ...rows import Pair, RowStats
 from . import rowmath as rm
 from .launch import MAX_PARTS, Rows, checked_token_ids, per_row, tiles_of
 
@@ -80,10 +80,10 @@ def finish(out, N, row, state, a, b, token_ids, V, inv_T, PAIR: tl.constexpr):
         known = (y >= 0) & (y < V)  # an error would need a synchronisation: NaN
         absent = rm.outside(a, b) & (Zs == Zs) & (empty == 0)
         log_q = tl.where(absent, rm.MINUS_INF, (a - ms) * inv_T - lnZs)
-        tl.store(out + rm.STUDENT_LOGPROB * N, tl.where(known, log_q, rm.NAN))
+        tl.store(out + rm.STUDENT_LOGPROBS * N, tl.where(known, log_q, rm.NAN))
         if PAIR:
             log_p = tl.where(absent, rm.MINUS_INF, (b - mt) * inv_T - lnZt)
-            tl.store(out + rm.TEACHER_LOGPROB * N, tl.where(known, log_p, rm.NAN))
+            tl.store(out + rm.TEACHER_LOGPROBS * N, tl.where(known, log_p, rm.NAN))
 
 
 @triton.jit
@@ -173,17 +173,10 @@ def merge_parts(
     merge_parts_kernel[(n_rows,)](*args, PAIR=pair, MAX_PARTS=MAX_PARTS, num_warps=1)
 
 
-def row_stats(
-    student: Tensor,
-    teacher: Tensor | None,
-    token_ids: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    vocab_size: int,
-) -> Tensor:
-    """See `minillm_kernels.logits.ops.row_stats`: [len(RowStats), ...] in fp32."""
+def row_stats(pair: Pair, token_ids: Tensor | None, mask: Tensor | None) -> Tensor:
+    student, teacher, temperature, vocab_size = pair
     stats = torch.empty((len(RowStats._fields), *student.shape[:-1]), dtype=torch.float32, device=student.device)
-    n_rows = student.shape[:-1].numel()
+    n_rows = pair.n_rows
     if n_rows == 0:
         return stats
     tiles = tiles_of(n_rows, vocab_size, student, teacher)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 import triton.testing
 
+from ...rows import DIFFERENTIABLE, Pair
 from . import grad, launch, stats
 
 # (loads of 16 bytes in flight a thread and tensor, warps): more of both cover more latency, and spill beyond these.
@@ -30,14 +31,15 @@ def tune(
     of this length from now on. `bench` is triton.testing.do_bench unless given."""
     timed = triton.testing.do_bench if bench is None else bench
     student, teacher = (torch.randn(n_rows, width, device=device).to(dtype) for _ in range(2))
-    coefficients = torch.ones(5, n_rows, device=device)
+    pair = Pair(student, teacher, temperature=1.0, vocab_size=width)
+    coefficients = torch.ones(len(DIFFERENTIABLE), n_rows, device=device)
     lines = launch.TILES[launch.architecture()]
     index = next(i for i, (most, _, _) in enumerate(lines) if width <= most)
     before, times = lines[index], {}
 
     def both() -> None:
-        found = stats.row_stats(student, teacher, None, None, 1.0, width)
-        grad.row_grad(student, teacher, None, found, coefficients, 1.0, width)
+        found = stats.row_stats(pair, None, None)
+        grad.row_grad(pair, None, found, coefficients)
 
     try:
         for loads, warps in CANDIDATES:

@@ -112,5 +112,5 @@ def test_no_weights_are_read(files, capsys):
     assert "minillm (minillm): 5 steps, at most 1,560 tokens trained on" in out  # 5 · (4 · (64 + 6) + 2 · 16)
     assert out.count("peak") == 2 and "TFLOP/s of a large matmul here" in out
     (files / "student" / "config.json").unlink()
-    with pytest.raises(ConfigError, match="no model is described at"):
+    with pytest.raises(ConfigError, match="no causal language model could be loaded from"):
         cost(*config_of(files, "kd"))

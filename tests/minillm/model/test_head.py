@@ -7,8 +7,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, Granite
 
 from minillm.config.schema import ConfigError
 from minillm.data.examples import collate
-from minillm.model import head as vocabulary
-from minillm.model.head import CausalLM, Head, Output, common_vocabulary, read_head
+from minillm.model.head import CausalLM, Output, common_vocabulary, read_head
+from minillm_kernels import fused_linear_distill_loss, fused_linear_divergence_loss, fused_linear_minillm_loss
 
 SIZES = dict(
     vocab_size=257, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -48,9 +48,12 @@ def test_scales_and_soft_caps_are_those_of_the_model(make, head):
 
 
 def test_what_is_read():
-    assert read_head(granite())[2:] == (None, 0.125)
-    assert read_head(gemma())[2:] == (2.0, 1.0)
-    assert CausalLM(granite(), "logits").head == Head(None)
+    for model, softcap, scale in ((granite(), None, 0.125), (gemma(), 2.0, 1.0)):
+        head = read_head(model)
+        assert head.weight is model.lm_head.weight and (head.softcap, head.scale) == (softcap, scale)
+    assert CausalLM(granite(), "logits").head.weight is None
+    with torch.no_grad():  # a teacher's is a constant
+        assert not CausalLM(granite()).head.weight.requires_grad
 
 
 def test_a_head_that_cannot_be_read_is_refused_and_the_switch_is_named(make_llama):
@@ -88,17 +91,15 @@ def test_fused_losses_are_those_of_the_logits(loss):
             target = teacher.output(BATCH)
 
         def value(output: Output, batch, target=target):
-            ids, n = batch.targets, len(batch.targets)
+            pair, ids, n = (*output, *target), batch.targets, len(batch.targets)
             if loss == "cross_entropy":
-                return {"loss": vocabulary.cross_entropy(output, ids, 257)}
+                return fused_linear_distill_loss(*output, token_ids=ids, student_logprobs=-1.0)._asdict()
             if loss == "distill_loss":
-                weights = {"forward_kl": 0.4, "student_logprobs": -0.6}
-                return {"loss": vocabulary.distill_loss(output, target, ids, vocab_size=257, **weights).loss}
+                return fused_linear_distill_loss(*pair, ids, forward_kl=0.4, student_logprobs=-0.6)._asdict()
             if loss == "divergence":
-                return {"loss": vocabulary.divergence(output, target, "jsd", beta=0.3, vocab_size=257)}
+                return {"loss": fused_linear_divergence_loss(*pair, "jsd", beta=0.3, reduction="sum")}
             constants = {"advantages": torch.linspace(-1, 1, n), "old_logprobs": torch.full((n,), -5.0)}
-            constants["mask"] = torch.ones(n, dtype=torch.bool)
-            return {"loss": vocabulary.minillm_loss(output, target, ids, vocab_size=257, **constants).loss}
+            return fused_linear_minillm_loss(*pair, ids, **constants)._asdict()
 
         found = student(BATCH, value)["loss"]
         found.backward()

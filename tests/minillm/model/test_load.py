@@ -7,17 +7,11 @@ from adapters import needs_adapters
 from transformers import LlamaForCausalLM
 
 from minillm.config.schema import ConfigError, LoraConfig
+from minillm.model.adapters import add_adapters, merge_adapters
+from minillm.model.check import check_context, check_same_tokenizer
 from minillm.model.head import CausalLM
-from minillm.model.load import (
-    add_adapters,
-    attention,
-    check_context,
-    check_same_tokenizer,
-    drop_layers,
-    load_model,
-    load_tokenizer,
-    merge_adapters,
-)
+from minillm.model.layers import drop_layers
+from minillm.model.load import attention, load_model, load_tokenizer
 
 
 @torch.no_grad()

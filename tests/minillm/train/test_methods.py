@@ -249,14 +249,3 @@ def test_empty_answers_are_an_error_or_left_out(make, files):
         assert len(make(method, "--data.empty_answers=drop").examples) == 14
     assert len(make("minillm", "--rollout.batch_size=8").examples) == 16  # learns from what it samples
     assert "2 empty answers left out" in make("sft", "--data.empty_answers=drop").about
-
-
-def test_a_model_that_mixes_packed_sequences_up_is_refused(make_gpt2, make_llama):
-    from minillm.model.load import check_packing
-
-    check_packing(make_llama())
-    check_packing(make_gpt2())
-    deaf = make_llama()
-    deaf.forward = lambda position_ids=None, **inputs: type(deaf).forward(deaf, **inputs)
-    with pytest.raises(ConfigError, match=r"does not keep packed sequences apart: set data.packing to false"):
-        check_packing(deaf)

@@ -33,7 +33,7 @@ def make_rollout(lengths, width, seed=0, alpha=0.2, vocab=11) -> Rollout:
 def summed(student, teacher, token_ids, terms, *, clip_range=0.2, single_step=True):
     """Single + Long as the loop asks for them: sums over the tokens; clip_range 0 leaves the ratio unclipped."""
     return minillm_loss(
-        student, teacher, token_ids, **terms._asdict(), mask=torch.ones_like(token_ids), normalizer=1.0,
+        student, teacher, token_ids, **terms._asdict(), normalizer=1.0,
         clip_range=clip_range or math.inf, single_step=float(single_step),
     )  # fmt: skip
 

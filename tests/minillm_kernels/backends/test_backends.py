@@ -1,6 +1,9 @@
 """Which implementation runs: the choice, the refusals, the environment variable, the fall-back that is logged once."""
 
+import asyncio
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,8 +13,9 @@ from processes import in_a_process
 import minillm_kernels as mk
 from minillm_kernels import available_backends, last_backend, use_backend
 from minillm_kernels.backends import choose, cpu
+from minillm_kernels.rows import DIVERGENCES
 
-needs_core = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+needs_core = pytest.mark.skipif(cpu.backend.unavailable() is not None, reason=str(cpu.backend.unavailable()))
 
 
 def test_available_backends():
@@ -150,6 +154,71 @@ except RuntimeError as error:
     assert result.stderr.strip() == f"backend 'cpu' is passed over: {reason}"
 
 
+def test_a_core_that_was_built_from_other_sources_is_not_used():
+    """As after an update of an editable installation: its statistics may lie in another order."""
+    code = f"""
+import sys, types
+old = types.ModuleType("minillm_kernels._core")
+old.STATISTICS = ("REVERSE_KL",)
+sys.modules["minillm_kernels._core"] = old
+{RUN}
+print(mk.available_backends()["cpu"])
+"""
+    ran, reason = in_a_process(code, MINILLM_KERNELS_BACKEND="").stdout.splitlines()
+    assert ran == "reference"
+    assert reason.startswith("the compiled core was built from other sources (STATISTICS differ); run `pip install -e")
+
+
+def both_sides(first: str, second: str) -> tuple[str, str]:
+    """What two runs of rows see, the first having begun before the second and going on after it."""
+    s, t = Case(60).logits()
+    inside, done = threading.Event(), threading.Event()
+    seen = []
+
+    def run() -> None:
+        with use_backend(first):
+            inside.set()
+            done.wait(30)
+            mk.fused_rkl_loss(s, t)
+            seen.append(last_backend())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    inside.wait(30)
+    with use_backend(second):
+        mk.fused_rkl_loss(s, t)
+        here = last_backend()
+        done.set()
+        thread.join()
+    return here, seen[0]
+
+
+@needs_core
+def test_threads_keep_their_own_choice():
+    """The one that came last must not decide for the one that is still inside."""
+    assert both_sides("reference", "cpu") == ("cpu", "reference")
+    s, t = Case(60).logits()
+    with use_backend("reference"), ThreadPoolExecutor(1) as pool:  # nor is a choice inherited
+        pool.submit(mk.fused_rkl_loss, s, t).result()
+        assert last_backend() == "cpu"
+
+
+@needs_core
+def test_tasks_keep_their_own_choice():
+    s, t = Case(60).logits()
+
+    async def task(name: str) -> str:
+        with use_backend(name):
+            await asyncio.sleep(0)  # the other task enters its own
+            mk.fused_rkl_loss(s, t)
+            return last_backend()
+
+    async def both() -> list[str]:
+        return await asyncio.gather(task("reference"), task("cpu"))
+
+    assert asyncio.run(both()) == ["reference", "cpu"]
+
+
 @needs_core
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_backends_agree(dtype):
@@ -160,7 +229,7 @@ def test_backends_agree(dtype):
     def everything():
         x = s.clone().requires_grad_()
         stats = mk.distill_stats(x, t, ids)
-        divergences = [mk.fused_divergence_loss(x, t, d) for d in mk.losses.DIVERGENCES]
+        divergences = [mk.fused_divergence_loss(x, t, d) for d in DIVERGENCES]
         logprobs = mk.token_logprobs(x, ids, return_entropy=True)
         total = sum(v.sum() for v in (*stats, *divergences, *logprobs) if v.requires_grad)
         return (*stats, *divergences, *logprobs, *torch.autograd.grad(total, x))

@@ -1,5 +1,6 @@
 """The backend "cuda" where it does not run: why, in words, and what runs instead."""
 
+import dataclasses
 import logging
 import re
 from types import SimpleNamespace
@@ -11,14 +12,14 @@ import minillm_kernels as mk
 from minillm_kernels.backends import choose, compiled, cuda
 
 
-def core(architectures: str = "90", driver: int = 13000, runtime: int = 13000) -> SimpleNamespace:
-    return SimpleNamespace(CUDA_ARCHITECTURES=architectures, cuda_versions=lambda: (driver, runtime))
+def core(driver: int = 13000, runtime: int = 13000) -> SimpleNamespace:
+    return SimpleNamespace(versions=lambda: (driver, runtime))
 
 
 @pytest.mark.parametrize(
-    ("module", "reason"),
+    ("operations", "reason"),
     [
-        (core(architectures=""), "built without nvcc; put nvcc on PATH .* install again with MINILLM_CUDA=1"),
+        (None, "built without nvcc; put nvcc on PATH .* install again with MINILLM_CUDA=1"),
         (core(driver=0), "there is no CUDA driver"),
         (
             core(driver=12040),
@@ -26,41 +27,42 @@ def core(architectures: str = "90", driver: int = 13000, runtime: int = 13000) -
         ),
     ],
 )
-def test_why_it_does_not_run_here(monkeypatch, module, reason):
-    monkeypatch.setattr(compiled, "core", module)
-    monkeypatch.setattr(cuda, "_core", module)
-    assert re.search(reason, cuda.unavailable() or "")
+def test_why_it_does_not_run_here(monkeypatch, operations, reason):
+    monkeypatch.setattr(compiled, "missing", None)
+    monkeypatch.setattr(cuda, "operations", operations)
+    assert re.search(reason, cuda.backend.unavailable() or "")
 
 
 def test_an_older_driver_of_the_same_generation_is_no_reason(monkeypatch):
     """CUDA is compatible inside a major version; what is left is that this torch has no device."""
-    module = core(driver=12020, runtime=12090)
-    monkeypatch.setattr(compiled, "core", module)
-    monkeypatch.setattr(cuda, "_core", module)
+    monkeypatch.setattr(compiled, "missing", None)
+    monkeypatch.setattr(cuda, "operations", core(driver=12020, runtime=12090))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert cuda.unavailable() is None
+    assert cuda.backend.unavailable() is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "torch sees no CUDA device" in cuda.unavailable()
+    assert "torch sees no CUDA device" in cuda.backend.unavailable()
 
 
 def test_cuda_tensors_take_the_next_backend_and_the_reason_is_logged_once(caplog, monkeypatch):
     monkeypatch.setattr(choose, "_logged", set())
-    monkeypatch.setattr(cuda, "unavailable", lambda: "there is no CUDA driver on this machine")
+    reason = "there is no CUDA driver on this machine"
+    monkeypatch.setitem(choose.BACKENDS, "cuda", dataclasses.replace(cuda.backend, why_not=lambda: reason))
     tensor = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
     with caplog.at_level(logging.WARNING, logger="minillm_kernels"):
         for _ in range(3):
-            assert choose.resolve("auto", tensor) in ("triton", "reference")
+            choose.resolve("auto", tensor)
+            assert mk.last_backend() in ("triton", "reference")
     passed_over = [r.message for r in caplog.records if "'cuda'" in r.message]
-    assert passed_over == ["backend 'cuda' is passed over: there is no CUDA driver on this machine"]
+    assert passed_over == [f"backend 'cuda' is passed over: {reason}"]
 
 
 def test_it_takes_cuda_tensors_of_three_types():
     cpu_tensor = torch.zeros(2, 3)
-    assert cuda.refusal(cpu_tensor) == "it takes CUDA tensors, not cpu"
+    assert cuda.backend.refusal(cpu_tensor) == "it takes CUDA tensors, not cpu"
     on_cuda = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
-    assert cuda.refusal(on_cuda) is None
+    assert cuda.backend.refusal(on_cuda) is None
     on_cuda.dtype = torch.float64
-    assert cuda.refusal(on_cuda) == "it takes float32, bfloat16 and float16, not float64"
+    assert cuda.backend.refusal(on_cuda) == "it takes float32, bfloat16 and float16, not float64"
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
@@ -75,9 +77,9 @@ def test_losses_of_hidden_states_read_the_logits_once(cuda_on_host, divergence, 
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         cuda_on_host.count(True)
         with mk.use_backend("cuda"):
-            loss = mk.fused_linear_divergence_loss(
-                *leaves, 2 * hidden, weight.flip(0), divergence, softcap=softcap, chunk_rows=5
-            )
+            student, teacher = (mk.Head(x, softcap=softcap) for x in (leaves[1], weight.flip(0)))
+            models = (leaves[0], student, 2 * hidden, teacher)
+            loss = mk.fused_linear_divergence_loss(*models, divergence, chunk_rows=5)
         launches.append(cuda_on_host.counters()["launches"])
         cuda_on_host.count(False)
         loss.backward()

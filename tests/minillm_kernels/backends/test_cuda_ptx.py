@@ -4,6 +4,7 @@ those of a real launch."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from minillm_kernels.backends import cuda, reference
+from minillm_kernels.rows import Pair
 
 BF16, FP32 = torch.bfloat16, torch.float32
 PTXJIT = Path(os.environ.get("MINILLM_PTXJIT", host_build.ROOT.parent / "shared" / "tools" / "ptxjit"))
@@ -126,26 +128,30 @@ def run(executor: Executor, s: torch.Tensor, t: torch.Tensor, token_ids: torch.T
     uniforms = torch.rand(N, 2, dtype=torch.float64)
     executor.buffers = [s, t, token_ids, coefficients, scale, uniforms]
     executor.divergence = 0
-    out = {"stats": cuda.row_stats(s, t, token_ids, None, 1.0, V)}
+    out = {"stats": cuda.backend.row_stats(Pair(s, t, 1.0, V), token_ids, None)}
     executor.buffers.append(out["stats"])
-    out["grad"] = cuda.row_grad(s, t, token_ids, out["stats"], coefficients, 1.0, V)
+    out["grad"] = cuda.backend.row_grad(Pair(s, t, 1.0, V), token_ids, out["stats"], coefficients)
     simple = coefficients * (torch.arange(5) < 1)[:, None]
     executor.buffers.append(simple)
-    out["rkl grad"] = cuda.row_grad(s, t, None, out["stats"], simple, 1.0, V)
-    at_once = cuda.row_stats_grad(s, t, token_ids, coefficients, 1.0, V)
+    out["rkl grad"] = cuda.backend.row_grad(Pair(s, t, 1.0, V), None, out["stats"], simple)
+    in_one_launch = dataclasses.replace(cuda.backend, holds_rows=lambda operations, pair: True)
+    at_once = in_one_launch.row_stats_grad(Pair(s, t, 1.0, V), token_ids, coefficients)
     assert torch.equal(at_once[0], out["stats"]) and torch.equal(at_once[1], out["grad"])
     for executor.divergence, name in ((0, "jsd"), (3, "tvd")):
-        values = cuda.row_divergence(s, t, None, out["stats"], name, 0.3, 1.0, V)
+        values = cuda.backend.row_divergence(Pair(s, t, 1.0, V), None, out["stats"], name, 0.3)
         out[name] = values
-        out[f"{name} grad"] = cuda.row_divergence_grad(s, t, out["stats"], values, scale, name, 0.3, 1.0, V)
-    for label, settings in {
-        "plain": (0.4, 1.0, 0, 1.0),
-        "filtered": (0.4, 0.7, 20, 0.8),
-        "greedy": (0.4, 0.0, 0, 1.0),
+        out[f"{name} grad"] = cuda.backend.row_divergence_grad(
+            Pair(s, t, 1.0, V), out["stats"], values, scale, name, 0.3
+        )
+    for label, (temperature, *filters) in {
+        "plain": (1.0, 0, 1.0),
+        "filtered": (0.7, 20, 0.8),
+        "greedy": (0.0, 0, 1.0),
     }.items():
-        sample = cuda.row_sample(s, t, uniforms, *settings, V)
+        pair = Pair(s, t, temperature, V)
+        sample = cuda.backend.row_sample(pair, uniforms, 0.4, *filters)
         out |= {f"{label} token": sample[0], f"{label} logprobs": sample[1]}
-        right = reference.row_sample(s, t, uniforms, *settings, V)
+        right = reference.backend.row_sample(pair, uniforms, 0.4, *filters)
         assert torch.equal(sample[0], right[0]), label
         torch.testing.assert_close(sample[1], right[1].float(), rtol=3e-6, atol=3e-6)
     return out
@@ -169,13 +175,13 @@ def test_compiled_kernels_give_the_definitions_in_any_order(executor, shape):
             assert torch.equal(x, other[name]), name
     ours, truth = results[0], oracle.statistics(s.double(), t, ids)
     for i, name in enumerate(
-        ("reverse_kl", "forward_kl", "student_entropy", "student_logprobs", "teacher_logprobs"), start=4
+        ("reverse_kl", "forward_kl", "student_logprobs", "teacher_logprobs", "student_entropy"), start=4
     ):
         torch.testing.assert_close(ours["stats"][i].double(), truth[name], rtol=3e-6, atol=3e-6, msg=name)
     torch.manual_seed(1)
     coefficients = torch.randn(5, N)
     stats = ours["stats"].double()
-    grad = reference.row_grad(s.double(), t.double(), ids, stats, coefficients, 1.0, V)
+    grad = reference.backend.row_grad(Pair(s.double(), t.double(), 1.0, V), ids, stats, coefficients)
     tolerance = {BF16: 2**-8, FP32: 2e-5}[executor.dtype]
     torch.testing.assert_close(ours["grad"].double(), grad, rtol=tolerance, atol=1e-6)
     for name in ("jsd", "tvd"):

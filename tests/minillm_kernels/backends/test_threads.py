@@ -11,6 +11,7 @@ from cases import BF16, FP16, FP32, NAMES, Case
 from processes import in_a_process
 
 import minillm_kernels as mk
+from minillm_kernels.rows import DIVERGENCES
 
 # Rows split over columns (1, 3), one unit a row (70); above 32768 elements, so that threads are used at all.
 SHAPES = [
@@ -27,7 +28,7 @@ def _everything(case: Case):
     ids, rows = case.token_ids(), torch.arange(case.leading[0])
     weights = (rows % 3 != 1).float()
     results = [*mk.distill_stats(s, t, ids), *mk.token_logprobs(s, ids, return_entropy=True)]
-    results += [mk.fused_divergence_loss(s, t, d, weights=weights, reduction="none") for d in mk.losses.DIVERGENCES]
+    results += [mk.fused_divergence_loss(s, t, d, weights=weights, reduction="none") for d in DIVERGENCES]
     finite = [torch.where(x.isfinite(), x, 0).sum() for x in results if x.requires_grad]
     results.append(oracle.gradient(sum(finite), s))
     uniforms = torch.rand(*case.leading, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

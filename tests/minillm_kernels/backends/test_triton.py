@@ -55,6 +55,22 @@ def test_without_the_interpreter_a_cpu_tensor_is_refused():
     assert "no CUDA device; set TRITON_INTERPRET=1 before Python starts" in message
 
 
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        (None, "Triton is not installed"),
+        ("3.2.0", "needs Triton 3.7 or newer, installed is 3.2.0; `pip install -U triton`"),
+        ("3.7.0", None),
+        ("3.10.1+gitabc", None),
+    ],
+)
+def test_an_older_triton_is_no_backend(monkeypatch, version, reason):
+    """Rather than one that fails when its first kernel is compiled."""
+    monkeypatch.setattr(backend, "version", lambda: version)
+    found = backend.backend.unavailable()
+    assert found is None if reason is None else reason in found
+
+
 def test_refusals():
     s, t = Case(60).logits()
     with use_backend("triton"):

@@ -7,7 +7,7 @@ from processes import ROOT, in_a_process
 
 from minillm_kernels.backends import triton as backend
 
-if not backend._installed():
+if backend.version() is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 
@@ -80,15 +80,16 @@ import json, torch
 from benchmarks.gpu_static.recording import recording
 from minillm_kernels.backends.triton import divergence, grad, linear, sample, stats
 from minillm_kernels.hidden.chunked import Head
+from minillm_kernels.rows import Pair
 kernels = {}
 with recording(90) as launches:
     for n, V in ((1, 4099), (2, 4099), (3, 50257), (16, 151936), (7, 4112)):
         s, r, ids = torch.zeros(n, V, dtype=torch.bfloat16), torch.zeros(11, n), torch.zeros(n, dtype=torch.int64)
-        stats.row_stats(s, s, ids, None, 0.1 * n, V)
-        grad.row_grad(s, s, None, r, torch.ones(5, n), 0.1 * n, V)
-        divergence.row_divergence(s, s, None, r, "jsd", 0.1 + 0.01 * n, 1.0, V)
-        divergence.row_divergence_grad(s, s, r, r[:2], r[0], "jsd", 0.1 + 0.01 * n, 1.0, V)
-        sample.row_sample(s, s, torch.rand(n, 2).double(), 0.01 * n, 1.0, n, 0.9, V)
+        stats.row_stats(Pair(s, s, 0.1 * n, V), ids, None)
+        grad.row_grad(Pair(s, s, 0.1 * n, V), None, r, torch.ones(5, n))
+        divergence.row_divergence(Pair(s, s, 1.0, V), None, r, "jsd", 0.1 + 0.01 * n)
+        divergence.row_divergence_grad(Pair(s, s, 1.0, V), r, r[:2], r[0], "jsd", 0.1 + 0.01 * n)
+        sample.row_sample(Pair(s, s, 1.0, V), torch.rand(n, 2).double(), 0.01 * n, n, 0.9)
         head = Head(torch.zeros(n, 64, dtype=torch.bfloat16), torch.zeros(V, 64, dtype=torch.bfloat16), None, 0.0, 1.0)
         linear.linear_stats(head, head, ids, None, 1.0, V)
 for x in launches:

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from linear_cases import BETA, CAP, H_T, SCALE, Case, H, N, T, V, assert_close, plain_logits
+from linear_cases import BETA, CAP, H_T, Case, H, N, T, V, assert_close, plain_logits
 from torch import Tensor
 
 import minillm_kernels as mk
 from minillm_kernels.hidden import chunked
-from minillm_kernels.logits.losses import DIVERGENCES, REDUCTIONS
+from minillm_kernels.hidden.operands import operands
+from minillm_kernels.logits.losses import REDUCTIONS
+from minillm_kernels.rows import DIVERGENCES
 
 
 @pytest.mark.parametrize("cap", [None, CAP])
@@ -29,19 +31,7 @@ def test_divergences_equal_the_loss_on_logits(dtype, divergence, reduction, cap)
     wanted.backward(upstream.to(wanted.dtype))
 
     ours = case.leaves()
-    loss = mk.fused_linear_divergence_loss(
-        ours[0],
-        ours[1],
-        *case.teacher[:2],
-        divergence,
-        case.labels,
-        student_bias=ours[2],
-        teacher_bias=case.teacher[2],
-        softcap=cap,
-        logit_scale=SCALE,
-        chunk_rows=5,
-        **options,
-    )
+    loss = mk.fused_linear_divergence_loss(*case.models(ours, cap), divergence, case.labels, chunk_rows=5, **options)
     loss.backward(upstream.to(loss.dtype))
     assert_close([loss.detach(), *(x.grad for x in ours)], [wanted.detach(), *(x.grad for x in truth)], dtype)
     assert (ours[0].grad[case.labels == -100] == 0).all() and (ours[0].grad[4] == 0).all()
@@ -63,7 +53,6 @@ def test_bf16_gradients_accumulate_in_fp32():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_distill_stats_and_token_logprobs(dtype):
     case = Case(dtype)
-    mask = case.labels != -100
     fields = ("reverse_kl", "forward_kl", "student_logprobs", "student_entropy", "student_logsumexp")
 
     def total(stats) -> Tensor:
@@ -71,17 +60,15 @@ def test_distill_stats_and_token_logprobs(dtype):
 
     truth = case.leaves()
     z_s, z_t = plain_logits(truth, case.teacher, None)
-    wanted = mk.distill_stats(z_s, z_t, case.labels, mask=mask, temperature=T)
+    wanted = mk.distill_stats(z_s, z_t, case.labels, temperature=T)
     total(wanted).backward()
     ours = case.leaves()
-    biases = {"student_bias": ours[2], "teacher_bias": case.teacher[2]}
-    options = {"logit_scale": SCALE, "temperature": T, "chunk_rows": 8}
-    stats = mk.fused_linear_distill_stats(*ours[:2], *case.teacher[:2], case.labels, mask=mask, **biases, **options)
+    stats = mk.fused_linear_distill_stats(*case.models(ours), case.labels, temperature=T, chunk_rows=8)
     total(stats).backward()
     assert_close([*stats, *(x.grad for x in ours)], [*wanted, *(x.grad for x in truth)], dtype)
 
     logprobs, entropy = mk.fused_linear_token_logprobs(
-        case.student[0], case.student[1], case.labels, bias=case.student[2], logit_scale=0.7, return_entropy=True
+        *case.models(case.student)[:2], case.labels, return_entropy=True
     )
     alone = mk.token_logprobs(z_s, case.labels, return_entropy=True)
     assert_close([logprobs, entropy], list(alone), dtype)
@@ -101,7 +88,7 @@ COEFFICIENTS = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", COEFFICIENTS)
 def test_losses_linear_in_the_statistics(name, dtype, impl):
-    """Numbers and tensors as coefficients; rows whose mask is 0 hold NaN and a label outside the vocabulary."""
+    """Numbers and tensors as coefficients; rows that do not count hold NaN."""
     if impl == "tiled" and (dtype == torch.float64 or mk.available_backends()["triton"] != "ok"):
         pytest.skip("the tiled kernels are Triton's, in fp32 and 16-bit types")
     case, given = Case(dtype), COEFFICIENTS[name]
@@ -111,19 +98,16 @@ def test_losses_linear_in_the_statistics(name, dtype, impl):
     if alone:
         wanted = -0.1 * mk.token_logprobs(z_s, case.labels, temperature=T)[mask].sum()
     else:
-        stats = mk.distill_stats(z_s, z_t, case.labels, mask=mask, temperature=T)
+        stats = mk.distill_stats(z_s, z_t, case.labels, temperature=T)
         per_row = [c * getattr(stats, field) for field, c in given.items()]
         wanted = (torch.stack(per_row).sum(0) * case.weights).sum()
         given = {field: c * case.weights for field, c in given.items()}
     wanted.mul(1.7).backward()
     with torch.no_grad():
         ours[0][~mask] = torch.nan
-    teacher = [None, None, None] if alone else case.teacher
-    biases = {"student_bias": ours[2], "teacher_bias": teacher[2]}
-    options = {"logit_scale": SCALE, "temperature": T, "impl": impl, "chunk_rows": 8 if impl == "chunked" else None}
-    loss, found = mk.fused_linear_distill_loss(
-        *ours[:2], *teacher[:2], case.labels, mask=mask, **given, **biases, **options
-    )
+    student, teacher = case.models(ours)[:2], (None, None) if alone else case.models(ours)[2:]
+    options = {"temperature": T, "impl": impl, "chunk_rows": 8 if impl == "chunked" else None}
+    loss, found = mk.fused_linear_distill_loss(*student, *teacher, case.labels, **given, **options)
     loss.mul(1.7).backward()
     assert_close([loss.detach(), *(x.grad for x in ours)], [wanted.detach(), *(x.grad for x in truth)], dtype)
     assert (ours[0].grad[~mask] == 0).all() and (found.student_logprobs[~mask] == 0).all()
@@ -199,7 +183,7 @@ def test_module_form_and_same_bits_again():
     results = []
     for _ in range(2):
         hidden, weight, bias = case.leaves()
-        loss = module(hidden, weight, *case.teacher[:2], case.labels, student_bias=bias)
+        loss = module(hidden, mk.Head(weight, bias), *case.teacher[:2], case.labels)
         loss.backward()
         results.append([loss, hidden.grad, weight.grad, bias.grad])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -221,14 +205,13 @@ def test_autocast_casts_as_linear_does():
 @pytest.mark.parametrize("name", ["rkl", "distill"])
 def test_compiles_into_one_graph(name):
     case = Case(torch.float32)
-    mask = case.labels != -100
 
     def loss_of(hidden, weight):
         args = (hidden, weight, *case.teacher[:2], case.labels)
         if name == "rkl":
             return mk.fused_linear_rkl_loss(*args, chunk_rows=16)
         coefficients = {"forward_kl": case.weights, "student_logprobs": -0.5}
-        return mk.fused_linear_distill_loss(*args, mask=mask, chunk_rows=16, **coefficients).loss
+        return mk.fused_linear_distill_loss(*args, chunk_rows=16, **coefficients).loss
 
     results = []
     for fn in (loss_of, torch.compile(loss_of, fullgraph=True, backend="aot_eager")):
@@ -247,7 +230,7 @@ def test_opcheck(name):
     heads = [*case.leaves(), *case.teacher]
     mask = case.labels != -100
     ids = case.labels.clamp(min=0)
-    settings = ([0.0, 0.0], [1.0, 1.0], 1.0, V, 8, "reference")
+    settings = ([0.0, 0.0], [1.0, 1.0], 1.0, V, "chunked", 8, "reference")
     needs = [True, True, True]
     args = {
         "linear_stats": (ids, mask),
@@ -256,38 +239,43 @@ def test_opcheck(name):
         "linear_divergence_loss": (case.weights, "jsd", BETA, needs),
         "linear_minillm_loss": (ids, mask, torch.ones(4, N), torch.tensor(0.1), 0.2, 0.0, needs),
     }[name]
-    torch.library.opcheck(getattr(torch.ops.minillm, name).default, (*heads, *args, *settings))
+    torch.library.opcheck(getattr(torch.ops.minillm, name).default, (*args, *heads, *settings))
 
 
 def test_bad_input():
     case = Case(torch.float32)
-    good = [case.student[0], case.student[1], case.teacher[0], case.teacher[1]]
-
-    def call(**changes):
-        names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
-        arguments = {**dict(zip(names, good, strict=True)), **changes}
-        return mk.fused_linear_rkl_loss(**arguments)
-
+    names = ("student_hidden", "student_head", "teacher_hidden", "teacher_head")
+    good = dict(zip(names, case.models(case.student, scale=(1.0, 1.0)), strict=True))
+    weight, bias = case.student[1:]
     bad = [
-        ({"student_weight": case.student[1].t()}, ValueError, r"student_hidden must be \[..., H\]"),
+        ({"student_head": weight.t()}, ValueError, r"student_hidden must be \[..., H\]"),
+        ({"student_hidden": [1.0]}, TypeError, "student_hidden must be a tensor, got list"),
+        ({"teacher_hidden": case.teacher[0].long()}, TypeError, "teacher_hidden must be a floating-point tensor"),
+        ({"student_head": torch.nn.Linear(H, V)}, TypeError, "got Linear: pass lm_head.weight, or Head"),
         ({"teacher_hidden": case.teacher[0][:5]}, ValueError, "same leading shape"),
-        ({"student_bias": torch.zeros(3)}, ValueError, r"student_bias must be \[1001\]"),
+        ({"student_head": mk.Head(weight, bias.double())}, TypeError, "the bias of student_head is torch.float64"),
         ({"student_hidden": case.student[0].double()}, TypeError, "cast one of them"),
-        ({"teacher_weight": case.teacher[1].clone().requires_grad_()}, ValueError, "the teacher is a constant"),
-        ({"vocab_size": 1002}, ValueError, "smaller head"),
+        ({"student_hidden": case.student[0].to("meta")}, ValueError, "move one of them"),
+        ({"teacher_head": case.teacher[1].clone().requires_grad_()}, ValueError, "the teacher is a constant"),
+        ({"vocab_size": 1002}, ValueError, r"smaller head \(head sizes 1001 and 1010\)"),
         ({"chunk_rows": 0}, ValueError, "chunk_rows"),
-        ({"softcap": -1.0}, ValueError, "softcap"),
-        ({"logit_scale": (1.0, 1.0, 1.0)}, ValueError, "pair"),
         ({"group": object()}, NotImplementedError, "group"),
     ]
     for changes, error, message in bad:
         with pytest.raises(error, match=message):
-            call(**changes)
+            mk.fused_linear_rkl_loss(**{**good, **changes})
 
 
 def test_default_chunk_bounds_the_buffers():
-    for vocab_size, element, models in ((49152, 4, 2), (151936, 2, 2), (50257, 4, 1)):
-        rows = chunked.default_chunk_rows(vocab_size, element, models)
+    for vocab_size, dtype, models in (
+        (49152, torch.float32, 2),
+        (151936, torch.bfloat16, 2),
+        (50257, torch.float32, 1),
+    ):
+        weight = torch.empty(vocab_size, 1, dtype=dtype)
+        model = (weight[:1], mk.Head(weight))
+        heads = operands(model, model if models == 2 else None, "chunked", None, 1.0, None)
+        rows, element = chunked.default_chunk_rows(heads), dtype.itemsize
         assert rows % 16 == 0
         assert rows * vocab_size * element * models <= 96 << 20 or rows == 16
 
@@ -306,7 +294,7 @@ def test_the_backward_pass_makes_nothing_of_the_weights_size(name):
     if name == "rkl":
         loss = mk.fused_linear_rkl_loss(*heads)
     else:
-        constants = dict.fromkeys(("advantages", "old_logprobs", "mask"), torch.ones(4))
+        constants = dict.fromkeys(("advantages", "old_logprobs"), torch.ones(4))
         loss = mk.fused_linear_minillm_loss(*heads, torch.arange(4), **constants).loss
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")

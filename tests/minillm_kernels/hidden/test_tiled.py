@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from linear_cases import CAP, SCALE, Case, H, N, T, V, assert_close, plain_logits
+from linear_cases import CAP, Case, H, N, T, V, assert_close, plain_logits
 
 import minillm_kernels as mk
 from minillm_kernels import available_backends, use_backend
@@ -11,7 +11,7 @@ from minillm_kernels.hidden import tiled
 if available_backends()["triton"] != "ok" or torch.cuda.is_available():
     pytest.skip("needs Triton's interpreter: " + available_backends()["triton"], allow_module_level=True)
 
-OPTIONS = {"logit_scale": SCALE, "temperature": T, "impl": "tiled"}
+OPTIONS = {"temperature": T, "impl": "tiled"}
 
 
 @pytest.mark.parametrize("cap", [None, CAP])
@@ -28,9 +28,8 @@ def test_losses(divergence, dtype, cap, monkeypatch):
     wanted.mul(1.7).backward()
     with torch.no_grad():
         ours[0][case.labels == -100] = torch.nan
-    biases = {"student_bias": ours[2], "teacher_bias": case.teacher[2], "softcap": cap, "weights": case.weights}
-    args = (*ours[:2], *case.teacher[:2], divergence, case.labels)
-    loss = mk.fused_linear_divergence_loss(*args, **biases, **OPTIONS)
+    args = (*case.models(ours, cap), divergence, case.labels)
+    loss = mk.fused_linear_divergence_loss(*args, weights=case.weights, **OPTIONS)
     loss.mul(1.7).backward()
     assert mk.last_backend() == "triton"
     assert [x.grad.dtype for x in ours] == [dtype] * 3
@@ -40,27 +39,27 @@ def test_losses(divergence, dtype, cap, monkeypatch):
 
 def test_statistics_and_their_gradient():
     case = Case(torch.float32)
-    mask, fields = case.labels != -100, ("reverse_kl", "student_logprobs", "student_entropy", "student_logsumexp")
+    fields = ("reverse_kl", "student_logprobs", "student_entropy", "student_logsumexp")
     truth, ours = case.leaves(), case.leaves()
-    wanted = mk.distill_stats(*plain_logits(truth, case.teacher, None), case.labels, mask=mask, temperature=T)
-    biases = {"student_bias": ours[2], "teacher_bias": case.teacher[2], "mask": mask}
-    stats = mk.fused_linear_distill_stats(*ours[:2], *case.teacher[:2], case.labels, **biases, **OPTIONS)
+    wanted = mk.distill_stats(*plain_logits(truth, case.teacher, None), case.labels, temperature=T)
+    stats = mk.fused_linear_distill_stats(*case.models(ours), case.labels, **OPTIONS)
     for x in (wanted, stats):
         sum((i + 1) * getattr(x, f).sum() for i, f in enumerate(fields)).backward()
     assert_close([*stats, *(x.grad for x in ours)], [*wanted, *(x.grad for x in truth)], torch.float32)
 
-    logprobs = mk.fused_linear_token_logprobs(*case.student[:2], case.labels, bias=case.student[2], impl="tiled")
+    head = mk.Head(*case.student[1:])
+    logprobs = mk.fused_linear_token_logprobs(case.student[0], head, case.labels, impl="tiled")
     z = case.student[0].double() @ case.student[1].double().t() + case.student[2].double()
     assert_close([logprobs], [mk.token_logprobs(z, case.labels)], torch.float32)
 
 
 def test_the_minillm_loss():
     case = Case(torch.float32)
-    rows = {"advantages": torch.randn(N), "old_logprobs": -torch.rand(N) - 6, "mask": case.labels != -100}
+    rows = {"advantages": torch.randn(N), "old_logprobs": -torch.rand(N) - 6}
     results = []
     for impl in ("chunked", "tiled"):
         leaves = case.leaves()
-        args = (*leaves[:2], *case.teacher[:2], case.labels.clamp(min=0))
+        args = (*leaves[:2], *case.teacher[:2], case.labels)
         out = mk.fused_linear_minillm_loss(*args, entropy_coef=0.1, impl=impl, **rows)
         out.loss.backward()
         results.append([out.loss.detach(), out.reverse_kl, out.entropy, leaves[0].grad, leaves[1].grad])
@@ -109,9 +108,9 @@ def test_refusals():
 @pytest.mark.parametrize("name", ["linear_stats", "linear_stats_loss"])
 def test_opcheck(name):
     case = Case(torch.float32)
-    settings = ([0.0, 0.0], [1.0, 1.0], 1.0, V, tiled.TILED, "triton")
+    settings = ([0.0, 0.0], [1.0, 1.0], 1.0, V, "tiled", None, "triton")
     args = {
         "linear_stats": (case.labels.clamp(min=0), case.labels != -100),
         "linear_stats_loss": (None, None, torch.rand(5, N), [True, True, True]),
     }[name]
-    torch.library.opcheck(getattr(torch.ops.minillm, name).default, (*case.leaves(), *case.teacher, *args, *settings))
+    torch.library.opcheck(getattr(torch.ops.minillm, name).default, (*args, *case.leaves(), *case.teacher, *settings))

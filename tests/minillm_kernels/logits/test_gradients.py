@@ -6,7 +6,7 @@ import torch
 from cases import BF16, FP16, FP32, NAMES, Case
 from torch.utils.checkpoint import checkpoint
 
-from minillm_kernels import distill_stats, fused_divergence_loss, fused_rkl_loss, token_logprobs
+from minillm_kernels import distill_loss, distill_stats, fused_divergence_loss, fused_rkl_loss, token_logprobs
 
 LOSSES = {
     "reverse_kl": lambda s, t, **k: fused_rkl_loss(s, t, **k),
@@ -102,13 +102,13 @@ def test_a_teacher_that_requires_grad_is_an_error():
         fused_rkl_loss(s, t)  # no gradient is taken: nothing to refuse
 
 
-def test_weights_and_mask_are_constants():
+def test_weights_and_coefficients_are_constants():
     s, t = _logits()
     weights = torch.ones(3, requires_grad=True)
     with pytest.raises(ValueError, match=r"weights require a gradient, but are constants.*weights.detach\(\)"):
         fused_rkl_loss(s, t, weights=weights)
-    with pytest.raises(ValueError, match=r"mask require a gradient, but are constants"):
-        distill_stats(s, t, IDS, mask=weights)
+    with pytest.raises(ValueError, match=r"reverse_kl require a gradient, but are constants"):
+        distill_loss(s, t, reverse_kl=weights)
 
 
 @pytest.mark.parametrize("field", oracle.DIFFERENTIABLE)

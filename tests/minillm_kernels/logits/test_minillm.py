@@ -29,6 +29,7 @@ def problem(seed: int = 0) -> dict[str, torch.Tensor]:
     data["importance_weights"] = torch.rand(N, generator=generator, dtype=torch.float64) + 0.5
     data["advantages"] = draw(N)
     data["mask"] = torch.rand(N, generator=generator) > 0.3
+    data["counted"] = torch.where(data["mask"], data["token_ids"], -100)
     return data
 
 
@@ -43,7 +44,7 @@ def composed(logits, teacher_logits, data, *, clip, single_step, weighted, entro
     return per_token.sum() / (data["mask"].sum() if normalizer is None else normalizer)
 
 
-CONSTANTS = ("advantages", "old_logprobs", "importance_weights", "mask")
+CONSTANTS = ("advantages", "old_logprobs", "importance_weights")
 SETTINGS = list(itertools.product([0.2, 0.05], [1.0, 0.0], [True, False], [0.0, 0.3], [None, 50.0]))
 
 
@@ -62,9 +63,9 @@ def test_value_and_gradients(dtype, clip, single_step, weighted, entropy_coef, n
         h, w = (data[x].to(dtype, copy=True).requires_grad_() for x in ("hidden", "weight"))
         teacher = data["teacher_hidden"].to(dtype), data["teacher_weight"].to(dtype)
         if fused:
-            result = mk.fused_linear_minillm_loss(h, w, *teacher, data["token_ids"], chunk_rows=6, **options)
+            result = mk.fused_linear_minillm_loss(h, w, *teacher, data["counted"], chunk_rows=6, **options)
         else:
-            result = mk.minillm_loss(h @ w.t(), teacher_logits.to(dtype), data["token_ids"], **options)
+            result = mk.minillm_loss(h @ w.t(), teacher_logits.to(dtype), data["counted"], **options)
         result.loss.backward()
         tolerance = 1e-10 if dtype == torch.float64 else 3e-5
         for actual, wanted in ((result.loss, truth), (h.grad, hidden.grad), (w.grad, weight.grad)):
@@ -79,8 +80,8 @@ def test_outputs_for_logging():
     data = problem()
     logits, teacher_logits = data["hidden"] @ data["weight"].t(), data["teacher_hidden"] @ data["teacher_weight"].t()
     options = {name: data[name] for name in CONSTANTS}
-    result = mk.minillm_loss(logits, teacher_logits, data["token_ids"], **options)
-    stats = mk.distill_stats(logits, teacher_logits, data["token_ids"], mask=data["mask"])
+    result = mk.minillm_loss(logits, teacher_logits, data["counted"], **options)
+    stats = mk.distill_stats(logits, teacher_logits, data["counted"])
     assert torch.equal(result.reverse_kl, stats.reverse_kl)
     assert torch.equal(result.entropy, stats.student_entropy)
     assert torch.equal(result.student_logprobs, stats.student_logprobs)
@@ -96,12 +97,11 @@ def test_outputs_for_logging():
 def test_masked_tokens_may_hold_anything():
     data = problem()
     logits, teacher_logits = data["hidden"] @ data["weight"].t(), data["teacher_hidden"] @ data["teacher_weight"].t()
-    clean = mk.minillm_loss(logits, teacher_logits, data["token_ids"], **{name: data[name] for name in CONSTANTS})
+    clean = mk.minillm_loss(logits, teacher_logits, data["counted"], **{name: data[name] for name in CONSTANTS})
     out = ~data["mask"]
     logits[out], data["advantages"][out], data["old_logprobs"][out] = torch.nan, torch.nan, torch.inf
-    data["token_ids"][out] = -100
     logits.requires_grad_()
-    dirty = mk.minillm_loss(logits, teacher_logits, data["token_ids"], **{name: data[name] for name in CONSTANTS})
+    dirty = mk.minillm_loss(logits, teacher_logits, data["counted"], **{name: data[name] for name in CONSTANTS})
     dirty.loss.backward()
     assert dirty.loss == clean.loss
     assert (logits.grad[out] == 0).all() and logits.grad.isfinite().all()
@@ -110,8 +110,8 @@ def test_masked_tokens_may_hold_anything():
 def test_nothing_valid_gives_zero():
     data = problem()
     logits = (data["hidden"] @ data["weight"].t()).requires_grad_()
-    options = {name: data[name] for name in CONSTANTS} | {"mask": torch.zeros(N, dtype=torch.bool)}
-    result = mk.minillm_loss(logits, logits.detach(), data["token_ids"], **options)
+    options = {name: data[name] for name in CONSTANTS}
+    result = mk.minillm_loss(logits, logits.detach(), torch.full((N,), 7), ignore_index=7, **options)
     result.loss.backward()
     assert result.loss == 0 and result.clip_fraction == 0 and (logits.grad == 0).all()
 

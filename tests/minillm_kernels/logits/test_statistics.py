@@ -129,17 +129,17 @@ def test_ignored_tokens_are_not_read(backend):
     assert torch.equal(other[[0, 2]], logprobs[[0, 2]]) and other[[1, 3]].tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32])
-def test_masked_rows_are_not_read(backend, mask_dtype):
-    """Neither their logits (NaN here) nor their token, which is none of the vocabulary."""
+@pytest.mark.parametrize("ignored", [-100, 59])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16])
+def test_ignored_rows_of_a_pair_are_not_read(backend, dtype, ignored):
+    """Whether the id that says so is a token or not; their logits hold NaN."""
     s, t = torch.randn(2, 3, 60), torch.randn(2, 3, 60)
     s[0, 1], t[1, 2] = torch.nan, torch.nan
-    mask = torch.tensor([[1, 0, 1], [1, 1, 0]])
-    ids = torch.tensor([[0, -100, 59], [3, 4, 10**6]])
+    ids = torch.tensor([[0, ignored, 58], [3, 4, ignored]], dtype=dtype)
     x = s.clone().requires_grad_()
-    stats = distill_stats(x, t, ids, mask=mask.to(mask_dtype))
+    stats = distill_stats(x, t, ids, ignore_index=ignored)
     sum(f.sum() for f in stats if f.requires_grad).backward()
-    kept = mask != 0
+    kept = ids != ignored
     for name, field in stats._asdict().items():
         assert torch.equal(field[~kept], torch.zeros(2)), name
     assert torch.equal(x.grad[~kept], torch.zeros(2, 60))
@@ -149,14 +149,6 @@ def test_masked_rows_are_not_read(backend, mask_dtype):
     for name, field in stats._asdict().items():
         torch.testing.assert_close(field[kept], getattr(rows, name), rtol=0, atol=1e-6)
     torch.testing.assert_close(x.grad[kept], alone.grad, rtol=0, atol=1e-6)
-
-
-def test_mask_broadcasts(backend):
-    s, t, ids = torch.randn(2, 3, 60), torch.randn(2, 3, 60), torch.zeros(2, 3, dtype=torch.int64)
-    column = distill_stats(s, t, ids, mask=torch.tensor([[1], [0]]))
-    full = distill_stats(s, t, ids, mask=torch.tensor([[1, 1, 1], [0, 0, 0]]))
-    for a, b in zip(column, full, strict=True):
-        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("bad", [-1, 60, 2**40])

@@ -1,0 +1,94 @@
+"""What must hold of models and tokenizers before anything is trained, tried on a few tokens."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from minillm.config.schema import ConfigError
+from minillm.data.examples import collate
+from minillm.model.head import CausalLM
+from minillm.model.load import packs_in_one_row
+from minillm.model.sampling import draw_uniforms, sample
+from minillm_kernels import fused_linear_token_logprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROBE = "In 1984,  the naïve café (№ 7) answered: “2 + 2 = 5”?\n\n\tdef f(x): return x\n日本語 🙂"
+
+
+def check_context(model: "PreTrainedModel", tokens: int) -> None:
+    """Refuse sequences longer than the model has positions for."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise ConfigError(
+            f"prompt and answer may reach {tokens} tokens, but {type(model).__name__} has {limit} positions: lower "
+            "data.max_prompt_length, data.max_response_length or rollout.max_new_tokens"
+        )
+
+
+def check_ids(model: "PreTrainedModel", largest: int, source: str) -> None:
+    """Refuse token ids that the model has no embedding for, as of a token that was added to the tokenizer alone."""
+    rows = model.get_input_embeddings().weight.size(0)  # type: ignore[operator]
+    if largest >= rows:
+        raise ConfigError(
+            f"{source} holds the token id {largest}, but {type(model).__name__} has {rows} embeddings: use the "
+            "tokenizer that was saved with the model, or resize the model's embeddings"
+        )
+
+
+@torch.no_grad()
+def check_packing(model: "PreTrainedModel") -> None:
+    """Refuse data.packing where the model lets one sequence of a row see another, or one row another, in rows made as
+    training makes them."""
+    prompts, responses = [[1, 2], [3, 4, 5], [2, 3], [4]], [[3], [1], [5, 1, 2], [2, 4]]
+    two_rows, one_row = 8, 100
+    packed = collate(prompts, responses, one_row if packs_in_one_row(model) else two_rows).to(model.device)
+    found = model(**packed.inputs(), use_cache=False).logits[packed.predict]
+    alone = collate(prompts, responses).to(model.device)
+    expected = model(**alone.inputs(), use_cache=False).logits[alone.predict]
+    if not torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-2):
+        raise ConfigError(
+            f"{type(model).__name__} does not keep packed sequences apart: set data.packing to false, or model.attn "
+            "to sdpa"
+        )
+
+
+@torch.no_grad()
+def check_decoding(lm: CausalLM) -> None:
+    """Refuse a model whose decoding with a cache, token by token behind left padding, has another law than its forward
+    pass over the whole sequence: rollouts would be of one law and learnt by another."""
+    prompts = [[1, 2, 3, 4, 5], [2, 3]]
+    uniforms = draw_uniforms(0, 3, len(prompts))
+    rollout = sample(lm, None, prompts, max_new_tokens=3, eos_token_id=-1, alpha=0.0, uniforms=uniforms)
+    batch = collate(prompts, rollout.responses()).to(lm.device)
+    whole = fused_linear_token_logprobs(*lm.output(batch), batch.targets)
+    apart = float((rollout.student_logprobs[rollout.mask] - whole).abs().max())
+    if not apart < (1e-2 if lm.model.dtype in (torch.float32, torch.float64) else 0.5):
+        raise ConfigError(
+            f"{type(lm.model).__name__} decodes by another law than its forward pass has ({apart:.2g} nats apart): "
+            "its cache or its padding does not work here. Train it by sft or kd, which do not sample, or choose "
+            "another model"
+        )
+
+
+def check_same_tokenizer(student: "PreTrainedTokenizerBase", teacher: "PreTrainedTokenizerBase") -> None:
+    """Refuse two tokenizers that differ: reverse KL compares the models token by token.
+
+    Raises ConfigError that says what differs.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours != theirs:
+        differing = {token for token, i in ours.items() if theirs.get(token) != i} | (theirs.keys() - ours.keys())
+        shown = ", ".join(repr(token) for token in sorted(differing)[:5])
+        reason = f"{len(differing)} tokens differ ({len(ours)} against {len(theirs)} entries), such as {shown}"
+    elif student.eos_token_id != teacher.eos_token_id:
+        reason = f"the end-of-sequence tokens are {student.eos_token!r} and {teacher.eos_token!r}"
+    elif (a := student.encode(PROBE)) != (b := teacher.encode(PROBE)):
+        reason = f"the vocabularies agree, but one text gives {len(a)} and {len(b)} tokens that are not the same"
+    else:
+        return
+    raise ConfigError(
+        f"teacher and student have different tokenizers: {reason}. Token-level distillation needs one tokenizer; "
+        "choose a student of the teacher's family, or cut one from it with model.drop_layers"
+    )
