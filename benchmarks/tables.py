@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -53,8 +54,8 @@ def machine(results: dict) -> str:
 def headline_table() -> str:
     """One line for each thing that a user would ask about first."""
     demo, trl, cpu = load("demo.json"), load("trl.json"), load("cpu.json")
-    stages = list(demo["evaluations"])
-    kl = [demo["evaluations"][stage]["reverse_kl/own_samples"]["mean"] for stage in stages]
+    stages = student_evaluations(demo)
+    kl = [demo["evaluations"][stage]["reverse_kl"]["own_samples"]["mean"] for stage in stages]
     ours, theirs = trl["rows"]["minillm"], trl["rows"]["trl"]
     step = f"one on-policy step, {trl['prompts']} prompts × {trl['new_tokens']} tokens"
     version = f"TRL {theirs['versions']['trl']}"
@@ -95,23 +96,29 @@ def headline_table() -> str:
 def demo_table() -> str:
     """What the demo distillation did to the student: its summary.json."""
     summary = load("demo.json")
-    stages = list(summary["evaluations"])
+    stages = student_evaluations(summary)
     names = {
         "reverse_kl/own_samples": "reverse KL on the student's own samples, nats/token (the objective)",
         "reverse_kl/references": "reverse KL on reference answers, nats/token",
-        "rouge_l": "ROUGE-L of greedy answers, 0-100",
+        "rouge_l/greedy": "ROUGE-L of greedy answers, 0-100",
     }
     rows = []
     for name, title in names.items():
-        cells = [f"{summary['evaluations'][s][name]['mean']:.3f}" for s in stages]
+        metric, along = name.split("/")
+        cells = [f"{summary['evaluations'][s][metric][along]['mean']:.3f}" for s in stages]
         change = summary["changes"][stages[-1]][name]
         cells.append(f"{change['mean']:+.3f} ± {change['standard_error']:.3f} ({change['relative']:+.1%})")
         rows.append([title, *cells])
     environment = summary["environment"]
     minutes = summary["seconds"]["total"] / 60
     note = f"`{summary['command']}`: {minutes:.1f} minutes on {environment['cpu']}, torch {environment['torch']}."
-    prompts = summary["evaluations"][stages[0]]["rouge_l"]["prompts"]
+    prompts = summary["evaluations"][stages[0]]["prompts"]
     return markdown([f"{prompts} held-out prompts", *stages, f"change in {stages[-1]}"], rows) + "\n\n" + note
+
+
+def student_evaluations(summary: dict[str, Any]) -> list[str]:
+    """The start and the stages; the teacher was evaluated too."""
+    return [name for name in summary["evaluations"] if name != "teacher"]
 
 
 def recipes_table() -> str:

@@ -15,7 +15,7 @@ import torch
 
 from minillm.config.recipe import load_recipe
 from minillm.data.examples import PolicyConstants, collate
-from minillm.distill import load_pair
+from minillm.distillation import load_pair
 from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm.train.context import chunks
 from minillm.train.loop import METHODS, Micro, backward, prepare

@@ -105,7 +105,7 @@ def write_inputs(folder: Path) -> None:
     """
     from minillm.config.recipe import load_recipe
     from minillm.data.examples import encode, read_records
-    from minillm.distill import load_pair
+    from minillm.distillation import load_pair
 
     path = Path(__file__).parents[1] / "recipes" / "smollm2-cpu.yaml"
     recipe = load_recipe(path)
@@ -129,7 +129,7 @@ def write_inputs(folder: Path) -> None:
 
 def run_minillm(folder: Path) -> dict:
     from minillm.config.recipe import load_recipe
-    from minillm.distill import load_pair
+    from minillm.distillation import load_pair
     from minillm.run.directory import RunDirectory
     from minillm.train.loop import prepare, train
 

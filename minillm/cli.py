@@ -37,24 +37,20 @@ def _run(recipe: "Recipe", options: argparse.Namespace, with_evaluation: bool = 
     """A recipe under SIGTERM: the training loop saves first, elsewhere there is nothing to save."""
     import os
 
-    import torch
-    from accelerate import PartialState
-
-    from minillm.distill import WorkerLost, run_recipe
+    from minillm.distillation import run_recipe
     from minillm.run.interrupt import Interrupted, exit_on_sigterm
+    from minillm.run.workers import WorkerLost, first_process_tells
 
     _quiet()
     exit_on_sigterm()
-    # without cpu=True, several processes on a machine without accelerator would be as many runs of their own
-    if not PartialState(cpu=not torch.accelerator.is_available()).is_main_process:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 the first process tells for all
-    try:
-        run_recipe(recipe, options.command_line, with_evaluation, options.resume)
-    except Interrupted as stop:
-        print(f"stopped by SIGTERM. {stop}", flush=True)
-    except WorkerLost as lost:
-        print(f"minillm: {lost}", file=sys.stderr, flush=True)
-        os._exit(2)  # the usual way out waits for the process that is gone
+    with first_process_tells():
+        try:
+            run_recipe(recipe, options.command_line, with_evaluation, options.resume)
+        except Interrupted as stop:
+            print(f"stopped by SIGTERM. {stop}", flush=True)
+        except WorkerLost as lost:
+            print(f"minillm: {lost}", file=sys.stderr, flush=True)
+            os._exit(2)  # the usual way out waits for the process that is gone
     return 0
 
 
@@ -71,38 +67,19 @@ def train(options: argparse.Namespace, flags: list[str]) -> int:
 
 
 def evaluate(options: argparse.Namespace, flags: list[str]) -> int:
+    import dataclasses
     import json
     from pathlib import Path
 
-    from minillm.config.recipe import parse_flags, run_from
-    from minillm.data.examples import read_records
-    from minillm.evaluate import evaluation_set
-    from minillm.evaluate.measure import DEFAULTS, generation, measure
-    from minillm.files import write_atomically
-    from minillm.model.check import check_same_tokenizer
-    from minillm.model.load import load_tokenizer
+    import minillm
+    from minillm.config.recipe import parse_flags
+    from minillm.files import flatten, write_atomically
     from minillm.report.summary import evaluation_text
-    from minillm.run.directory import environment
 
-    tree = parse_flags(flags)
-    tree["eval"] = DEFAULTS | tree.get("eval", {})
-    tree.setdefault("data", {})["eval"] = options.data
-    config = run_from(tree)
-    _quiet()
-    tokenizer = load_tokenizer(options.model)
-    examples = evaluation_set(config, tokenizer)
-    student = _open(options.model, config.model)
-    teacher = None
-    if options.teacher:
-        check_same_tokenizer(tokenizer, load_tokenizer(options.teacher))
-        teacher = _open(options.teacher, config.model)
-    settings = json.dumps(generation(config, tokenizer), ensure_ascii=False)
-    records = len(read_records(options.data))
-    print(f"{options.data}: {len(examples)} of {records} records; generation: {settings}", file=sys.stderr, flush=True)
-    about = {"model": options.model, "teacher": options.teacher, "data": options.data, "records": records}
-    about |= {"parameters": student.model.num_parameters(), "command": options.command_line}
-    result = about | measure(student, teacher, tokenizer, examples, config) | {"environment": environment()}
-    text = json.dumps(result, indent=1, ensure_ascii=False)
+    overrides = dict(flatten(parse_flags(flags)))
+    result = minillm.evaluate(options.model, options.data, teacher=options.teacher, **overrides)
+    result = dataclasses.replace(result, about=result.about | {"command": options.command_line})
+    text = json.dumps(result.to_dict(per_prompt=bool(options.out)), indent=1, ensure_ascii=False)
     if options.out:
         write_atomically(Path(options.out), text + "\n")
         text = f"{evaluation_text(result)}\n\nall of it is in {options.out}"

@@ -51,8 +51,10 @@ class Recipe:
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_recipe(path: str | Path, flags: Sequence[str] = (), smoke: bool = False) -> Recipe:
-    """Read a recipe from YAML, apply `--section.key=value` flags, check every stage.
+def load_recipe(
+    path: str | Path, flags: Sequence[str] = (), smoke: bool = False, overrides: Tree = types.MappingProxyType({})
+) -> Recipe:
+    """Read a recipe from YAML, apply nested `overrides` and `--section.key=value` flags, check every stage.
 
     Raises ConfigError for anything unknown, misplaced, mistyped or contradictory, FileNotFoundError for no file.
     """
@@ -62,7 +64,7 @@ def load_recipe(path: str | Path, flags: Sequence[str] = (), smoke: bool = False
         if not isinstance(tree.get("smoke"), dict):
             raise ConfigError(f"{path} has no `smoke:` section, which --smoke would apply")
         layers.append(tree["smoke"])
-    return recipe_from(Path(path).stem, *layers, parse_flags(flags))
+    return recipe_from(Path(path).stem, *layers, overrides, parse_flags(flags))
 
 
 def read_yaml(what: str, path: str | Path, example: str) -> dict[str, Any]:

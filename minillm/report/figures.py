@@ -1,6 +1,6 @@
-"""The figures, each a function of numbers by label that returns a matplotlib figure.
+"""The figures: each is a function of numbers by label, and returns a matplotlib figure.
 
-Without pyplot: no global state, no window, no backend to choose.
+They do not use pyplot, which has global state and chooses a backend.
 """
 
 import math
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minillm.config.schema import ConfigError
-from minillm.report.read import Result
+from minillm.evaluation.result import Evaluation
+from minillm.evaluation.text import BUCKETS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +32,7 @@ CURVES = {
 
 
 def learning_curves(metrics: Mapping[str, Sequence[dict[str, Any]]]) -> "Figure | None":
-    """Every metric of CURVES that a run has logged, against the optimiser step; a line breaks between stages."""
+    """Every metric of CURVES that a run has logged, against the optimiser step; lines break between stages."""
     shown = [key for key in CURVES if any(key in row for rows in metrics.values() for row in rows)]
     if not shown:
         return None
@@ -68,63 +69,62 @@ def learning_curves(metrics: Mapping[str, Sequence[dict[str, Any]]]) -> "Figure 
     return figure
 
 
-def exposure(results: Mapping[str, Result]) -> "Figure | None":
-    """ExAccErr by length, with one standard error; flat is no growth of the error with length."""
-    found = {label: result["exposure_bias"] for label, result in results.items() if "exposure_bias" in result}
+def exposure(results: Mapping[str, Evaluation]) -> "Figure | None":
+    """ExAccErr by length, with one standard error; a flat curve means that the error does not grow with length."""
+    found = {label: result.exposure_bias for label, result in results.items() if result.exposure_bias}
     if not found:
         return None
     figure = new_figure(6.5, 4)
     panel = figure.subplots()
     for label, bias in found.items():
-        curve = [math.nan if value is None else value for value in bias["exaccerr"]]
-        (line,) = panel.plot(bias["length"], curve, label=label)
-        error = [e or 0.0 for e in bias["standard_error"]]
-        low, high = ([v + sign * e for v, e in zip(curve, error, strict=True)] for sign in (-1, 1))
-        panel.fill_between(bias["length"], low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+        (line,) = panel.plot(bias.length, bias.exaccerr, label=label)
+        error = [0.0 if math.isnan(e) else e for e in bias.standard_error]
+        low, high = ([v + sign * e for v, e in zip(bias.exaccerr, error, strict=True)] for sign in (-1, 1))
+        panel.fill_between(bias.length, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
     panel.axhline(0, color="0.6", linewidth=1)
     panel.set(xlabel="response length l, tokens", ylabel="ExAccErr(l), %")
     panel.legend(fontsize=9)
     return figure
 
 
-def reliability(results: Mapping[str, Result], what: str = "next_token") -> "Figure | None":
-    """Accuracy against confidence; below the diagonal a model is surer than it is right."""
-    found = {label: part for label, result in results.items() if (part := result["calibration"].get(what))}
+def reliability(results: Mapping[str, Evaluation], what: str = "next_token") -> "Figure | None":
+    """Accuracy against confidence; below the diagonal a model is overconfident."""
+    found = {label: part for label, result in results.items() if (part := result.calibration.get(what))}
     if not found:
         return None
     figure = new_figure(6.5, 5)
     panel, counts = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     panel.plot([0, 1], [0, 1], color="0.6", linewidth=1)
     for i, (label, part) in enumerate(found.items()):
-        bins = [b for b in part["bins"] if b["count"]]
-        name = f"{label}: ECE {part['ece']:.3f}"
-        panel.plot(
-            [b["confidence"] for b in bins], [b["accuracy"] for b in bins], marker="o", markersize=4, label=name
-        )
-        width = 0.8 / len(part["bins"]) / len(found)
-        left = [b["lower"] + 0.1 / len(part["bins"]) + (i + 0.5) * width for b in part["bins"]]
-        counts.bar(left, [b["count"] / part["count"] for b in part["bins"]], width=width)
+        bins = [b for b in part.bins if b.count]
+        name = f"{label}: ECE {part.ece:.3f}"
+        panel.plot([b.confidence for b in bins], [b.accuracy for b in bins], marker="o", markersize=4, label=name)
+        width = 0.8 / len(part.bins) / len(found)
+        left = [b.lower + 0.1 / len(part.bins) + (i + 0.5) * width for b in part.bins]
+        counts.bar(left, [b.count / part.count for b in part.bins], width=width)
     panel.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     counts.set(xlabel="confidence", ylabel="share")
     panel.legend(fontsize=9)
     return figure
 
 
-def buckets(results: Mapping[str, Result], score: str = "rouge_l/sampled") -> "Figure | None":
+def buckets(results: Mapping[str, Evaluation], score: str = "rouge_l/sampled") -> "Figure | None":
     """ROUGE-L by the length of the reference, with one standard error."""
-    first = next(iter(results.values()))["by_reference_length"]
-    names = [name for name in first if any(r["by_reference_length"][name]["prompts"] for r in results.values())]
+    parts = {label: result.by_reference_length for label, result in results.items()}
+    names = [name for name in BUCKETS if any(score in part.get(name, {}) for part in parts.values())]
     if not names:
         return None
     figure = new_figure(6.5, 3.6)
     panel = figure.subplots()
     width = 0.8 / len(results)
-    for i, (label, result) in enumerate(results.items()):
-        parts = [result["by_reference_length"][name].get(score) for name in names]
-        places = [j + (i - (len(results) - 1) / 2) * width for j in range(len(names))]
-        means, errors = ([(part or {}).get(key) or 0.0 for part in parts] for key in ("mean", "standard_error"))
-        panel.bar(places, means, width, yerr=errors, label=label, error_kw={"linewidth": 1})
-    counts = [first[name]["prompts"] for name in names]
+    counts = [0] * len(names)
+    for i, (label, part) in enumerate(parts.items()):
+        found = {j: mean for j, name in enumerate(names) if (mean := part.get(name, {}).get(score))}
+        places = [j + (i - (len(results) - 1) / 2) * width for j in found]
+        errors = [0.0 if math.isnan(mean.standard_error) else mean.standard_error for mean in found.values()]
+        panel.bar(places, [m.mean for m in found.values()], width, yerr=errors, label=label, error_kw={"linewidth": 1})
+        for j, mean in found.items():
+            counts[j] = counts[j] or mean.prompts  # of the first evaluation that has any
     ticks = [f"{name} tokens\n({n} prompt{'s' * (n != 1)})" for name, n in zip(names, counts, strict=True)]
     panel.set_xticks(range(len(names)), ticks)
     panel.set(ylabel="ROUGE-L")
@@ -133,14 +133,14 @@ def buckets(results: Mapping[str, Result], score: str = "rouge_l/sampled") -> "F
 
 
 def smooth(values: Sequence[float], window: int = 9) -> list[float]:
-    """Centred running mean, over fewer values at the ends."""
+    """Centred running mean; at the ends it is over fewer values."""
     half = window // 2
     parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(part) / len(part) for part in parts]
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """Inches. Raises ConfigError where matplotlib is not installed."""
+    """A figure of that size in inches. Raises ConfigError if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -149,7 +149,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def save(figure: "Figure", path: Path) -> Path:
-    """As PNG, without frames where nothing is."""
+    """Write a PNG, without the upper and right edges of its panels."""
     for panel in figure.axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8)

@@ -5,13 +5,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from minillm.evaluate import OWN, REFERENCES, ROUGE
-from minillm.files import write_atomically
+from minillm.evaluation.result import OWN, REFERENCES, ROUGE, Evaluation
+from minillm.files import flatten, write_atomically
 from minillm.report import figures
-from minillm.report.read import Result, Source, read_sources
-from minillm.report.summary import number
+from minillm.report.numbers import mean, number, plus_minus
+from minillm.report.read import Source, read_sources
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,9 +27,9 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; wh
 
 
 def write_report(paths: Sequence[str], out: str) -> Path:
-    """Write out/index.html and out/*.png; returns the page's path.
+    """Write out/index.html and out/*.png; returns the path of the page.
 
-    Raises FileNotFoundError or DataError for what is no run, ConfigError where matplotlib is missing.
+    Raises FileNotFoundError or DataError for a path that is no run, ConfigError if matplotlib is missing.
     """
     sources, folder = read_sources(paths), Path(out)
     figures.new_figure(1, 1)  # before any work
@@ -55,19 +55,18 @@ def html(sources: Sequence[Source], folder: Path) -> str:
         ),
     ]
     if results:
-        bias = next((r["exposure_bias"]["definition"] for r in results.values() if "exposure_bias" in r), "")
+        bias = next((r.exposure_bias.definition for r in results.values() if r.exposure_bias), "")
         note = f"{bias}. Zero: the student errs on its own text as on its teacher's. Band: ± one standard error."
         parts += _figure("Exposure bias", "exposure", figures.exposure(results), folder, note)
-        note = "Along the reference answers, ten bins; on the diagonal a model is right as often as it is sure."
+        note = "Along the references, ten bins; on the diagonal a model is right as often as it is sure."
         parts += _figure("Calibration of next tokens", "reliability", figures.reliability(results), folder, note)
-        note = "The choice among each question's options, by the probability of its label words."
+        note = "The choice among the options of each question, by the probability of the label words."
         choice = figures.reliability(results, "options")
-        parts += _figure("Calibration of answers", "reliability-options", choice, folder, note)
-        note = (
-            "ROUGE-L of sampled answers, prompts grouped by the tokens of their reference; bars: ± one standard error."
-        )
+        parts += _figure("Calibration of options", "reliability-options", choice, folder, note)
+        note = "ROUGE-L of sampled responses, by the tokens of the prompt's reference; bars: ± one standard error."
         parts += _figure("By length of the reference", "lengths", figures.buckets(results), folder, note)
-        parts += _samples(results)
+    parts += _responses(sources, results)
+    if results:
         parts += _generation(results)
     parts += _environment(sources)
     body = "\n".join(parts)
@@ -80,43 +79,48 @@ def html(sources: Sequence[Source], folder: Path) -> str:
 # ---- tables
 
 
-def numbers(result: Result) -> dict[str, str]:
+def numbers(result: Evaluation) -> dict[str, str]:
     """The numbers of one evaluation, by title."""
-    sampled, bias = result["rouge_l"]["sampled"], result.get("exposure_bias")
-    row = {
-        "ROUGE-L, sampled": f"{sampled['mean']:.2f} ± {sampled['standard_deviation']:.2f}",
-        "ROUGE-L, greedy": f"{result['rouge_l']['greedy']['mean']:.2f}",
-        "exact match, greedy, %": f"{result['exact_match']['greedy']['mean']:.1f}",
-        "loss on references": f"{result['loss']['mean']:.3f}",
-    }
-    if "reverse_kl" in result:
-        row["reverse KL, own text"] = f"{result['reverse_kl']['own_samples']['mean']:.3f}"
-        row["reverse KL, references"] = f"{result['reverse_kl']['references']['mean']:.3f}"
-        row["forward KL, teacher's text"] = f"{result['forward_kl']['teacher_samples']['mean']:.3f}"
-    if bias and bias["length"]:
-        row[f"ExAccErr({bias['length'][-1]}), %"] = number(bias["exaccerr"][-1], 1)
+    means, row = result.means, {}
+    if (sampled := means.get("rouge_l/sampled")) and sampled.seeds:
+        row["ROUGE-L, sampled"] = plus_minus(sampled.mean, sampled.seeds.standard_deviation, 2)
+    for name, title, digits in (
+        (ROUGE, "ROUGE-L, greedy", 2),
+        ("exact_match/greedy", "exact match, greedy, %", 1),
+        ("loss", "loss on references", 3),
+        (OWN, "reverse KL, own text", 3),
+        (REFERENCES, "reverse KL, references", 3),
+        ("forward_kl/teacher_samples", "forward KL, teacher's text", 3),
+    ):
+        if name in means:
+            row[title] = number(means[name].mean, digits)
+    if (bias := result.exposure_bias) and bias.length:
+        row[f"ExAccErr({bias.length[-1]}), %"] = number(bias.exaccerr[-1], 1)
     for what, title in (("next_token", "ECE, next token"), ("options", "ECE, options")):
-        if result["calibration"].get(what):
-            row[title] = f"{result['calibration'][what]['ece']:.3f}"
-    distinct = result["distinct"]["4"]["mean"]
-    row["distinct-4, %"] = "?" if distinct is None else f"{distinct:.1f}"
-    row["length"] = f"{result['length']['sampled']['mean']:.1f}"
-    return row | {"tokens/s": f"{result['tokens_per_second']:.0f}"}
+        if what in result.calibration:
+            row[title] = f"{result.calibration[what].ece:.3f}"
+    if "4" in result.distinct:
+        row["distinct-4, %"] = number(result.distinct["4"].mean, 1)
+    if "sampled" in result.length:
+        row["length"] = f"{result.length['sampled'].mean:.1f}"
+    if result.tokens_per_second:
+        row["tokens/s"] = f"{result.tokens_per_second:.0f}"
+    return row
 
 
-def _methods(results: Mapping[str, Result]) -> Iterator[str]:
+def _methods(results: Mapping[str, Evaluation]) -> Iterator[str]:
     if not results:
         return
     rows = {label: numbers(result) for label, result in results.items()}
     titles = list(dict.fromkeys(title for row in rows.values() for title in row))
     yield "<h2>Evaluations</h2>"
-    data = {f"{r['prompts']} prompts of {r.get('data', 'unknown data')}" for r in results.values()}
+    data = {f"{r.prompts} prompts of {r.about.get('data', 'unknown data')}" for r in results.values()}
     warning = " <b>They differ: these evaluations are not comparable.</b>" if len(data) > 1 else ""
     yield _note(f"{escape('; '.join(sorted(data)))}.{warning}")
     yield _table(["", *rows], [[title, *(row.get(title, "") for row in rows.values())] for title in titles])
     yield _note(
         "Means; of sampled ROUGE-L ± the deviation over the sampling seeds. Loss and divergences in nats per token; "
-        "length in tokens of sampled answers, end-of-sequence included; tokens/s of greedy decoding on this machine."
+        "length in tokens of sampled responses, end-of-sequence included; tokens/s of greedy decoding on this machine."
     )
 
 
@@ -124,9 +128,9 @@ def _stages(sources: Sequence[Source]) -> Iterator[str]:
     """What the runs measured around their stages."""
     titles = {OWN: "reverse KL, own text", REFERENCES: "reverse KL, references", ROUGE: "ROUGE-L, greedy"}
     rows = [
-        [source.name, stage, *(f"{v[n]['mean']:.3f} ± {v[n]['standard_error']:.3f}" if n in v else "" for n in titles)]
+        [source.name, stage, *(mean(result.means[name]) if name in result.means else "" for name in titles)]
         for source in sources
-        for stage, v in source.summary.get("evaluations", {}).items()
+        for stage, result in source.stages.items()
     ]
     if rows:
         yield "<h2>After each stage</h2>"
@@ -134,23 +138,29 @@ def _stages(sources: Sequence[Source]) -> Iterator[str]:
         yield _note("Means ± standard errors over the held-out prompts of the run (section eval of its config.yaml).")
 
 
-def _samples(results: Mapping[str, Result]) -> Iterator[str]:
-    answers: dict[str, dict[str, str]] = {}
-    references: dict[str, str] = {}
-    for label, result in results.items():
-        for sample in result["samples"]:
-            answers.setdefault(sample["prompt"], {})[label] = sample["answer"]
-            references[sample["prompt"]] = _cut(sample["references"][0])
-    if answers:
-        yield "<h2>Answers side by side</h2>" + _note("Greedy, to the token limit of the evaluation.")
-        rows = [[p, *(found.get(label, "") for label in results), references[p]] for p, found in answers.items()]
-        yield _table(["prompt", *results, "reference"], rows, text_columns=len(results) + 2, style="samples")
+def _responses(sources: Sequence[Source], results: Mapping[str, Evaluation]) -> Iterator[str]:
+    """A table per run, of its stages, and one of the evaluations made afterwards."""
+    tables = {source.name: source.stages for source in sources} | {"": results}
+    tables = {name: found for name, found in tables.items() if any(e.responses for e in found.values())}
+    if tables:
+        yield "<h2>Responses side by side</h2>" + _note("Greedy, up to the token limit of the evaluation.")
+    for name, evaluations in tables.items():
+        if name and len(tables) > 1:
+            yield f"<h3>{escape(name)}</h3>"
+        responses: dict[str, dict[str, str]] = {}
+        references: dict[str, str] = {}
+        for label, evaluation in evaluations.items():
+            for each in evaluation.responses:
+                responses.setdefault(each.prompt, {})[label] = each.greedy or ""
+                references[each.prompt] = _cut(each.references[0])
+        rows = [[p, *(found.get(label, "") for label in evaluations), references[p]] for p, found in responses.items()]
+        yield _table(["prompt", *evaluations, "reference"], rows, len(evaluations) + 2, style="samples")
 
 
-def _generation(results: Mapping[str, Result]) -> Iterator[str]:
+def _generation(results: Mapping[str, Evaluation]) -> Iterator[str]:
     settings: dict[str, list[str]] = {}
     for label, result in results.items():
-        settings.setdefault(json.dumps(result["generation"], ensure_ascii=False), []).append(label)
+        settings.setdefault(json.dumps(result.generation, ensure_ascii=False), []).append(label)
     yield "<h2>Generation settings</h2>"
     if len(settings) > 1:
         yield _note("<b>They differ: these evaluations are not comparable.</b>")
@@ -158,7 +168,8 @@ def _generation(results: Mapping[str, Result]) -> Iterator[str]:
 
 
 def _environment(sources: Sequence[Source]) -> Iterator[str]:
-    found = {source.name: _flat(source.environment) for source in sources if source.environment}
+    environments = {source.name: source.environment for source in sources if source.environment}
+    found = {name: {key: str(value) for key, value in flatten(tree)} for name, tree in environments.items()}
     if found:
         keys = list(dict.fromkeys(key for environment in found.values() for key in environment))
         rows = [[key, *(environment.get(key, "") for environment in found.values())] for key in keys]
@@ -198,13 +209,5 @@ def _note(text: str) -> str:
 
 
 def _command(source: Source) -> str:
-    commands = [source.summary.get("command"), *(result.get("command") for result in source.results.values())]
+    commands = [source.summary.get("command"), *(result.about.get("command") for result in source.results.values())]
     return "; ".join(f"<code>{escape(command)}</code>" for command in commands if command) or escape(str(source.path))
-
-
-def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, str]:
-    rows: dict[str, str] = {}
-    for key, value in tree.items():
-        name = f"{path}{key}"
-        rows |= _flat(value, f"{name}: ") if isinstance(value, dict) else {name: str(value)}
-    return rows

@@ -1,14 +1,14 @@
-"""What a report is made from: run directories, and JSON files that `minillm evaluate --out` wrote."""
+"""What a report is made from: run directories, and JSON files of evaluations."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minillm.data.sources import DataError
+import yaml
 
-Result = dict[str, Any]
-"""The JSON of `minillm evaluate`."""
+from minillm.data.sources import DataError
+from minillm.evaluation.result import START, TEACHER, Evaluation
 
 
 class Source(NamedTuple):
@@ -19,7 +19,10 @@ class Source(NamedTuple):
     metrics: list[dict[str, Any]]
     summary: dict[str, Any]
     environment: dict[str, Any]
-    results: dict[str, Result]
+    stages: dict[str, Evaluation]
+    """What a run measured itself: at the start, after each stage, and of its teacher."""
+    results: dict[str, Evaluation]
+    """What `minillm evaluate` measured, by label."""
 
 
 def read_sources(paths: Sequence[str]) -> list[Source]:
@@ -33,29 +36,38 @@ def _read(path: Path, name: str) -> Source:
         raise FileNotFoundError(f"no run at {path}: give a run directory, or a JSON file of minillm evaluate --out")
     if path.is_file():
         result = read_result(path)
-        return Source(name, path, [], {}, result.get("environment", {}), {name: result})
+        return Source(name, path, [], {}, result.about.get("environment", {}), {}, {name: result})
     files = sorted(path.glob("evaluation*.json"))
     labels = [
         name if len(files) == 1 else f"{name}, {file.stem.removeprefix('evaluation').strip('-_.')}" for file in files
     ]
     results = {label.rstrip(", "): read_result(file) for label, file in zip(labels, files, strict=True)}
-    metrics = _lines(path / "metrics.jsonl")
+    metrics, stages = _lines(path / "metrics.jsonl"), _stages(path)
     summary, environment = (_tree(path / f) for f in ("summary.json", "environment.json"))
-    if not (results or metrics or summary):
+    if not (results or metrics or summary or stages):
         raise DataError(
             f"{path} holds no metrics.jsonl, summary.json or evaluation*.json: it is no run directory, or the run has "
             "not logged a step yet"
         )
-    return Source(name, path, metrics, summary, environment, results)
+    return Source(name, path, metrics, summary, environment, stages, results)
 
 
-def read_result(path: Path) -> Result:
+def _stages(run: Path) -> dict[str, Evaluation]:
+    """The evaluations of a run directory, in the order in which they are made."""
+    config = run / "config.yaml"
+    names = [START, *(yaml.safe_load(config.read_text())["stages"] if config.exists() else ()), TEACHER]
+    files = {name: run / "evaluations" / f"{name}.json" for name in names}
+    return {name: read_result(file) for name, file in files.items() if file.exists()}
+
+
+def read_result(path: Path) -> Evaluation:
     """One evaluation. Raises DataError for another file."""
-    tree = _tree(path)
-    missing = [key for key in ("rouge_l", "calibration", "by_reference_length", "generation") if key not in tree]
-    if missing:
-        raise DataError(f"{path} is no evaluation (it has no {missing[0]!r}): make one with minillm evaluate --out")
-    return tree
+    try:
+        return Evaluation.from_dict(_tree(path))
+    except KeyError as missing:
+        raise DataError(
+            f"{path} is no evaluation (it has no {missing}): make one with minillm evaluate --out"
+        ) from None
 
 
 def _tree(path: Path) -> dict[str, Any]:

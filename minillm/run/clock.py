@@ -1,4 +1,4 @@
-"""Time and peak memory of the phases of a step: rollout, score, update, validation, save."""
+"""Time and peak memory of the phases of a step: rollout, score, update, validation, save; and a time in words."""
 
 import time
 from collections.abc import Iterator
@@ -41,6 +41,12 @@ class Clock:
         if peak is not None:
             self.peaks[self.phase] = max(self.peaks.get(self.phase, 0.0), peak)
         self.phase, self.since = phase, now
+
+
+def duration(seconds: float) -> str:
+    """Such as 2m05s."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
 def _peak() -> float | None:

@@ -1,8 +1,8 @@
 """A run directory: everything a run leaves behind, and the line it prints per log step.
 
 config.yaml        everything resolved            environment.json  versions, backends, hardware
-metrics.jsonl      one object per log step        samples.jsonl     prompts with answers, at each evaluation
-evaluations/       per prompt, for resuming       stages/NAME/      best weights, teacher's answers
+metrics.jsonl      one object per log step        samples.jsonl     prompts with responses, at each evaluation
+evaluations/       one JSON per stage             stages/NAME/      best weights, teacher's answers
 checkpoints/step-N/  minillm/run/checkpoint.py        model/            what from_pretrained loads, with tokenizer
 
 Under several processes the first one writes, and all know the path.
@@ -20,6 +20,7 @@ from minillm.config.schema import ConfigError
 from minillm.files import write_atomically
 from minillm.run import checkpoint
 from minillm.run.checkpoint import Checkpoint, Progress
+from minillm.run.clock import duration
 from minillm.run.export import write_model
 from minillm.run.trackers import open_trackers
 
@@ -219,11 +220,6 @@ def environment() -> dict[str, Any]:
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "kernel_backends": available_backends(),
     }
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
 def _cpu() -> str:

@@ -1,6 +1,7 @@
-"""Run one cell of a study: train, evaluate, write its JSON. Whatever stops it, the same command goes on.
+"""Run one cell of a study: train, evaluate, write its JSON. If it is stopped, the same command goes on with it.
 
-Several runs of the command share the cells of one study: each takes one that is ready and that no other is at.
+Several runs of the command can share the cells of one study: each takes a cell that is ready and that no other run is
+at.
 """
 
 import json
@@ -12,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import Timeout
 
+import minillm
 from minillm.config.recipe import Recipe
 from minillm.config.schema import ModelConfig
 from minillm.data.examples import Example, Shuffled, encode, read_records
-from minillm.distill import run_recipe
-from minillm.evaluate import evaluation_set
-from minillm.evaluate.measure import measure, measure_answers
+from minillm.evaluation.measure import evaluation_set, measure
 from minillm.files import write_atomically
 from minillm.model.head import CausalLM
 from minillm.model.load import load_model, load_tokenizer
@@ -33,7 +33,7 @@ KEPT = ("stage", "step", "loss", "kl/reverse", "reward/mean", "completions/mean_
 
 
 def run_next(study: Study, command: str) -> Path | None:
-    """The first cell that can run now; None where all that could are done or with other runs."""
+    """Run the first cell that can run now; None if other runs are at all of those."""
     for cell in study.unfinished():
         if not all(study.result(needed).exists() for needed in study.needs(cell)):
             continue
@@ -56,7 +56,7 @@ def run_cell(study: Study, cell: Cell, command: str) -> Path:
         answer(study)
         source = study.base["model"]["teacher"]
     else:
-        record |= train(study, cell, command)
+        record |= train(study, cell)
         source = str(study.work / cell.path / "model")
     trained = time.perf_counter()
     record |= evaluations(study, source, cell.name != TEACHER)
@@ -70,17 +70,17 @@ def run_cell(study: Study, cell: Cell, command: str) -> Path:
     return target
 
 
-def train(study: Study, cell: Cell, command: str) -> dict[str, Any]:
-    """The training of a cell, gone on with where a checkpoint is left of it.
+def train(study: Study, cell: Cell) -> dict[str, Any]:
+    """Train a cell, from its last checkpoint if it has one.
 
-    What it begins from is made again where only the JSON of it is here, as on another machine.
+    The model that it begins from is trained again if only the JSON of that cell is here, as on another machine.
     """
     start = Cell(cell.size, START, cell.seed)
     if cell != start:
         with study.lock(start.path):  # several cells may begin there at once
             if not (study.work / start.path / "model").exists():
                 print(f"{start.path} has left no model here: trained again", flush=True)
-                train(study, start, command)
+                train(study, start)
     recipe = study.recipe(cell)
     if recipe.stages[cell.name].method == "seqkd":
         answer(study)
@@ -92,7 +92,7 @@ def train(study: Study, cell: Cell, command: str) -> dict[str, Any]:
         recipe = study.recipe(cell, steps)
     folder = study.work / cell.path
     if not (folder / "summary.json").exists():
-        run_recipe(recipe, command, with_evaluation=False, resume="auto")
+        minillm.distill(recipe, resume="auto")
     summary = json.loads((folder / "summary.json").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
@@ -129,7 +129,7 @@ def examples_of(recipe: Recipe, stage: str, tokenizer: "PreTrainedTokenizerBase"
 
 
 def answer(study: Study) -> None:
-    """The teacher's answers to the prompts trained on: what seqkd learns from, sampled once for all seeds."""
+    """Sample the teacher's answers to the training prompts, which seqkd learns from, once for all seeds."""
     seqkd = [name for name, tree in study.methods.items() if tree.get("method") == "seqkd"]
     with study.lock(study.answers.stem):
         if seqkd and not study.answers.exists():
@@ -142,7 +142,7 @@ def answer(study: Study) -> None:
 
 
 def evaluations(study: Study, source: str, against_teacher: bool) -> dict[str, Any]:
-    """Of one model on every data set of the study; the divergences on the first."""
+    """Evaluate one model on every data set of the study; everything on the first, samples alone on the others."""
     teacher_source = study.base["model"]["teacher"]
     tokenizer, settings = load_tokenizer(source), ModelConfig()
     model = CausalLM(load_model(source, settings.dtype))
@@ -153,15 +153,16 @@ def evaluations(study: Study, source: str, against_teacher: bool) -> dict[str, A
         examples = evaluation_set(config, tokenizer, [study.base["data"]["train"]])
         print(f"evaluating on {len(examples)} prompts of {config.data.eval}", flush=True)
         if i == 0:
-            found[name] = measure(model, teacher, tokenizer, examples, config)
+            evaluation = measure(model, teacher, tokenizer, examples, config)
         else:
             examples.sort(key=lambda example: len(example.prompt))  # less padding in a batch
-            found[name] = measure_answers(model, tokenizer, examples, config)
+            evaluation = measure(model, None, tokenizer, examples, config, ["samples"])
+        found[name] = evaluation.to_dict(per_prompt=False)
     return {"evaluations": found}
 
 
 def rounded(tree: Any) -> Any:
-    """Floats to six digits: what is committed stays small and readable."""
+    """Floats with six digits, so that the committed JSON stays small and readable."""
     if isinstance(tree, dict):
         return {key: rounded(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):

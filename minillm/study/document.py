@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from minillm.config.schema import ConfigError
+from minillm.evaluation.result import Evaluation
 from minillm.files import write_atomically
 from minillm.report import figures
 from minillm.study.plan import REFERENCE, START, TEACHER, Cell, Study
@@ -24,6 +25,7 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9:
 """Student's t of a 95 % interval, by the number of differences."""
 ALL = "all sizes"
 Record = dict[str, Any]
+"""What cell.py writes, its evaluations as `Evaluation`."""
 
 
 class Metric(NamedTuple):
@@ -34,44 +36,35 @@ class Metric(NamedTuple):
     """+1: higher is better, -1: lower, 0: neither."""
 
 
-def _at(*path: str) -> Callable[[Record], float]:
-    def read(record: Record) -> float:
-        value: Any = record["evaluations"]
-        for key in path:
-            value = value[key]
-        return math.nan if value is None else float(value)
-
-    return read
-
-
 def metrics(study: Study, records: Mapping[Cell, Record]) -> dict[str, Metric]:
     """The columns of the tables, in order; ExAccErr at the longest response that every cell's curve reaches."""
     first, *others = study.evaluate
-    curves = [r["evaluations"][first]["exposure_bias"] for c, r in records.items() if c.name != TEACHER]
-    longest = min((len(curve["length"]) for curve in curves), default=0)
+    curves = [r["evaluations"][first].exposure_bias for c, r in records.items() if c.name != TEACHER]
+    longest = min((len(curve.length) for curve in curves), default=0)
 
-    def exposure(record: Record) -> float:
-        curve = record["evaluations"][first].get("exposure_bias")
-        value = curve["exaccerr"][longest - 1] if curve and longest else None
-        return math.nan if value is None else value
+    def of(read: Callable[[Evaluation], float], name: str = first) -> Callable[[Record], float]:
+        return lambda record: read(record["evaluations"][name])
 
-    def optional(*path: str) -> Callable[[Record], float]:
-        return lambda record: _at(*path)(record) if path[1] in record["evaluations"][first] else math.nan
+    def mean(key: str, name: str = first) -> Callable[[Record], float]:
+        return of(lambda found: found.means[key].mean if key in found.means else math.nan, name)
+
+    def exposure(found: Evaluation) -> float:
+        return found.exposure_bias.exaccerr[longest - 1] if found.exposure_bias and longest else math.nan
 
     def over_sets(record: Record) -> float:
-        return fmean(_at(name, "rouge_l", "sampled", "mean")(record) for name in study.evaluate)
+        return fmean(mean("rouge_l/sampled", name)(record) for name in study.evaluate)
 
     return {
-        "rouge": Metric(f"ROUGE-L, {first}", _at(first, "rouge_l", "sampled", "mean"), 2, 1),
-        "greedy": Metric("greedy", _at(first, "rouge_l", "greedy", "mean"), 2, 1),
-        **{f"rouge {n}": Metric(f"ROUGE-L, {n}", _at(n, "rouge_l", "sampled", "mean"), 2, 1) for n in others},
+        "rouge": Metric(f"ROUGE-L, {first}", mean("rouge_l/sampled"), 2, 1),
+        "greedy": Metric("greedy", mean("rouge_l/greedy"), 2, 1),
+        **{f"rouge {n}": Metric(f"ROUGE-L, {n}", mean("rouge_l/sampled", n), 2, 1) for n in others},
         "rouge all": Metric("ROUGE-L, mean of the sets", over_sets, 2, 1),
-        "rkl": Metric("reverse KL, own text", optional(first, "reverse_kl", "own_samples", "mean"), 3, -1),
-        "fkl": Metric("forward KL, teacher's text", optional(first, "forward_kl", "teacher_samples", "mean"), 3, -1),
-        "exposure": Metric(f"ExAccErr({longest}), %", exposure, 1, -1),
-        "ece": Metric("ECE", _at(first, "calibration", "next_token", "ece"), 3, -1),
-        "distinct": Metric("distinct-4, %", _at(first, "distinct", "4", "mean"), 1, 0),
-        "length": Metric("length", _at(first, "length", "sampled", "mean"), 1, 0),
+        "rkl": Metric("reverse KL, own text", mean("reverse_kl/own_samples"), 3, -1),
+        "fkl": Metric("forward KL, teacher's text", mean("forward_kl/teacher_samples"), 3, -1),
+        "exposure": Metric(f"ExAccErr({longest}), %", of(exposure), 1, -1),
+        "ece": Metric("ECE", of(lambda found: found.calibration["next_token"].ece), 3, -1),
+        "distinct": Metric("distinct-4, %", of(lambda found: found.distinct["4"].mean), 1, 0),
+        "length": Metric("length", of(lambda found: found.length["sampled"].mean), 1, 0),
     }
 
 
@@ -108,8 +101,14 @@ def write_document(study: Study, page: Path, command: str) -> Path:
 
 
 def load_records(study: Study) -> dict[Cell, Record]:
-    """Of the cells that are done."""
-    return {cell: json.loads(study.result(cell).read_text()) for cell in study.cells() if study.result(cell).exists()}
+    """What the cells that are done have written, by cell."""
+    records = {}
+    for cell in study.cells():
+        if study.result(cell).exists():
+            record = json.loads(study.result(cell).read_text())
+            found = {name: Evaluation.from_dict(tree) for name, tree in record["evaluations"].items()}
+            records[cell] = record | {"evaluations": found}
+    return records
 
 
 def setup(study: Study, records: Mapping[Cell, Record]) -> str:
@@ -118,7 +117,7 @@ def setup(study: Study, records: Mapping[Cell, Record]) -> str:
     steps = {c.size: r["training"]["steps"] for c, r in records.items() if c.name == START}
     students = "; ".join(f"{size}, {count / 1e6:.0f} M parameters" for size, count in sizes.items())
     starts = ", ".join(f"{count} for {size}" for size, count in steps.items())
-    prompts = {n: r["prompts"] for r in records.values() for n, r in r["evaluations"].items()}
+    prompts = {n: r.prompts for r in records.values() for n, r in r["evaluations"].items()}
     sets = ", ".join(f"{n} ({count} prompts)" for n, count in prompts.items())
     return (
         f"Teacher: {study.base['model']['teacher']}. Students, cut from it: {students}. Every method goes on from "

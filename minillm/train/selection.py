@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from minillm.config.schema import ConfigError, RunConfig, StageConfig
 from minillm.data.examples import Encoded, Example, encode, read_records
-from minillm.evaluate.rouge import rouge_l
+from minillm.evaluation.text import rouge_l
 from minillm.model.sampling import greedy_responses
 from minillm.run.checkpoint import Progress, restore_weights, write_weights
 from minillm.train.baselines import Given, Gkd

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from minillm.cli import main
 from minillm.config.recipe import load_recipe
 from minillm.config.schema import ConfigError
-from minillm.distill import load_pair
+from minillm.distillation import load_pair
 from minillm.model.cost import cost, trial
 from minillm.model.load import cached, skeleton
 from minillm.train.loop import METHODS, prepare

@@ -24,10 +24,15 @@ def bins(shift):
     ]  # fmt: skip
 
 
+def responses(greedy):
+    return {"prompt": "Say <b>", "references": ["<i>right</i>"], "greedy": greedy, "sampled": ""}
+
+
 def evaluation(shift=0.0, **changes):
     """What minillm evaluate writes, as far as the report reads it."""
     mean = {"mean": 20.0 + 10 * shift, "standard_error": 1.5, "prompts": 8, "count": 8}
-    sampled = {**mean, "standard_deviation": 0.4, "by_seed": [20.0, 20.5]}
+    by_seed = [mean["mean"] + deviation for deviation in (-0.4, 0.0, 0.4)]
+    sampled = {**mean, "standard_deviation": 0.4, "by_seed": by_seed}
     scores = {"prompts": 4, "rouge_l/sampled": mean, "rouge_l/greedy": mean}
     calibrated = {"ece": 0.1 + shift, "accuracy": 0.5, "confidence": 0.6, "count": 225, "bins": bins(shift)}
     length = {"mean": 7.0, "at_limit": 0.1}
@@ -38,12 +43,13 @@ def evaluation(shift=0.0, **changes):
         "by_reference_length": {"<=5": scores, "6-10": {"prompts": 0}, ">=11": scores},
         "distinct": {str(n): {"mean": 90.0, "standard_deviation": 1.0, "by_seed": [90.0]} for n in (1, 2, 3, 4)},
         "length": {"greedy": length, "sampled": length, "references": 6.0}, "tokens_per_second": 123.4, "loss": mean,
-        "calibration": {"next_token": calibrated, "options": None},
+        "calibration": {"next_token": calibrated},
         "reverse_kl": {"own_samples": mean, "references": mean},
         "forward_kl": {"teacher_samples": mean, "references": mean},
         "exposure_bias": {"definition": "ExAccErr(l) = <formula>", "length": [1, 2], "exaccerr": [0.0, 30.0 + shift],
-                          "standard_error": [0.0, None], "regret": [1, 3], "expected": [1, 2], "samples_reaching": {}},
-        "samples": [{"prompt": "Say <b>", "references": ["<i>right</i>"], "answer": f"answer {shift}", "sampled": ""}],
+                          "standard_error": [0.0, None], "regret": [1, 3], "expected": [1, 2],
+                          "samples_reaching": {"student": [2, 1], "teacher": [2, 2]}},
+        "responses": [responses(f"answer {shift}")],
         "environment": {"torch": "2", "kernel_backends": {"cpu": "ok"}},
     }  # fmt: skip
     return tree | changes
@@ -62,9 +68,13 @@ def runs(tmp_path):
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"stage": "mini')
         (folder / "evaluation.json").write_text(json.dumps(evaluation(shift)))
         (folder / "environment.json").write_text(json.dumps({"cpu": "EPYC"}))
-        estimate = {"mean": 1.25, "standard_error": 0.01}
-        summary = {"command": "minillm distill r.yaml", "evaluations": {"start": {"rouge_l": estimate, "seconds": {}}}}
-        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "summary.json").write_text(json.dumps({"command": "minillm distill r.yaml"}))
+        (folder / "config.yaml").write_text("stages: {warm-up: {}, minillm: {}}")
+        (folder / "evaluations").mkdir()
+        for stage in ("start", "minillm", "teacher"):  # the first stage is being evaluated, say
+            found = {"greedy": {"mean": 1.25, "standard_error": 0.01, "prompts": 8, "count": 8}}
+            tree = {"prompts": 8, "generation": {}, "rouge_l": found, "responses": [responses(f"{name} at {stage}")]}
+            (folder / "evaluations" / f"{stage}.json").write_text(json.dumps(tree))
     return tmp_path
 
 
@@ -103,6 +113,15 @@ def test_evaluations_that_cannot_be_compared_are_told(runs, tmp_path):
     for name in ("other", "more"):
         sources = read_sources([str(runs / "sft"), str(tmp_path / f"{name}.json")])
         assert page.html(sources, tmp_path / "report").count("not comparable") == 1
+
+
+def test_responses_of_a_run_stand_side_by_side(runs, tmp_path):
+    (runs / "sft" / "evaluation.json").unlink()
+    (source,) = read_sources([str(runs / "sft")])
+    assert list(source.stages) == ["start", "minillm", "teacher"]
+    text = page.html([source], tmp_path / "report")
+    cells = ["sft at start", "sft at minillm", "sft at teacher", "&lt;i&gt;right&lt;/i&gt;"]
+    assert "<td>Say &lt;b&gt;</td>" + "".join(f"<td>{cell}</td>" for cell in cells) in text.replace(" class=", "")
 
 
 def test_a_run_without_evaluation_and_an_evaluation_without_run(runs, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import minillm
 from minillm.cli import main
 from minillm.config.recipe import merge
 from minillm.config.schema import ConfigError
@@ -143,8 +144,8 @@ def test_several_runs_share_the_cells_and_wait_for_what_they_need(study, monkeyp
 
 def test_what_stops_an_evaluation_does_not_cost_the_training(study, monkeypatch):
     plan, calls = load_study(study, smoke=True), []
-    trained, evaluated = cell.run_recipe, cell.evaluations
-    monkeypatch.setattr(cell, "run_recipe", lambda *args, **options: calls.append(1) or trained(*args, **options))
+    trained, evaluated = minillm.distill, cell.evaluations
+    monkeypatch.setattr(minillm, "distill", lambda *args, **options: calls.append(1) or trained(*args, **options))
 
     def fail(*_):
         raise KeyboardInterrupt

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minillm.config.recipe import load_recipe
 from minillm.config.schema import ConfigError, OptimConfig, StageConfig
-from minillm.distill import run_recipe
-from minillm.evaluate.divergence import own_samples
+from minillm.distillation import run_recipe
+from minillm.evaluation.divergence import draw
 from minillm.model.head import CausalLM
 from minillm.model.load import load_model, load_student, load_tokenizer
 from minillm.run.directory import RunDirectory
@@ -144,7 +144,8 @@ def test_minillm_lowers_the_reverse_kl_on_its_own_samples(files):
 
     def objective():
         args = (context.student, context.teacher, context.examples, context.run.eval)
-        return own_samples(*args, context.tokenizer.eos_token_id).mean
+        drawn = draw(*args, context.tokenizer.eos_token_id)
+        return drawn.per_token(drawn.to_other).mean
 
     before = objective()
     loop.train(context, new_run(files), "minillm")

@@ -7,8 +7,8 @@ import torch
 
 from minillm.config.recipe import load_recipe
 from minillm.config.schema import ConfigError
-from minillm.evaluate import evaluation_set
-from minillm.evaluate.rouge import rouge_l
+from minillm.evaluation.measure import evaluation_set
+from minillm.evaluation.text import rouge_l
 from minillm.model.head import CausalLM
 from minillm.model.load import load_model
 from minillm.model.sampling import greedy_responses

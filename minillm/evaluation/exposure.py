@@ -1,21 +1,21 @@
-"""Exposure bias: how much faster a student errs along its own text than along text that its teacher wrote.
+"""Exposure bias: how much faster a student errs along text that it sampled than along text that its teacher sampled.
 
 ExAccErr, the excess accumulated error (Arora et al., 2022; MiniLLM, appendix B.5), with p the teacher and q the
 student:
 
-    R(l)   = Σ_{t≤l} E_{y<t ~ q} KL(p‖q)(y<t)          regret along the student's own prefixes
-    l·ε(l) = Σ_{t≤l} E_{y<t ~ p} KL(p‖q)(y<t)          what it would be without exposure bias
+    R(l)   = Σ_{t≤l} E_{y<t ~ q} KL(p‖q)(y<t)          regret along prefixes sampled by the student
+    l·ε(l) = Σ_{t≤l} E_{y<t ~ p} KL(p‖q)(y<t)          what the regret would be without exposure bias
     ExAccErr(l) = (R(l) / (l·ε(l)) - 1) · 100 %
 
-Each expectation at a position t is the mean over the samples that reach t: responses end, and no law follows an end.
-Where the student is its teacher up to rounding, ε is 0 and the quotient is none: NaN. Both models are sampled at
-temperature 1 from the whole vocabulary, `eval.samples` times a prompt. The curve stops where fewer than a quarter of
-the samples of either model reach on; standard errors are the jackknife's over prompts.
+The expectation at a position t is the mean over the samples that are at least t tokens long. If the student equals its
+teacher up to rounding, ε is 0 and the quotient is undefined: NaN. Both models are sampled `eval.samples` times per
+prompt, at temperature 1 from the whole vocabulary. The curve ends at the last length that a quarter of the samples of
+each model reach. Standard errors come from the jackknife over prompts.
 
 Legend: P prompts, S samples of each, T positions.
 """
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,17 +25,41 @@ DEFINITION = (
     "nats, over the samples that reach position t, prefixes sampled from the student (R) or the teacher (l eps) at "
     "temperature 1 from the whole vocabulary; standard errors: jackknife over prompts"
 )
-
-
 ROUNDING = 1e-5
-"""Nats per token; the losses' own error in fp32 is below it."""
+"""Nats per token; the error of the kernels in fp32 is below it."""
+
+
+@dataclass(frozen=True)
+class Reaching:
+    """How many samples are at least l tokens long, for l = 1, 2, …"""
+
+    student: list[int]
+    teacher: list[int]
+
+
+@dataclass(frozen=True)
+class ExposureBias:
+    """Curves by the length l of a response; undefined values are NaN."""
+
+    definition: str
+    length: list[int]
+    """l = 1, 2, …, tokens."""
+    regret: list[float]
+    """R(l), nats."""
+    expected: list[float]
+    """l·ε(l), nats."""
+    exaccerr: list[float]
+    """ExAccErr(l), percent."""
+    standard_error: list[float]
+    """Of ExAccErr(l), percent."""
+    samples_reaching: Reaching
 
 
 def excess_accumulated_error(
     student: Tensor, teacher: Tensor, student_lengths: Tensor, teacher_lengths: Tensor
-) -> dict[str, Any]:
-    """The curves by length l = 1, 2, …, of KL(p‖q) [P, S, T] at each position of samples of both models, whose lengths
-    are [P, S]; what is beyond an end is not read.
+) -> ExposureBias:
+    """The curves of two tables of KL(p‖q), `student` [P, S, T] along samples of the student and `teacher` [P, S', T]
+    along samples of the teacher. The lengths are [P, S] and [P, S'] tokens; values beyond them are not read.
 
     Raises ValueError for samples of different prompts.
     """
@@ -54,18 +78,15 @@ def excess_accumulated_error(
     excess[expected <= ROUNDING * torch.arange(1, length + 1)] = torch.nan
     replicas = 100 * (without_one[0] / without_one[1] - 1)
     error = ((prompts - 1) * replicas.var(0, correction=0)).sqrt() + 0 * excess  # NaN where that is
-    return {
-        "definition": DEFINITION,
-        "length": list(range(1, length + 1)),
-        "regret": regret.tolist(),
-        "expected": expected.tolist(),
-        "exaccerr": excess.tolist(),
-        "standard_error": error.tolist(),
-        "samples_reaching": {
-            "student": reach[0][:length].long().tolist(),
-            "teacher": reach[1][:length].long().tolist(),
-        },
-    }
+    return ExposureBias(
+        definition=DEFINITION,
+        length=list(range(1, length + 1)),
+        regret=regret.tolist(),
+        expected=expected.tolist(),
+        exaccerr=excess.tolist(),
+        standard_error=error.tolist(),
+        samples_reaching=Reaching(*(counts[:length].long().tolist() for counts in reach)),
+    )
 
 
 def _by_prompt(divergence: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 
 from minillm.config.schema import EvalConfig
 from minillm.data.examples import Example, Record
-from minillm.evaluate.calibration import most_likely, next_token, options, reliability
+from minillm.evaluation.calibration import most_likely, next_token, options, reliability
 from minillm.model.head import CausalLM, Output
 
 
@@ -12,15 +14,15 @@ def test_by_hand():
     correct = torch.tensor([True, False, True, False])
     found = reliability(confidence, correct)
     # bins (0.8, 0.9]: two, mean 0.875, half right; (0.9, 1]: one, right; (0.1, 0.2]: one, wrong
-    assert found["ece"] == pytest.approx((2 * 0.375 + 0.05 + 0.15) / 4)
-    assert found["accuracy"] == 0.5 and found["count"] == 4
-    assert [b["count"] for b in found["bins"]] == [0, 1, 0, 0, 0, 0, 0, 0, 2, 1]
-    assert found["bins"][8]["accuracy"] == 0.5 and found["bins"][0]["confidence"] is None
+    assert found.ece == pytest.approx((2 * 0.375 + 0.05 + 0.15) / 4)
+    assert found.accuracy == 0.5 and found.count == 4
+    assert [b.count for b in found.bins] == [0, 1, 0, 0, 0, 0, 0, 0, 2, 1]
+    assert found.bins[8].accuracy == 0.5 and math.isnan(found.bins[0].confidence)
 
 
 def test_the_ends_have_bins():
     found = reliability(torch.tensor([0.0, 1.0]), torch.tensor([False, True]))
-    assert found["ece"] == 0 and found["bins"][0]["count"] == found["bins"][9]["count"] == 1
+    assert found.ece == 0 and found.bins[0].count == found.bins[9].count == 1
 
 
 def test_against_torchmetrics():
@@ -31,7 +33,7 @@ def test_against_torchmetrics():
     probabilities = logits.softmax(-1)
     top = probabilities.max(-1)
     expected = metrics.multiclass_calibration_error(probabilities, labels, num_classes=7, n_bins=10, norm="l1")
-    assert reliability(top.values, top.indices == labels)["ece"] == pytest.approx(expected.item(), abs=1e-6)
+    assert reliability(top.values, top.indices == labels).ece == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_what_is_no_confidence_is_refused():
@@ -58,7 +60,7 @@ def test_next_tokens_against_plain_torch(make_llama, head):
         losses.append(-log_q.gather(-1, targets[:, None]).sum().item())
     expected = reliability(torch.cat(confidence), torch.cat(correct))
     found, loss = next_token(lm, examples, EvalConfig(batch_size=8))
-    assert found["ece"] == pytest.approx(expected["ece"], abs=1e-5) and found["accuracy"] == expected["accuracy"]
+    assert found.ece == pytest.approx(expected.ece, abs=1e-5) and found.accuracy == expected.accuracy
     assert loss.totals.tolist() == pytest.approx(losses, rel=1e-5)
 
 
@@ -92,6 +94,6 @@ def test_options_are_chosen_by_the_probability_of_their_tokens(make_llama, token
         correct.append(words[int(law.argmax())] == example.record.answer)
     expected = reliability(torch.stack(confidence), torch.tensor(correct))
     found = options(CausalLM(model), tokenizer, examples, EvalConfig(batch_size=4))
-    assert found is not None and found["count"] == 2
-    assert found["ece"] == pytest.approx(expected["ece"], abs=1e-5) and found["accuracy"] == expected["accuracy"]
+    assert found is not None and found.count == 2
+    assert found.ece == pytest.approx(expected.ece, abs=1e-5) and found.accuracy == expected.accuracy
     assert options(CausalLM(model), tokenizer, examples[2:], EvalConfig()) is None

@@ -1,8 +1,9 @@
-"""Samples of one model, and at every position how far it and another one are apart there.
+"""How far two models are apart: along responses that one of them samples, and along reference responses.
 
-The one decodes, the other reads what it drew: the divergences come from the states that both passes leave.
+Exact over the vocabulary at every position, by the kernels that training uses. Where a model samples, it decodes and
+the other one reads what it drew: the divergences come from the states that both passes leave.
 
-Legend: P prompts, S samples of each, B = P·S sequences (those of one prompt are neighbours), T positions.
+Legend: P prompts, S samples of each, B = P·S sequences (those of one prompt are neighbours), T positions, N tokens.
 """
 
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from minillm.config.schema import EvalConfig
-from minillm.data.examples import Example
-from minillm.evaluate.means import Estimate
+from minillm.data.examples import Example, collate
+from minillm.evaluation.means import Mean
 from minillm.model.head import CausalLM, common_vocabulary
 from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm_kernels import fused_linear_distill_stats
@@ -31,10 +32,10 @@ class Samples(NamedTuple):
     from_other: Tensor
     """KL(other‖author)."""
 
-    def mean(self, values: Tensor) -> Estimate:
-        """Mean per token of values [B, T]."""
+    def per_token(self, values: Tensor) -> Mean:
+        """The mean of values [B, T] over all tokens."""
         by_prompt = (-1, self.per_prompt)
-        return Estimate(values.sum(1).view(by_prompt).sum(1), self.lengths.double().view(by_prompt).sum(1))
+        return Mean.of(values.sum(1).view(by_prompt).sum(1), self.lengths.double().view(by_prompt).sum(1))
 
 
 @torch.no_grad()
@@ -76,3 +77,27 @@ def draw(
         to_other.append(tables[0])
         from_other.append(tables[1])
     return Samples(token_ids, torch.cat(lengths), settings.samples, torch.cat(to_other), torch.cat(from_other))
+
+
+@torch.no_grad()
+def references(
+    student: CausalLM, teacher: CausalLM, examples: Sequence[Example], settings: EvalConfig
+) -> tuple[Mean, Mean]:
+    """Reverse and forward KL, nats per token, along the references."""
+    reverse: list[Tensor] = []
+    forward: list[Tensor] = []
+    size = max(1, settings.batch_size // 4)  # whole sequences: several times longer than a decoding step
+    for start in range(0, len(examples), size):
+        part = examples[start : start + size]
+        batch = collate([e.prompt for e in part], [e.response for e in part]).to(student.device)
+        models = (*student.output(batch), *teacher.output(batch))
+        vocab_size = common_vocabulary(student, teacher)
+        stats = fused_linear_distill_stats(*models, batch.targets, vocab_size=vocab_size)
+        lengths = [len(e.response) for e in part]
+        reverse += [piece.sum() for piece in stats.reverse_kl.split(lengths)]
+        forward += [piece.sum() for piece in stats.forward_kl.split(lengths)]
+    counts = torch.tensor([len(e.response) for e in examples], dtype=torch.float64)
+    return (
+        Mean.of(torch.stack(reverse).double().cpu(), counts),
+        Mean.of(torch.stack(forward).double().cpu(), counts),
+    )

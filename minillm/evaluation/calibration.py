@@ -1,12 +1,14 @@
 """Calibration: is a model right as often as it is sure?
 
 ECE = Σ_m (n_m / N) |accuracy_m - confidence_m| over M equal bins ((m-1)/M, m/M] of confidence (Guo et al., 2017). The
-confidence is the largest probability that the model gives, of a next token or of one of a question's options.
+confidence is the largest probability that the model gives to a next token, or to one of the options of a question.
 
 Legend: N predictions, H hidden, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from minillm.config.schema import EvalConfig
 from minillm.data.examples import Example, collate
-from minillm.evaluate.means import Estimate
+from minillm.evaluation.means import Mean
 from minillm.model.head import CausalLM, Output
 from minillm_kernels import fused_linear_token_logprobs, token_logprobs
 
@@ -24,10 +26,38 @@ if TYPE_CHECKING:
 BINS = 10
 
 
-def reliability(confidence: Tensor, correct: Tensor, bins: int = BINS) -> dict[str, Any]:
-    """ECE, and per bin the number of predictions, their mean confidence and accuracy (None in an empty bin).
+@dataclass(frozen=True)
+class Bin:
+    """The predictions whose confidence lies in (lower, upper]."""
 
-    `confidence` [N] in [0, 1], `correct` [N] bool. Raises ValueError for none, or confidences that are none.
+    lower: float
+    upper: float
+    count: int
+    confidence: float
+    """Mean of the bin; NaN of an empty one."""
+    accuracy: float
+    """Share that is right; likewise."""
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How a model's confidence compares with its accuracy, over `count` predictions."""
+
+    ece: float
+    accuracy: float
+    confidence: float
+    count: int
+    bins: tuple[Bin, ...]
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> "Reliability":
+        return cls(**{**tree, "bins": tuple(Bin(**each) for each in tree["bins"])})
+
+
+def reliability(confidence: Tensor, correct: Tensor, bins: int = BINS) -> Reliability:
+    """ECE and its bins, of `confidence` [N] in [0, 1] and `correct` [N] bool.
+
+    Raises ValueError for no predictions, or confidences outside [0, 1].
     """
     confidence, correct = confidence.double().cpu(), correct.double().cpu()
     if confidence.shape != correct.shape or confidence.dim() != 1 or not len(confidence):
@@ -39,28 +69,19 @@ def reliability(confidence: Tensor, correct: Tensor, bins: int = BINS) -> dict[s
         torch.zeros(bins, dtype=torch.float64).index_add(0, index, values)
         for values in (torch.ones_like(correct), confidence, correct)
     )
-    return {
-        "ece": float((right - sure).abs().sum() / len(correct)),
-        "accuracy": float(correct.mean()),
-        "confidence": float(confidence.mean()),
-        "count": len(correct),
-        "bins": [
-            {
-                "lower": m / bins,
-                "upper": (m + 1) / bins,
-                "count": int(counts[m]),
-                "confidence": float(sure[m] / counts[m]) if counts[m] else None,
-                "accuracy": float(right[m] / counts[m]) if counts[m] else None,
-            }
-            for m in range(bins)
-        ],
-    }
+    found = []
+    for m in range(bins):
+        n = int(counts[m])
+        share = (float(sure[m] / n), float(right[m] / n)) if n else (math.nan, math.nan)
+        found.append(Bin(m / bins, (m + 1) / bins, n, *share))
+    ece = float((right - sure).abs().sum() / len(correct))
+    return Reliability(ece, float(correct.mean()), float(confidence.mean()), len(correct), tuple(found))
 
 
 @torch.no_grad()
-def next_token(model: CausalLM, examples: Sequence[Example], settings: EvalConfig) -> tuple[dict[str, Any], Estimate]:
-    """Calibration of the most likely next token along the reference answers, and the cross entropy of these, in nats
-    per token."""
+def next_token(model: CausalLM, examples: Sequence[Example], settings: EvalConfig) -> tuple[Reliability, Mean]:
+    """Calibration of the most likely next token along the references, and the cross entropy of these, in nats per
+    token."""
     confidence, correct, losses = [], [], []
     size = max(1, settings.batch_size // 4)
     for start in range(0, len(examples), size):
@@ -73,11 +94,11 @@ def next_token(model: CausalLM, examples: Sequence[Example], settings: EvalConfi
         loss = -fused_linear_token_logprobs(*output, batch.targets)
         losses += [piece.sum() for piece in loss.split([len(e.response) for e in part])]
     counts = torch.tensor([len(e.response) for e in examples], dtype=torch.float64)
-    return reliability(torch.cat(confidence), torch.cat(correct)), Estimate(torch.stack(losses).double().cpu(), counts)
+    return reliability(torch.cat(confidence), torch.cat(correct)), Mean.of(torch.stack(losses).double().cpu(), counts)
 
 
 def most_likely(model: CausalLM, output: Output) -> tuple[Tensor, Tensor]:
-    """[N] ids and probabilities of the most likely next tokens, over a few rows of logits at a time."""
+    """[N] ids and probabilities of the most likely next tokens; makes logits for a few rows at a time."""
     ids, probabilities = [], []
     for states in output.states.split(max(1, 2**24 // model.vocab_size)):
         logits = model.logits(states)
@@ -89,11 +110,11 @@ def most_likely(model: CausalLM, output: Output) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def options(
     model: CausalLM, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Example], settings: EvalConfig
-) -> dict[str, Any] | None:
-    """Calibration of the choice among each question's options; None where no record has any.
+) -> Reliability | None:
+    """Calibration of the choice among each question's options; None if no record has options.
 
-    The probability of an option is that of its tokens after the prompt (no end-of-sequence: label words), normalised
-    over the options of its question. So no option should be the beginning of another.
+    The probability of an option is that of its tokens after the prompt, normalised over the options of its question.
+    End-of-sequence is not counted, since options are label words; so no option should be the beginning of another.
     """
     asked = [example for example in examples if example.record.options]
     flat = [

@@ -1,0 +1,193 @@
+"""A recipe from end to end: load, check, evaluate, run the stages, evaluate after each, export, sum up."""
+
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minillm.config.recipe import Recipe
+from minillm.config.schema import ConfigError, RunConfig
+from minillm.data.examples import Example, show
+from minillm.evaluation.measure import check_measurable, evaluation_set, measure
+from minillm.evaluation.result import START, TEACHER, Evaluation, plain
+from minillm.model.check import check_same_tokenizer
+from minillm.model.head import CausalLM
+from minillm.model.load import load_student, load_teacher, load_tokenizer
+from minillm.report.summary import card, changes, run_text
+from minillm.run.directory import RunDirectory
+from minillm.run.workers import WorkerLost
+from minillm.train.context import Context
+from minillm.train.loop import prepare, train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PARTS = ("greedy", "samples", "references")
+"""What is measured around the stages: enough to follow the objective, and quick."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run left behind."""
+
+    path: Path
+    """The run directory."""
+    summary: dict[str, Any]
+    """What summary.json holds: stages with steps, tokens and seconds, evaluations, their changes, environment."""
+    evaluations: dict[str, Evaluation]
+    """Of the student at the `start` and after each stage, by the stage's name, then of the `teacher`; empty if the run
+    did not evaluate."""
+
+    @property
+    def model_path(self) -> Path:
+        """The student as a plain model directory, which `AutoModelForCausalLM.from_pretrained` loads."""
+        return self.path / "model"
+
+
+def run_recipe(recipe: Recipe, command: str = "", with_evaluation: bool = True, resume: str = "") -> Run:
+    """Run every stage on one student.
+
+    `command` is what the user typed; it goes into the summary and the model card, which otherwise name a command that
+    repeats the run. `resume` is that of `RunDirectory`. All that can be wrong with the recipe, the models or the data
+    is found before the first evaluation or step.
+    """
+    started = time.perf_counter()
+    if with_evaluation and not recipe.run.data.eval:
+        raise ConfigError("data.eval is empty: distill evaluates before and after; `minillm train` does without")
+    if with_evaluation and (reserved := {START, TEACHER} & recipe.stages.keys()):
+        raise ConfigError(f"a stage is called {reserved.pop()!r}, the name of another evaluation: call it otherwise")
+    student, teacher, tokenizer = load_pair(recipe.run)
+    trainings = {
+        name: prepare(recipe.run, stage, student, teacher, tokenizer) for name, stage in recipe.stages.items()
+    }
+    examples = evaluation_set(recipe.run, tokenizer, recipe.training_sources) if with_evaluation else []
+    if examples:
+        check_measurable(student, teacher, examples, recipe.run)
+    run = RunDirectory(recipe, resume, command)
+    if not command:
+        run.command = shlex.join(["minillm", "distill" if examples else "train", str(run.path / "config.yaml")])
+    seconds = {"load": time.perf_counter() - started}
+    _introduce(run, student, teacher, tokenizer, trainings)
+
+    evaluations: dict[str, Evaluation] = {}
+    if examples:
+        evaluations[START] = _evaluated(START, run, student, teacher, tokenizer, examples)
+    step = 0
+    for name, training in trainings.items():
+        if name not in run.stages:  # else done before the checkpoint that was resumed from
+            run.stages[name] = _trained(name, training, run, step)
+            run.export(student.model, tokenizer)  # before the evaluation: what was trained is kept, whatever follows
+        step += recipe.stages[name].optim.steps
+        if examples:
+            evaluations[name] = _evaluated(name, run, student, teacher, tokenizer, examples)
+    if examples and teacher is not None:
+        evaluations[TEACHER] = _evaluated(TEACHER, run, teacher, None, tokenizer, examples)
+
+    seconds |= _seconds(run.stages, evaluations)
+    seconds["total"] = sum(seconds.values()) if run.resumed else time.perf_counter() - started
+    summary = {
+        "recipe": recipe.name,
+        "command": run.command,
+        "config_hash": recipe.digest(),
+        "environment": run.environment,
+        "teacher": _about(teacher) if teacher is not None else None,
+        "student": _about(student),
+        "stages": run.stages,
+        "evaluations": {name: each.to_dict(per_prompt=False) for name, each in evaluations.items()},
+        "changes": plain(changes(evaluations)),
+        "seconds": {phase: round(value, 1) for phase, value in seconds.items()},
+    }
+    run.write("model/README.md", card(recipe, run.command, evaluations))
+    run.write("summary.json", summary)
+    run.finish()
+    print(run_text(evaluations, summary["seconds"]))
+    print(f"\nmodel, metrics and summary.json are in {run.path}", flush=True)
+    return Run(run.path, summary, evaluations)
+
+
+def load_pair(run: RunConfig) -> "tuple[CausalLM, CausalLM | None, PreTrainedTokenizerBase]":
+    """Student, teacher and the tokenizer that they must share."""
+    settings, base = run.model, load_teacher(run)
+    student = CausalLM(load_student(run, base), settings.head)
+    tokenizer = load_tokenizer(settings.student or settings.teacher)
+    if settings.student and settings.teacher:
+        check_same_tokenizer(tokenizer, load_tokenizer(settings.teacher))
+    return student, None if base is None else CausalLM(base, settings.head), tokenizer
+
+
+def _introduce(
+    run: RunDirectory,
+    student: CausalLM,
+    teacher: CausalLM | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    trainings: Mapping[str, Context],
+) -> None:
+    """Say what is about to run, and show one example of what is learnt from."""
+
+    def size(lm: CausalLM) -> str:
+        layers, attention = getattr(lm.model.config, "num_hidden_layers", "?"), lm.model.config._attn_implementation
+        return f"{lm.model.num_parameters() / 1e6:.1f}M parameters, {layers} layers, {attention}"
+
+    teacher_size = f"teacher {size(teacher)}; " if teacher is not None else ""
+    backends = ", ".join(name for name, state in run.environment["kernel_backends"].items() if state == "ok")
+    print(f"{teacher_size}student {size(student)}; kernels: {backends}; writing {run.path}", flush=True)
+    for name, training in trainings.items():
+        print(f"{name}: {training.about}")
+    example = trainings[next(iter(trainings))].examples[0]
+    print(f"one example, learnt from between ⟦ and ⟧ (minillm and gkd sample there):\n{show(example, tokenizer)}")
+    if run.resumed:
+        print(f"resuming after step {run.resumed.progress.global_step} from {run.resumed.path}", flush=True)
+
+
+def _evaluated(
+    name: str,
+    run: RunDirectory,
+    model: CausalLM,
+    teacher: CausalLM | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: Sequence[Example],
+) -> Evaluation:
+    """The evaluation of that name: the one that a resumed run has made before, else a new one."""
+    file = f"evaluations/{name}.json"
+    if run.resumed and (kept := run.read(file)):
+        return Evaluation.from_dict(kept)
+    print(f"evaluating ({name}) on {len(examples)} held-out prompts", flush=True)
+    parts = PARTS if teacher is not None else ("greedy",)
+    evaluation = measure(model, teacher, tokenizer, examples, run.recipe.run, parts)
+    run.write(file, evaluation.to_dict())
+    for each in evaluation.responses:
+        run.sample({"stage": name, "prompt": each.prompt, "response": each.greedy})
+    return evaluation
+
+
+def _trained(name: str, training: Context, run: RunDirectory, step: int) -> dict[str, Any]:
+    """Train a stage from `step`, or go on with it; returns what summary.json says of it."""
+    resumed = run.resumed if run.resumed and run.resumed.progress.stage == name else None
+    spent = resumed.progress.totals.get("step_time", 0.0) if resumed else 0.0
+    began = time.perf_counter()
+    try:
+        totals = train(training, run, name, step, resumed)
+    except RuntimeError as error:
+        if not WorkerLost.caused(error):
+            raise
+        raise WorkerLost.of(error, run) from error
+    stage = run.recipe.stages[name]
+    taken = time.perf_counter() - began + spent
+    return {"method": stage.method, "steps": stage.optim.steps, "seconds": taken, **totals}
+
+
+def _seconds(stages: Mapping[str, dict[str, Any]], evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
+    """Where the time went, in the order of the run."""
+    seconds: dict[str, float] = {}
+    for name in (START, *stages, TEACHER):
+        if name in stages:
+            seconds[name] = stages[name]["seconds"]
+        if name in evaluations:
+            seconds[f"evaluation, {name}"] = sum(evaluations[name].seconds.values())
+    return seconds
+
+
+def _about(lm: CausalLM) -> dict[str, Any]:
+    return {"parameters": lm.model.num_parameters(), "attention": lm.model.config._attn_implementation}

@@ -1,0 +1,223 @@
+"""`measure`, the one evaluation: of a run around its stages, of `minillm evaluate` and of a study.
+
+Responses are decoded by minillm/model/sampling.py, which reads no generation_config: all settings that decide what is
+decoded stand under `generation` in the result.
+"""
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from minillm.config.schema import ConfigError, DataConfig, RunConfig
+from minillm.data.examples import DataError, Example, encode, read_records
+from minillm.evaluation import calibration, text
+from minillm.evaluation.divergence import Samples, draw, references
+from minillm.evaluation.exposure import ExposureBias, excess_accumulated_error
+from minillm.evaluation.means import Mean, Seeds
+from minillm.evaluation.result import OWN, REFERENCES, Evaluation, Length, Responses
+from minillm.model.check import check_context
+from minillm.model.head import CausalLM
+from minillm.model.sampling import decode, greedy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PARTS = ("greedy", "samples", "references", "teacher_samples", "calibration")
+"""What can be measured, by the text that it needs.
+
+greedy: scores, lengths and speed of greedy responses. samples: scores, lengths and diversity of sampled responses;
+with a teacher also the reverse KL along them. references: both KL divergences along the references. teacher_samples:
+the forward KL along samples of the teacher and, together with `samples`, exposure bias. calibration: calibration, and
+the loss on references. What compares with a teacher is left out where there is none.
+"""
+SCORES = {"rouge_l": text.rouge_l, "exact_match": text.exact_match}
+
+
+def evaluation_set(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", seen: Sequence[str] = ()) -> list[Example]:
+    """`eval.prompts` prompts (0: all) with references from data.eval, chosen by eval.seed. Prompts of the
+    sources `seen`, which the model was trained or validated on, are left out.
+
+    Raises DataError when too few are left.
+    """
+    source, template = config.data.eval, config.data.prompt_template
+    limits = DataConfig(
+        max_prompt_length=config.eval.max_prompt_length,
+        max_response_length=config.eval.max_reference_length,
+        overlong_prompts="drop",
+    )
+    seen_prompts = {record.prompt for name in set(seen) for record in read_records(name)}
+    examples = [
+        example
+        for example in encode(read_records(source), tokenizer, template, limits, source).examples
+        if example.response and example.record.prompt not in seen_prompts
+    ]
+    if len(examples) < max(1, config.eval.prompts):
+        raise DataError(
+            f"{config.data.eval} has {len(examples)} held-out prompts of at most {config.eval.max_prompt_length} "
+            f"tokens with an answer; eval.prompts asks for {config.eval.prompts or 'all'}"
+        )
+    return random.Random(config.eval.seed).sample(examples, config.eval.prompts or len(examples))
+
+
+def measure(
+    student: CausalLM,
+    teacher: CausalLM | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: Sequence[Example],
+    config: RunConfig,
+    parts: Sequence[str] = PARTS,
+) -> Evaluation:
+    """Evaluate `student` on `examples` by the section `eval` of `config`; `parts` are names of `PARTS`.
+
+    The uniforms that samples are drawn from are the same in every call: evaluations are paired.
+
+    Raises ConfigError for a temperature other than 1 with a teacher, or sequences beyond the models' positions.
+    """
+    settings, eos = config.eval, tokenizer.eos_token_id
+    check_measurable(student, teacher, examples, config)
+    seconds: dict[str, float] = {}
+    means: dict[str, Mean] = {}
+    token_ids: dict[str, list[list[int]]] = {}
+    drawn, bias = None, None
+
+    if "greedy" in parts:
+        with _timed(seconds, "greedy"):
+            prompts = [example.prompt for example in examples]
+            token_ids["greedy"] = greedy(student, prompts, settings.greedy_tokens, settings.batch_size, eos)
+    if "samples" in parts:
+        with _timed(seconds, "sampled"):
+            drawn = draw(student, teacher, examples, settings, eos)
+            token_ids["sampled"] = drawn.token_ids
+    responses = {way: decode(tokenizer, found) for way, found in token_ids.items()}
+    with _timed(seconds, "scores"):
+        means |= _scores(responses, [example.record.references for example in examples], settings.samples)
+    lengths = [len(tokenizer.encode(e.record.references[0], add_special_tokens=False)) for e in examples]
+    by_reference_length = text.by_length(lengths, means) if means else {}
+
+    calibrated = {}
+    if "calibration" in parts:
+        with _timed(seconds, "calibration"):
+            calibrated["next_token"], means["loss"] = calibration.next_token(student, examples, settings)
+            if options := calibration.options(student, tokenizer, examples, settings):
+                calibrated["options"] = options
+    if teacher is not None:
+        if drawn:
+            means[OWN] = drawn.per_token(drawn.to_other)
+        if "references" in parts:
+            with _timed(seconds, "references"):
+                means[REFERENCES], means["forward_kl/references"] = references(student, teacher, examples, settings)
+        if "teacher_samples" in parts:
+            with _timed(seconds, "teacher's samples"):
+                taught = draw(teacher, student, examples, settings, eos)
+            means["forward_kl/teacher_samples"] = taught.per_token(taught.to_other)
+            bias = _exposure_bias(drawn, taught) if drawn else None
+
+    return Evaluation(
+        prompts=len(examples),
+        generation=generation(config, tokenizer),
+        means=means,
+        by_reference_length=by_reference_length,
+        distinct=_distinct(_by_seed(responses["sampled"], settings.samples)) if drawn else {},
+        length={way: _length(found, _limits(config)[way]) for way, found in token_ids.items()},
+        reference_length=fmean(lengths),
+        calibration=calibrated,
+        exposure_bias=bias,
+        tokens_per_second=sum(map(len, token_ids["greedy"])) / seconds["greedy"] if "greedy" in parts else None,
+        responses=_shown(examples[: config.log.samples], responses, settings.samples),
+        seconds=seconds,
+    )
+
+
+def generation(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Everything that decides what is decoded, beside model and prompts."""
+    settings = config.eval
+    return {
+        "prompt_template": config.data.prompt_template,
+        "max_prompt_length": settings.max_prompt_length,
+        "greedy": {"max_new_tokens": settings.greedy_tokens},
+        "sampled": {
+            "temperature": settings.temperature,
+            "top_k": 0,
+            "top_p": 1.0,
+            "max_new_tokens": settings.sample_tokens,
+            "seeds": list(range(settings.seed, settings.seed + settings.samples)),
+        },
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "stops_at": tokenizer.eos_token,
+        "batch_size": settings.batch_size,
+        "generation_config": "not read",
+    }
+
+
+def check_measurable(
+    student: CausalLM, teacher: CausalLM | None, examples: Sequence[Example], config: RunConfig
+) -> None:
+    if teacher is not None and config.eval.temperature != 1:
+        raise ConfigError(
+            f"eval.temperature is {config.eval.temperature}; the divergences and ExAccErr are defined at 1: set it to "
+            "1, or evaluate without a teacher"
+        )
+    new_tokens = max(*_limits(config).values(), *(len(example.response) for example in examples))
+    for model in (student, teacher):
+        if model is not None:
+            check_context(model.model, max(len(example.prompt) for example in examples) + new_tokens)
+
+
+def _limits(config: RunConfig) -> dict[str, int]:
+    return {"greedy": config.eval.greedy_tokens, "sampled": config.eval.sample_tokens}
+
+
+def _by_seed(sampled: list[str], samples: int) -> list[list[str]]:
+    """The samples of one prompt are neighbours."""
+    return [sampled[seed::samples] for seed in range(samples)]
+
+
+def _scores(responses: dict[str, list[str]], given: text.References, samples: int) -> dict[str, Mean]:
+    means = {}
+    for name, score in SCORES.items():
+        if "greedy" in responses:
+            means[f"{name}/greedy"] = score(responses["greedy"], given)
+        if "sampled" in responses:
+            by_seed = [score(texts, given) for texts in _by_seed(responses["sampled"], samples)]
+            means[f"{name}/sampled"] = Mean.over_seeds(by_seed)
+    return means
+
+
+def _distinct(by_seed: list[list[str]]) -> dict[str, Seeds]:
+    return {str(n): Seeds(tuple(text.distinct(texts, n) for texts in by_seed)) for n in (1, 2, 3, 4)}
+
+
+def _length(token_ids: list[list[int]], limit: int) -> Length:
+    lengths = [len(tokens) for tokens in token_ids]
+    return Length(fmean(lengths), sum(n == limit for n in lengths) / len(lengths))
+
+
+def _exposure_bias(drawn: Samples, taught: Samples) -> ExposureBias:
+    def per_prompt(values: Tensor) -> Tensor:
+        return values.unflatten(0, (-1, drawn.per_prompt))
+
+    tables = (drawn.from_other, taught.to_other, drawn.lengths, taught.lengths)
+    return excess_accumulated_error(*map(per_prompt, tables))
+
+
+def _shown(examples: Sequence[Example], responses: dict[str, list[str]], samples: int) -> tuple[Responses, ...]:
+    nothing = [None] * len(examples)
+    greedy, sampled = responses.get("greedy", nothing), responses.get("sampled", nothing * samples)[::samples]
+    shown = [
+        Responses(example.record.prompt, tuple(example.record.references), *found)
+        for example, *found in zip(examples, greedy, sampled, strict=False)
+    ]
+    return tuple(shown) if responses else ()
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - started, 3)
