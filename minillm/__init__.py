@@ -62,7 +62,7 @@ def distill(
         FloatingPointError: the loss is not finite.
         Interrupted: SIGTERM came; everything up to that step is saved, and the message says how to go on.
 
-    Example:
+    Examples:
         The files here are a tiny teacher and student, and prompts with answers as JSON lines.
 
         >>> import minillm
@@ -129,7 +129,7 @@ def load_recipe(path: Source, *, smoke: bool = False, **overrides: Any) -> "Reci
         ConfigError: a key or value that is unknown, misplaced, mistyped or contradicts another.
         FileNotFoundError: no file at `path`.
 
-    Example:
+    Examples:
         >>> import minillm
         >>> recipe = minillm.load_recipe("recipe.yaml", optim={"lr": 1e-5})
         >>> {name: stage.method for name, stage in recipe.stages.items()}
@@ -158,7 +158,7 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
     Raises:
         ConfigError, DataError, PackageError: a setting, a source or a package that cannot be used.
 
-    Example:
+    Examples:
         >>> import minillm
         >>> limits = {"samples": 2, "sample_tokens": 8, "greedy_tokens": 8}
         >>> result = minillm.evaluate("student", "eval.jsonl", teacher="teacher", eval=limits)
