@@ -110,7 +110,7 @@ def distill(
         found = recipe_from(recipe.name, recipe.to_dict(), tree)
     else:
         found = load_recipe(_named("recipe", recipe), overrides=tree)
-    with _quiet(), first_process_tells():
+    with _no_progress_bars(), first_process_tells():
         return run_recipe(found, with_evaluation=bool(found.run.data.eval), resume=resume)
 
 
@@ -176,7 +176,7 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
     from minillm.config.recipe import merged, nested, run_from
     from minillm.config.schema import ConfigError
     from minillm.data.examples import read_records
-    from minillm.evaluation.measure import evaluation_set, generation, measure
+    from minillm.evaluation.measure import DEFAULTS, evaluation_set, generation, measure
     from minillm.model.check import check_same_tokenizer
     from minillm.model.head import CausalLM
     from minillm.model.load import load_model, load_tokenizer
@@ -188,13 +188,13 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
             f"an evaluation does not read {min(unread)!r}; it reads the sections eval, model, data and log"
         )
     source, data, against = _named("model", model), _named("data", data), teacher and _named("teacher", teacher)
-    config = run_from(merged({"eval": EVALUATION}, tree, {"data": {"eval": data}}))
+    config = run_from(merged({"eval": DEFAULTS}, tree, {"data": {"eval": data}}))
 
     def load(name: str) -> CausalLM:
         found = load_model(name, config.model.dtype, config.model.attn).to(PartialState().device)
         return CausalLM(found, config.model.head)
 
-    with _quiet():
+    with _no_progress_bars():
         tokenizer = load_tokenizer(source)
         if against:
             check_same_tokenizer(tokenizer, load_tokenizer(against))
@@ -206,10 +206,6 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
     about: dict[str, Any] = {"model": source, "teacher": against, "data": data, "records": records}
     about |= {"parameters": student.model.num_parameters(), "environment": environment()}
     return dataclasses.replace(result, about=about)
-
-
-EVALUATION = {"prompts": 0, "samples": 5, "sample_tokens": 256, "greedy_tokens": 256}
-"""Defaults of the section `eval` in `evaluate`: all prompts, and the five seeds and 256 tokens of the paper."""
 
 
 def _named(what: str, source: Source) -> str:
@@ -232,7 +228,7 @@ def _as_yaml(tree: Any) -> Any:
 
 
 @contextmanager
-def _quiet() -> "Iterator[None]":
+def _no_progress_bars() -> "Iterator[None]":
     """No progress bars of loading and saving between our lines."""
     from transformers.utils import logging
 

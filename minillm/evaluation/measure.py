@@ -35,6 +35,8 @@ with a teacher also the reverse KL along them. references: both KL divergences a
 the forward KL along samples of the teacher and, together with `samples`, exposure bias. calibration: calibration, and
 the loss on references. What compares with a teacher is left out where there is none.
 """
+DEFAULTS = {"prompts": 0, "samples": 5, "sample_tokens": 256, "greedy_tokens": 256}
+"""Of the section `eval` outside a run: all prompts, and the five seeds and 256 tokens of the paper."""
 SCORES = {"rouge_l": text.rouge_l, "exact_match": text.exact_match}
 
 
