@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minillm.data.sources import DataError
+from minillm.files import read_lines
 
 Result = dict[str, Any]
 """The JSON of `minillm evaluate`."""
@@ -62,7 +63,7 @@ def _tree(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        tree = json.loads(path.read_text())
+        tree = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     return tree if isinstance(tree, dict) else {}
@@ -72,7 +73,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    for line in read_lines(path):
         try:
             rows.append(json.loads(line))
         except ValueError:  # a run that is going on writes this one now

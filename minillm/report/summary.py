@@ -8,6 +8,7 @@ from minillm.data.examples import Example
 from minillm.evaluate import OWN, REFERENCES, ROUGE, Evaluation
 from minillm.evaluate.means import difference
 from minillm.run.directory import duration
+from minillm.terminal import printable
 
 TITLES = {OWN: "reverse KL, own samples", REFERENCES: "reverse KL, references", ROUGE: "ROUGE-L"}
 
@@ -44,7 +45,7 @@ def report(summary: dict[str, Any]) -> str:
     """The summary as plain text: samples, then the table of means ± standard errors, then where the time went."""
     lines = []
     for sample in summary["samples"]:
-        lines += ["", f"prompt: {sample['prompt']}"]
+        lines += ["", f"prompt: {printable(sample['prompt'])}"]
         lines += [f"  {stage}: {_one_line(answer)}" for stage, answer in sample["answers"].items()]
         if sample["teacher"] is not None:
             lines += [f"  teacher: {_one_line(sample['teacher'])}"]
@@ -152,4 +153,4 @@ def number(value: float | None, digits: int, sign: bool = False) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))

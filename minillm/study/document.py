@@ -109,7 +109,11 @@ def write_document(study: Study, page: Path, command: str) -> Path:
 
 def load_records(study: Study) -> dict[Cell, Record]:
     """Of the cells that are done."""
-    return {cell: json.loads(study.result(cell).read_text()) for cell in study.cells() if study.result(cell).exists()}
+    return {
+        cell: json.loads(study.result(cell).read_text(encoding="utf-8"))
+        for cell in study.cells()
+        if study.result(cell).exists()
+    }
 
 
 def setup(study: Study, records: Mapping[Cell, Record]) -> str:

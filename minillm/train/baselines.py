@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minillm.data.examples import Batch, Example, Shuffled, collate
 from minillm.data.sources import DataError
-from minillm.files import write_atomically
+from minillm.files import read_lines, write_atomically
 from minillm.model.head import Output, Sums, cross_entropy, distill_loss, divergence, minillm_loss
 from minillm.model.sampling import Rollout, draw_uniforms
 from minillm.train.context import Loss, Part, Step, Training, chunks
@@ -53,7 +53,10 @@ class Sft:
 
     def answers(self, examples: list[Example], rows: list[int]) -> Part:
         def make(rows: list[int]) -> tuple[Batch, Loss]:
-            batch = self.training.collate([examples[i].prompt for i in rows], [examples[i].response for i in rows])
+            chosen = [examples[i] for i in rows]
+            batch = self.training.collate(
+                [e.prompt for e in chosen], [e.response for e in chosen], [e.turns for e in chosen]
+            )
             return batch, self.loss
 
         return Part("answers", rows, make, lambda i: examples[i].record.where)
@@ -100,7 +103,7 @@ class SeqKd(Sft):
                 )
                 write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             training.accelerator.wait_for_everyone()
-        answers = [json.loads(line) for line in path.read_text().splitlines()]
+        answers = [json.loads(line) for line in read_lines(path)]
         if [answer["prompt"] for answer in answers] != [e.record.prompt for e in self.examples]:
             raise DataError(
                 f"{path} answers other prompts than this run learns from: delete it, or name another file in "
@@ -134,7 +137,7 @@ class Gkd(Kd):
         chosen = self.drawn(number)
         rollout = training.roll_out(number, chosen, alpha=0.0)
         examples = [
-            self.examples[i]._replace(response=response)
+            self.examples[i]._replace(response=response, turns=())
             for i, response in zip(chosen, rollout.responses(), strict=True)
         ]
         part = self.answers(examples, training.mine(list(range(len(examples)))))

@@ -1,6 +1,6 @@
 """What a step is made of: its parts, and all that a method (minillm/train/baselines.py) may use to make them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -68,9 +68,14 @@ class Training:
         """This process's share of what all processes draw alike."""
         return items[self.accelerator.process_index :: self.accelerator.num_processes]
 
-    def collate(self, prompts: list[list[int]], responses: list[list[int]]) -> Batch:
+    def collate(
+        self,
+        prompts: list[list[int]],
+        responses: list[list[int]],
+        turns: Sequence[Sequence[tuple[int, int]]] | None = None,
+    ) -> Batch:
         """A batch, packed where data.packing says so."""
-        return collate(prompts, responses, self.row_length)
+        return collate(prompts, responses, self.row_length, turns)
 
     @property
     def row_length(self) -> int:

@@ -68,7 +68,7 @@ def prepare(
     encoded = encode(
         read_records(config.data.train),
         tokenizer,
-        run.data.prompt_template,
+        run.data,
         config.data,
         config.data.train,
         answers=not samples,
@@ -103,8 +103,7 @@ def split_validation(
     so that two stages of a recipe hold out the same."""
     source, count = config.validation.data, config.validation.prompts
     if source:
-        records, template = read_records(source), run.data.prompt_template
-        found = encode(records, tokenizer, template, config.data, source, answers=True).examples
+        found = encode(read_records(source), tokenizer, run.data, config.data, source, answers=True).examples
         return encoded.examples, found[:count]
 
     def key(example: Example) -> bytes:

@@ -51,7 +51,7 @@ def test_one_prompt_has_no_standard_error():
 @pytest.fixture
 def world(files, make_llama, tokenizer):
     config = load_recipe(files / "recipe.yaml").run
-    examples = encode(read_records(config.data.eval), tokenizer, "chat", DataConfig(), "eval").examples
+    examples = encode(read_records(config.data.eval), tokenizer, config.data, DataConfig(), "eval").examples
     return config, CausalLM(make_llama(2, seed=1)), CausalLM(make_llama(4)), tokenizer, examples
 
 
