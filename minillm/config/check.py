@@ -9,7 +9,7 @@ from minillm_kernels.logits.losses import DIVERGENCES
 
 METHODS = ("sft", "kd", "seqkd", "gkd", "minillm")
 DTYPES = ("float32", "bfloat16", "float16")
-MAX_SEED = 10**12  # the rollouts of a step draw from the seed 1_000_003 · seed + step
+MAX_SEED = 2**42  # the rollouts of a step draw from the seed 1_000_003 · seed + step, which has 63 bits
 OF_TEMPLATE = (
     "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
     "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",

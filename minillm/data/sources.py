@@ -150,7 +150,7 @@ def _csv(path: Path) -> Iterator[dict[str, Any]]:
                 )
             yield row
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num} is not CSV ({error})") from error
+        raise DataError(f"{path} is not CSV after line {reader.line_num} ({error})") from error
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:
