@@ -19,7 +19,7 @@ def opens_as_text(call: ast.Call) -> bool:
     """`open(…)`, `path.open(…)`, `read_text` and `write_text`, but what opens bytes, archives or descriptors."""
     name = getattr(call.func, "attr", getattr(call.func, "id", ""))
     if name != "open":
-        return name in ("read_text", "write_text")
+        return name in ("read_text", "write_text") and isinstance(call.func, ast.Attribute)
     owner = getattr(getattr(call.func, "value", None), "id", "")
     texts = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
     return owner not in ("os", "tarfile", "wheel") and not {"rb", "wb", "ab"} & set(texts)
