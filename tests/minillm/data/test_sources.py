@@ -72,7 +72,7 @@ def test_csv_fields_may_hold_lines_separators_and_whole_documents(tmp_path):
         ("a.json", b"[{}", "begins like a JSON list and is none .*: expected one JSON list"),
         ("a.jsonl", b'{"prompt": 1' + b"0" * 5000 + b"}", "line 1 is not JSON .*digits"),
         ("a.jsonl", b'{"prompt": ' + b"[" * 100_000, "line 1 is not JSON .*recursion"),
-        ("a.csv", "prompt,completion\na\n", "line 2: .* fewer fields than the first line, which names prompt, completion"),
+        ("a.csv", "prompt,completion\na\n", "line 2: .* fewer fields .*, which names prompt, completion"),
         ("a.csv", "prompt,completion\na,b,c\n", "a.csv, line 2: the row has more fields"),
         ("a.csv", 'prompt\n"a"b\n', "a.csv is not CSV after line 1"),
         ("a.csv", "question,answer\na,b\n", r"a.csv, record 1: found the columns \['answer', 'question'\]"),
