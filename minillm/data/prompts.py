@@ -38,7 +38,7 @@ def check_template(tokenizer: "PreTrainedTokenizerBase", settings: EvalDataConfi
             'such as "### Instruction:\\n{prompt}\\n\\n### Response:\\n"'
         )
     for name in settings.chat_template_kwargs:
-        if name not in str(tokenizer.chat_template):
+        if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
             raise DataError(
                 f"data.chat_template_kwargs.{name}: the tokenizer's chat template does not read {name!r}, so it would "
                 "change nothing. Mend the name, or leave it out"

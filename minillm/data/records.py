@@ -93,7 +93,7 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise DataError(f"{where}: `role` is {role!r}; expected text, such as user or assistant")
     calls = found.pop("tool_calls", None)
     if calls:
-        found["tool_calls"] = [_call(call, where) for call in calls] if isinstance(calls, list) else calls
+        found["tool_calls"] = [_call(call, where) for call in (calls if isinstance(calls, list) else [calls])]
     if content is None and calls:
         content = ""
     if isinstance(content, list):

@@ -229,7 +229,7 @@ def duration(seconds: float) -> str:
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in info.read_text(encoding="utf-8", errors="replace").split("\n"):
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "unknown"

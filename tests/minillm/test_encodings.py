@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import minillm
+from minillm.files import read_lines, write_atomically
 from minillm.terminal import print_anything, printable
 
 SOURCES = sorted(Path(minillm.__file__).parent.rglob("*.py"))
@@ -35,6 +37,17 @@ def without_encoding(code: str) -> list[int]:
 def test_text_files_are_opened_as_utf8(path):
     found = without_encoding(path.read_text(encoding="utf-8"))
     assert not found, f"{path}, lines {found}: give encoding="
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(SOURCES[0].parent)))
+def test_no_line_ends_at_a_separator_inside_of_a_text(path):
+    assert ".splitlines(" not in path.read_text(encoding="utf-8"), "it breaks at U+2028: files.read_lines does not"
+
+
+def test_the_lines_of_a_jsonl_file(tmp_path):
+    rows = [{"text": f"a{separator}b"} for separator in "\u2028\u2029\x85\x0b\x0c\x1c\r"]
+    write_atomically(tmp_path / "a.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    assert [json.loads(line) for line in read_lines(tmp_path / "a.jsonl")] == rows
 
 
 def test_the_scan_sees_every_way_of_opening():
