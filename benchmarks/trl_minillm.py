@@ -110,9 +110,9 @@ def write_inputs(folder: Path) -> None:
     path = Path(__file__).parents[1] / "recipes" / "smollm2-cpu.yaml"
     recipe = load_recipe(path)
     student, teacher, tokenizer = load_pair(recipe.run)
-    data, template = recipe.stages["minillm"].data, recipe.run.data.prompt_template
+    data = recipe.stages["minillm"].data
     assert teacher is not None
-    examples = encode(read_records(data.train), tokenizer, template, data, data.train)
+    examples = encode(read_records(data.train), tokenizer, recipe.run.data, data, data.train)
     prompts = [example.prompt for example in examples.examples[:PROMPTS]]
     texts = [tokenizer.decode(ids) for ids in prompts]
     assert [tokenizer(text)["input_ids"] for text in texts] == prompts

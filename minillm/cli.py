@@ -5,8 +5,10 @@ import errno
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from minillm.terminal import print_anything, printable
 
 if TYPE_CHECKING:
     from minillm.config.recipe import Recipe
@@ -19,12 +21,13 @@ RESUME = "go on from a checkpoint; auto: the newest of this recipe's last run, o
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point `minillm`; user errors end with one message and status 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    print_anything()
     options, flags = _parser().parse_known_args(arguments)
     options.command_line = shlex.join(["minillm", *arguments])
     try:
         return options.run(options, flags)
     except _user_errors() as error:
-        print(f"minillm: {error}", file=sys.stderr)
+        print(f"minillm: {printable(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -79,7 +82,7 @@ def evaluate(options: argparse.Namespace, flags: list[str]) -> int:
     overrides = dict(flatten(parse_flags(flags)))
     result = minillm.evaluate(options.model, options.data, teacher=options.teacher, **overrides)
     result = dataclasses.replace(result, about=result.about | {"command": options.command_line})
-    text = json.dumps(result.to_dict(per_prompt=bool(options.out)), indent=1, ensure_ascii=False)
+    text = json.dumps(result.to_dict(per_prompt=bool(options.out)), indent=1, ensure_ascii=not options.out)
     if options.out:
         write_atomically(Path(options.out), text + "\n")
         text = f"{evaluation_text(result)}\n\nall of it is in {options.out}"
@@ -136,22 +139,25 @@ def study(options: argparse.Namespace, flags: list[str]) -> int:
 
 
 def generate(options: argparse.Namespace, flags: list[str]) -> int:
+    from minillm.config.check import check_seed
     from minillm.config.schema import ConfigError
 
     if flags:
         raise ConfigError(f"generate does not know {flags[0]!r}; see minillm generate --help")
+    check_seed("--seed", options.seed)
+    prompts = _prompts(options.prompt)
     _quiet()
-    from minillm.config.schema import DataConfig, ModelConfig
-    from minillm.data.examples import Record, encode
+    from minillm.config.schema import DataConfig, EvalDataConfig, ModelConfig
+    from minillm.data.examples import encode, to_record
     from minillm.model.load import load_tokenizer
     from minillm.model.sampling import Decoding, decode, draw_uniforms, sample
 
     tokenizer, model = load_tokenizer(options.model), _open(options.model, ModelConfig(head="logits"))  # any head
-    data = DataConfig(max_prompt_length=options.max_prompt_length)
-    prompts = [options.prompt] if options.prompt else (line.rstrip("\n") for line in sys.stdin)
-    for i, prompt in enumerate(prompts):
-        record = Record([{"role": "user", "content": prompt}], None)
-        (example,) = encode([record], tokenizer, options.template, data, "the prompt").examples
+    template = EvalDataConfig(prompt_template=options.template)
+    limits = DataConfig(max_prompt_length=options.max_prompt_length)
+    for i, (where, prompt) in enumerate(prompts):
+        record = to_record({"prompt": prompt}, where)
+        (example,) = encode([record], tokenizer, template, limits, where).examples
         rollout = sample(
             model,
             None,
@@ -161,7 +167,7 @@ def generate(options: argparse.Namespace, flags: list[str]) -> int:
             uniforms=draw_uniforms(options.seed + i, options.max_new_tokens, 1),
         )
         (response,) = decode(tokenizer, rollout.responses())
-        print(response, flush=True)
+        print(printable(response), flush=True)
     return 0
 
 
@@ -269,6 +275,22 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from minillm.run.checkpoint import CheckpointError
 
     return ConfigError, DataError, PackageError, CheckpointError, FileNotFoundError, FloatingPointError
+
+
+def _prompts(given: str | None) -> Iterable[tuple[str, str]]:
+    """The prompt of the command line, or the lines of standard input, in UTF-8; each with where it stands."""
+    import io
+    import os
+
+    from minillm.config.schema import ConfigError
+
+    if given is not None:
+        if not given.strip():
+            raise ConfigError("--prompt is empty: give a text, or leave --prompt out to read standard input")
+        return [("the prompt", os.fsencode(given).decode(errors="surrogateescape"))]
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # to_record says what is not UTF-8
+    return ((f"standard input, line {i}", line.rstrip("\n")) for i, line in enumerate(sys.stdin or (), 1))
 
 
 def _open(source: str, settings: "ModelConfig") -> Any:

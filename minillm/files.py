@@ -10,8 +10,13 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a file that is either absent or whole, whatever interrupts."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a JSONL file of ours. str.splitlines would also break at U+2028 and its like inside of a text."""
+    return [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line]
 
 
 def publish(source: Path, target: Path) -> None:

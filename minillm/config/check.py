@@ -9,6 +9,13 @@ from minillm_kernels.rows import DIVERGENCES
 
 METHODS = ("sft", "kd", "seqkd", "gkd", "minillm")
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_SEED = 2**42  # the rollouts of a step draw from the seed 1_000_003 · seed + step, which has 63 bits
+OF_TEMPLATE = (
+    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs",
+)  # fmt: skip
+"""Arguments of apply_chat_template that no template reads, or that minillm sets."""
 
 
 def check_run(run: RunConfig) -> None:
@@ -22,9 +29,22 @@ def check_run(run: RunConfig) -> None:
         raise ConfigError(f"eval.prompts is {run.eval.prompts}; give a number, or 0 for all")
     if run.lora.rank < 0:
         raise ConfigError(f"lora.rank is {run.lora.rank}; give a rank, or 0 for no adapters")
+    check_seed("seed", run.seed)
+    check_seed("eval.seed", run.eval.seed)
     template = run.data.prompt_template
     if template not in ("chat", "alpaca") and "{prompt}" not in template:
         raise ConfigError("data.prompt_template must be `chat`, `alpaca` or a text that contains {prompt}")
+    if run.data.chat_template_kwargs and template != "chat":
+        raise ConfigError(f"data.chat_template_kwargs are for data.prompt_template chat; it is {template!r}")
+    ours = [key for key in run.data.chat_template_kwargs if key in OF_TEMPLATE]
+    if ours:
+        raise ConfigError(f"data.chat_template_kwargs.{ours[0]} is set by minillm itself: leave it out")
+
+
+def check_seed(path: str, seed: int) -> None:
+    """Raises ConfigError for a seed out of the range in which all the seeds derived from it have 64 bits."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"{path} is {seed}; a seed lies in [0, {MAX_SEED}]")
 
 
 def check_stage(stage: StageConfig, run: RunConfig) -> None:
@@ -34,6 +54,7 @@ def check_stage(stage: StageConfig, run: RunConfig) -> None:
     one_of("optim.schedule", stage.optim.schedule, ("constant", "linear", "cosine"))
     one_of("data.overlong_prompts", stage.data.overlong_prompts, ("error", "drop"))
     one_of("data.empty_answers", stage.data.empty_answers, ("error", "drop"))
+    one_of("data.train_on", stage.data.train_on, ("last", "all"))
     _at_least_one(stage.data, "data", "max_prompt_length", "max_response_length")
     _at_least_one(stage.rollout, "rollout", "batch_size", "max_new_tokens", "epochs")
     _at_least_one(stage.objective, "objective", "pt_batch_size")

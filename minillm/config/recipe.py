@@ -73,7 +73,7 @@ def read_yaml(what: str, path: str | Path, example: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no {what} at {path}: give the path of a YAML file, such as {example}")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = yaml.safe_load(path.read_bytes()) or {}  # UTF-8, or what its byte-order mark says
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -237,6 +237,10 @@ def _coerce(value: Any, kind: Any, path: str) -> Any:
         if isinstance(parsed, (list, tuple)) and len(parsed) == len(args):
             return tuple(_coerce(item, arg, path) for item, arg in zip(parsed, args, strict=True))
         raise ConfigError(f"{path} is {value!r}; expected a list of {len(args)} values")
+    if origin is dict:
+        if isinstance(parsed, Mapping):  # leaves of flags are text
+            return {str(key): yaml.safe_load(item) if isinstance(item, str) else item for key, item in parsed.items()}
+        raise ConfigError(f"{path} is {value!r}; expected a mapping, such as {{name: value}}")
     if kind is float and not isinstance(parsed, bool):
         try:
             return float(parsed)

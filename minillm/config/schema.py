@@ -54,14 +54,16 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class EvalDataConfig:
-    """Keys of the section `data` that belong to the run. A source is a JSONL or Parquet file, a directory written by
-    `datasets`, a hub id (ORG/NAME or ORG/NAME:SPLIT) or `package:NAME`."""
+    """Keys of the section `data` that belong to the run. A source is a JSONL, JSON, CSV or Parquet file, a directory
+    written by `datasets`, a hub id (ORG/NAME or ORG/NAME:SPLIT) or `package:NAME`."""
 
     eval: str = ""
     """Held-out prompts with reference answers; empty: no evaluation."""
     prompt_template: str = "chat"
     """`chat`: the tokenizer's chat template; `alpaca`: the paper's, with and without input; otherwise a text that
     contains {prompt}. Training and evaluation use the same one."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the chat template reads beside the conversation, such as {enable_thinking: false}."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,9 @@ class DataConfig:
     """`error`, or `drop` to leave prompts longer than the limit out."""
     empty_answers: str = "error"
     """`error`, or `drop` to leave records out whose answer is empty, where answers are learnt from."""
+    train_on: str = "last"
+    """sft, kd and gkd: `last`, the answer that ends a conversation, or `all`, every turn of the assistant in it. Where
+    answers are sampled, they are always the last turn."""
     teacher_answers: str = ""
     """seqkd: JSONL file of the teacher's answers, written where it does not exist; empty: one in the run directory."""
     packing: bool = False

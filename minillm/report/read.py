@@ -9,6 +9,7 @@ import yaml
 
 from minillm.data.sources import DataError
 from minillm.evaluation.result import START, TEACHER, Evaluation
+from minillm.files import read_lines
 
 
 class Source(NamedTuple):
@@ -55,7 +56,11 @@ def _read(path: Path, name: str) -> Source:
 def _stages(run: Path) -> dict[str, Evaluation]:
     """The evaluations of a run directory, in the order in which they are made."""
     config = run / "config.yaml"
-    names = [START, *(yaml.safe_load(config.read_text())["stages"] if config.exists() else ()), TEACHER]
+    names = [
+        START,
+        *(yaml.safe_load(config.read_text(encoding="utf-8"))["stages"] if config.exists() else ()),
+        TEACHER,
+    ]
     files = {name: run / "evaluations" / f"{name}.json" for name in names}
     return {name: read_result(file) for name, file in files.items() if file.exists()}
 
@@ -74,7 +79,7 @@ def _tree(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        tree = json.loads(path.read_text())
+        tree = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     return tree if isinstance(tree, dict) else {}
@@ -84,7 +89,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    for line in read_lines(path):
         try:
             rows.append(json.loads(line))
         except ValueError:  # a run that is going on writes this one now

@@ -8,6 +8,7 @@ from minillm.evaluation.means import difference
 from minillm.evaluation.result import OWN, REFERENCES, ROUGE, START, TEACHER, Evaluation
 from minillm.report.numbers import mean, number, plus_minus
 from minillm.run.clock import duration
+from minillm.terminal import printable
 
 TITLES = {OWN: "reverse KL, own samples", REFERENCES: "reverse KL, references", ROUGE: "ROUGE-L"}
 
@@ -28,7 +29,7 @@ def run_text(evaluations: Mapping[str, Evaluation], seconds: Mapping[str, float]
     """A run as plain text: responses side by side, the table of means ± standard errors, then where the time went."""
     lines = []
     for i, response in enumerate(evaluations[START].responses if evaluations else ()):
-        lines += ["", f"prompt: {response.prompt}"]
+        lines += ["", f"prompt: {printable(response.prompt)}"]
         for stage, evaluation in evaluations.items():
             lines += [f"  {stage}: {_one_line(each.greedy or '')}" for each in evaluation.responses[i : i + 1]]
     if evaluations:
@@ -130,4 +131,4 @@ def _aligned(rows: list[list[str]]) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))

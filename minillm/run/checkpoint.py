@@ -95,7 +95,7 @@ def save(
                 save_file(_plain(tensors), partial / f"{name}.safetensors", metadata={"format": "pt"})
         model.config.save_pretrained(partial)
         state = {"progress": dataclasses.asdict(progress), "config": recipe.to_dict()}
-        (partial / "progress.json").write_text(json.dumps(state, indent=1))
+        (partial / "progress.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         (partial / "DONE").touch()
         for path in (*partial.iterdir(), partial):
             flush(path)
@@ -130,7 +130,7 @@ def load(path: Path, recipe: Recipe) -> Checkpoint:
         raise FileNotFoundError(
             f"no whole checkpoint at {path}: give a directory checkpoints/step-N that holds DONE, or --resume auto"
         )
-    state = json.loads((path / "progress.json").read_text())
+    state = json.loads((path / "progress.json").read_text(encoding="utf-8"))
     ours, theirs = (dict(flatten(tree)) for tree in (recipe.to_dict(), state["config"]))
     differing = [key for key in ours | theirs if ours.get(key) != theirs.get(key) and not _immaterial(key)]
     if differing:

@@ -56,9 +56,9 @@ def _peak() -> float | None:
         torch.cuda.reset_peak_memory_stats()
         return peak / 2**30
     try:
-        with open("/proc/self/status") as file:
+        with open("/proc/self/status", encoding="utf-8") as file:
             peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-        with open("/proc/self/clear_refs", "w") as file:
+        with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
             file.write("5")
         return peak / 2**30
     except (OSError, StopIteration):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from minillm.config.recipe import Recipe, load_recipe, save
 from minillm.config.schema import ConfigError
-from minillm.files import write_atomically
+from minillm.files import read_lines, write_atomically
 from minillm.run import checkpoint
 from minillm.run.checkpoint import Checkpoint, Progress
 from minillm.run.clock import duration
@@ -102,7 +102,7 @@ class RunDirectory:
     def read(self, name: str) -> Any:
         """What `write` wrote as JSON; None where there is no such file."""
         path = self.path / name
-        return json.loads(path.read_text()) if path.exists() else None
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def checkpoint(
         self,
@@ -132,7 +132,7 @@ class RunDirectory:
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         if self.main:
-            with (self.path / name).open("a") as file:
+            with (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def _forget_what_came_later(self) -> None:
@@ -142,7 +142,7 @@ class RunDirectory:
         path = self.path / "metrics.jsonl"
         if path.exists():
             kept = []
-            for line in path.read_text().splitlines():
+            for line in read_lines(path):
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError:  # the process was killed while it wrote this one
@@ -225,7 +225,7 @@ def environment() -> dict[str, Any]:
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
-        for line in info.read_text().splitlines():
+        for line in info.read_text(encoding="utf-8", errors="replace").split("\n"):
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "unknown"

@@ -30,5 +30,8 @@ def first_process_tells() -> Iterator[None]:
 
     # without cpu=True, several processes on a machine without accelerator would be as many runs of their own
     state = PartialState(cpu=not torch.accelerator.is_available())
-    with open(os.devnull, "w") as nowhere, nullcontext() if state.is_main_process else redirect_stdout(nowhere):
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        nullcontext() if state.is_main_process else redirect_stdout(nowhere),
+    ):
         yield

@@ -18,7 +18,7 @@ from minillm.config.recipe import Recipe
 from minillm.config.schema import ModelConfig
 from minillm.data.examples import Example, Shuffled, encode, read_records
 from minillm.evaluation.measure import evaluation_set, measure
-from minillm.files import write_atomically
+from minillm.files import read_lines, write_atomically
 from minillm.model.head import CausalLM
 from minillm.model.load import load_model, load_tokenizer
 from minillm.run.directory import environment
@@ -86,15 +86,15 @@ def train(study: Study, cell: Cell) -> dict[str, Any]:
         answer(study)
     if study.matched(cell):
         reference = study.result(Cell(cell.size, REFERENCE, cell.seed))
-        budget = json.loads(reference.read_text())["training"]["num_tokens"]
+        budget = json.loads(reference.read_text(encoding="utf-8"))["training"]["num_tokens"]
         batch_size = recipe.stages[cell.name].optim.batch_size
         steps = steps_to_reach(budget, lengths(study, recipe, cell.name), cell.seed, batch_size)
         recipe = study.recipe(cell, steps)
     folder = study.work / cell.path
     if not (folder / "summary.json").exists():
         minillm.distill(recipe, resume="auto")
-    summary = json.loads((folder / "summary.json").read_text())
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in read_lines(folder / "metrics.jsonl")]
     return {
         "parameters": summary["student"]["parameters"],
         "config": recipe.to_dict(),
@@ -118,14 +118,14 @@ def lengths(study: Study, recipe: Recipe, stage: str) -> list[int]:
     examples = examples_of(recipe, stage, load_tokenizer(recipe.run.model.teacher))
     responses = [example.response for example in examples]
     if recipe.stages[stage].method == "seqkd":
-        responses = [json.loads(line)["token_ids"] for line in study.answers.read_text().splitlines()]
+        responses = [json.loads(line)["token_ids"] for line in read_lines(study.answers)]
     return [len(e.prompt) + len(response) for e, response in zip(examples, responses, strict=True)]
 
 
 def examples_of(recipe: Recipe, stage: str, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
     method, data = recipe.stages[stage].method, recipe.stages[stage].data
-    answers, template = method not in ("minillm", "seqkd"), recipe.run.data.prompt_template
-    return encode(read_records(data.train), tokenizer, template, data, data.train, answers).examples
+    answers = method not in ("minillm", "seqkd")
+    return encode(read_records(data.train), tokenizer, recipe.run.data, data, data.train, answers).examples
 
 
 def answer(study: Study) -> None:

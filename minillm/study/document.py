@@ -105,7 +105,7 @@ def load_records(study: Study) -> dict[Cell, Record]:
     records = {}
     for cell in study.cells():
         if study.result(cell).exists():
-            record = json.loads(study.result(cell).read_text())
+            record = json.loads(study.result(cell).read_text(encoding="utf-8"))
             found = {name: Evaluation.from_dict(tree) for name, tree in record["evaluations"].items()}
             records[cell] = record | {"evaluations": found}
     return records

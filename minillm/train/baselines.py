@@ -24,7 +24,7 @@ from torch import Tensor
 
 from minillm.data.examples import Batch, Example, Shuffled
 from minillm.data.sources import DataError
-from minillm.files import write_atomically
+from minillm.files import read_lines, write_atomically
 from minillm.model.head import Output, Sums
 from minillm.model.sampling import draw_uniforms
 from minillm.train.context import Context, Loss, Part, Step, chunks
@@ -92,7 +92,7 @@ class Gkd:
         drawn = self.given.drawn(number)
         rollout = context.roll_out(number, drawn, teacher=None, alpha=0.0)
         pairs = zip(drawn, rollout.responses(), strict=True)
-        examples = [example._replace(response=response) for example, response in pairs]
+        examples = [example._replace(response=response, turns=()) for example, response in pairs]
         part = self.part(context.mine(examples))._replace(loss=partial(on_policy_loss, context))
         return Step([part], {"completions/mean_length": float(rollout.lengths.float().mean())})
 
@@ -182,13 +182,13 @@ def with_teacher_responses(context: Context, folder: Path) -> list[Example]:
             )
             write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         context.accelerator.wait_for_everyone()
-    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [json.loads(line) for line in read_lines(path)]
     if [line["prompt"] for line in kept] != [e.record.prompt for e in context.examples]:
         raise DataError(
             f"{path} answers other prompts than this run learns from: delete it, or name another file in "
             "data.teacher_answers"
         )
-    return [e._replace(response=line["token_ids"]) for e, line in zip(context.examples, kept, strict=True)]
+    return [e._replace(response=line["token_ids"], turns=()) for e, line in zip(context.examples, kept, strict=True)]
 
 
 def sample_teacher(context: Context) -> list[list[int]]:

@@ -73,7 +73,7 @@ def prepare(
     encoded = encode(
         read_records(config.data.train),
         tokenizer,
-        run.data.prompt_template,
+        run.data,
         config.data,
         config.data.train,
         answers=not samples,

@@ -81,7 +81,7 @@ class MiniLLM:
         for row, policy in zip(rows, constants, strict=True):
             response = responses[row]
             states = rollout.teacher_hidden[row, : len(response)]
-            minibatch.append(examples[row]._replace(response=response, policy=policy, teacher_states=states))
+            minibatch.append(examples[row]._replace(response=response, turns=(), policy=policy, teacher_states=states))
         parts = [Part("responses", context.mine(minibatch), self.policy_loss, context.row_length)]
 
         # ---- d, plain text

@@ -34,8 +34,7 @@ def split_validation(
     """
     source, count = config.validation.data, config.validation.prompts
     if source:
-        records, template = read_records(source), run.data.prompt_template
-        found = encode(records, tokenizer, template, config.data, source, answers=True).examples
+        found = encode(read_records(source), tokenizer, run.data, config.data, source, answers=True).examples
         return encoded.examples, found[:count]
 
     def key(example: Example) -> bytes:

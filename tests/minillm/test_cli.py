@@ -1,4 +1,6 @@
+import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -61,6 +63,23 @@ def test_generate_reads_standard_input(files, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", iter(["one\n", "two\n"]))
     status, _, _ = run(capsys, "generate", files / "student", "--max-new-tokens", "2")
     assert status == 0
+
+
+@pytest.mark.parametrize("prompt", ["", " "])
+def test_an_empty_prompt_does_not_wait_for_standard_input(files, capsys, monkeypatch, prompt):
+    monkeypatch.setattr("sys.stdin", iter(["this would be answered\n"]))
+    status, out, err = run(capsys, "generate", files / "student", "--prompt", prompt)
+    assert status == 2 and not out and err.startswith("minillm: --prompt is empty")
+
+
+def test_generate_names_the_line_and_prints_no_control_characters(files, capsys, monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO(b"gr\xc3\xb6\xc3\x9fer\n\xe9\n"), encoding="ascii")
+    monkeypatch.setattr("sys.stdin", stdin)
+    status, out, err = run(capsys, "generate", files / "student", "--max-new-tokens", "40", "--temperature", "1")
+    assert status == 2 and "standard input, line 2 holds" in err
+    assert out and not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", out)
+    status, _, err = run(capsys, "generate", files / "student", "--prompt", "a", "--seed", str(2**63))
+    assert status == 2 and "a seed lies in" in err
 
 
 def test_env_names_backends_and_versions(capsys):

@@ -31,6 +31,7 @@ def with_keys(**sections):
         ({"optim": {"betas": [0.9]}}, "expected a list of 2 values"),
         ({"objective": {"length_norm": 2}}, "expected bool"),
         ({"model": {"teacher": 3}}, "model.teacher is 3; expected str"),
+        ({"data": {"chat_template_kwargs": 3}}, "data.chat_template_kwargs is 3; expected a mapping"),
     ],
 )
 def test_what_cannot_be_read_is_named(tree, message):
@@ -47,9 +48,50 @@ def test_numbers_are_read_as_people_write_them():
     assert stage_from({"optim": {"lr": 1}}).optim.lr == 1.0
 
 
+def test_a_mapping_is_read_from_yaml_and_flags(tmp_path):
+    tree = with_keys(data={"chat_template_kwargs": {"enable_thinking": True, "effort": "low"}}) | {"method": "sft"}
+    flags = ["--data.chat_template_kwargs.enable_thinking=false", "--data.chat_template_kwargs.depth=2"]
+    recipe = recipe_from("r", tree, parse_flags(flags))
+    expected = {"enable_thinking": False, "effort": "low", "depth": 2}
+    assert recipe.run.data.chat_template_kwargs == expected
+    save(recipe, tmp_path / "config.yaml")
+    assert load_recipe(tmp_path / "config.yaml").run.data.chat_template_kwargs == expected
+    whole = parse_flags(["--data.chat_template_kwargs={enable_thinking: false}"])
+    assert run_from(split(whole)[0]).data.chat_template_kwargs == {"enable_thinking": False}
+    with pytest.raises(ConfigError, match="cannot differ between stages"):
+        recipe_from("r", VALID, {"stages": {"minillm": {"data": tree["data"]}}})
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_recipe_in_any_unicode(tmp_path, encoding):
+    path = tmp_path / "recipe.yaml"
+    tree = with_keys(data={"train": "größe.jsonl"}) | {"method": "sft"}
+    path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding=encoding)
+    assert load_recipe(path).stages["sft"].data.train == "größe.jsonl"
+    path.write_bytes("data: {train: größe.jsonl}".encode("latin-1"))
+    with pytest.raises(ConfigError, match="is not valid YAML"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**42 + 1, 1_700_000_000_000_000_000, 2**63, 2**64])
+def test_seeds_have_a_range(seed):
+    for path in ("seed", "eval.seed"):
+        with pytest.raises(ConfigError, match=rf"{path} is {seed}; a seed lies in \[0, {2**42}\]"):
+            run_from(nested({path: seed}))
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
+        ({"data": {"train_on": "first"}}, "unknown value of data.train_on: 'first'"),
+        (
+            {"data": {"chat_template_kwargs": {"tokenize": True}}},
+            "data.chat_template_kwargs.tokenize is set by minillm",
+        ),
+        (
+            {"data": {"prompt_template": "alpaca", "chat_template_kwargs": {"a": 1}}},
+            "are for data.prompt_template chat",
+        ),
         ({"rollout": {"temperature": 0.7}}, "rollout.temperature is 0.7; MiniLLM's importance weights need 1"),
         ({"rollout": {"top_k": 50}}, "rollout.top_k is 50"),
         ({"rollout": {"top_p": 0.9}}, "rollout.top_p is 0.9"),

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from minillm.config.schema import DataConfig
+from minillm.config.schema import DataConfig, EvalDataConfig
 from minillm.data.examples import (
     DataError,
     Record,
@@ -16,6 +16,7 @@ from minillm.data.examples import (
     show,
 )
 
+CHAT, ALPACA = EvalDataConfig(), EvalDataConfig(prompt_template="alpaca")
 USER = {"role": "user", "content": "Hi"}
 
 
@@ -54,12 +55,13 @@ def test_several_right_answers_and_options(tmp_path):
     [
         ('{"question": "?", "answer": "!"}', r"record 1: found the columns \['answer', 'question'\]; expected"),
         ('{"prompt": "a"}\n{"prompt": ', r"line 2 is not JSON.*To see it: sed -n 2p \S+data.jsonl$"),
-        ("[1]", "line 1 holds a list"),
+        ("[1]", "record 1 of the list is a int"),
+        ('{"prompt": "a"}\n[1]', "line 2 holds a list"),
         ("", "is empty: expected records of the form"),
         ('{"messages": []}', "must be a list of objects"),
         ('{"prompt": [{"role": "user", "content": "Hi"}]}', "must be text; conversations go into `messages`"),
         ('{"prompt": "a", "completion": 3}', "must be text"),
-        ('{"messages": [{"role": "user"}]}', "must be a list of objects"),
+        ('{"messages": [{"role": "user"}]}', r"record 1, message 1 \(user\): `content` is missing or null"),
         ('{"prompt": "a", "completion": []}', "the answer a list of texts"),
         ('{"prompt": "a", "completion": ["b", 3]}', "the answer a list of texts"),
         ('{"prompt": "a", "completion": "b", "options": "b"}', "`options` must be a list of texts"),
@@ -145,10 +147,10 @@ def test_text_files(tmp_path):
 
 def test_prompts_follow_the_template_and_answers_end(tokenizer):
     records = [Record([USER], "Ho")]
-    (chat,) = encode(records, tokenizer, "chat", DataConfig(), "x").examples
+    (chat,) = encode(records, tokenizer, CHAT, DataConfig(), "x").examples
     assert tokenizer.decode(chat.prompt) == "[user]Hi>"
     assert tokenizer.decode(chat.response) == "Ho<eos>"
-    (plain,) = encode(records, tokenizer, "Q: {prompt} A:", DataConfig(), "x").examples
+    (plain,) = encode(records, tokenizer, EvalDataConfig(prompt_template="Q: {prompt} A:"), DataConfig(), "x").examples
     assert tokenizer.decode(plain.prompt) == "Q: Hi A:"
 
 
@@ -160,7 +162,7 @@ def test_the_template_of_the_paper(tokenizer):
     with_input = Record([{"role": "user", "content": "Add {x}\n\n{1} 2"}], "3", "", "{1} 2")
     texts = [
         tokenizer.decode(example.prompt)
-        for example in encode([plain, with_input], tokenizer, "alpaca", DataConfig(), "x").examples
+        for example in encode([plain, with_input], tokenizer, ALPACA, DataConfig(), "x").examples
     ]
     assert texts[0] == f"{head}. W{tail}### Response:\n"
     assert texts[1] == (
@@ -169,7 +171,7 @@ def test_the_template_of_the_paper(tokenizer):
 
 
 def test_what_is_learnt_from_is_shown_by_the_mask_of_the_batch(tokenizer):
-    (example,) = encode([Record([USER], "Ho")], tokenizer, "chat", DataConfig(), "x").examples
+    (example,) = encode([Record([USER], "Ho")], tokenizer, CHAT, DataConfig(), "x").examples
     assert show(example, tokenizer) == "[user]Hi>⟦Ho<eos>⟧"
     assert show(example._replace(response=[]), tokenizer) == "[user]Hi>"
 
@@ -178,7 +180,7 @@ def test_counts_of_the_filters(tokenizer):
     data = DataConfig(max_prompt_length=20, max_response_length=3, overlong_prompts="drop", empty_answers="drop")
     contents = [("Hi", "Hello"), ("Hi", "a"), ("Hi", ""), ("long " * 9, "a"), ("Hi", None)]
     records = [Record([{"role": "user", "content": text}], answer) for text, answer in contents]
-    encoded = encode(records, tokenizer, "chat", data, "x", answers=True)
+    encoded = encode(records, tokenizer, CHAT, data, "x", answers=True)
     assert str(encoded) == "2 of 5 records (1 overlong prompts left out, 2 empty answers left out, 1 answers cut)"
 
 
@@ -193,25 +195,25 @@ def test_packed_rows_hold_the_same_targets_in_the_same_order():
 
 
 def test_a_cut_answer_does_not_teach_to_stop(tokenizer):
-    (example,) = encode([Record([USER], "Hello")], tokenizer, "chat", DataConfig(max_response_length=3), "x").examples
+    (example,) = encode([Record([USER], "Hello")], tokenizer, CHAT, DataConfig(max_response_length=3), "x").examples
     assert tokenizer.decode(example.response) == "Hel"
 
 
 def test_overlong_prompts(tokenizer):
     records = [Record([USER], "a"), Record([{"role": "user", "content": "long " * 20}], "b", "x, record 2")]
     with pytest.raises(DataError, match=r"x: 1 of 2 prompts.*= 20 tokens; the first is x, record 2 with 107"):
-        encode(records, tokenizer, "chat", DataConfig(max_prompt_length=20), "x")
-    kept = encode(records, tokenizer, "chat", DataConfig(max_prompt_length=20, overlong_prompts="drop"), "x")
+        encode(records, tokenizer, CHAT, DataConfig(max_prompt_length=20), "x")
+    kept = encode(records, tokenizer, CHAT, DataConfig(max_prompt_length=20, overlong_prompts="drop"), "x")
     assert [example.record.answer for example in kept.examples] == ["a"]
     assert str(kept) == "1 of 2 records (1 overlong prompts left out)"
     with pytest.raises(DataError, match="every prompt is longer"):
-        encode(records[1:], tokenizer, "chat", DataConfig(max_prompt_length=20, overlong_prompts="drop"), "x")
+        encode(records[1:], tokenizer, CHAT, DataConfig(max_prompt_length=20, overlong_prompts="drop"), "x")
 
 
 def test_a_tokenizer_without_chat_template(tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(DataError, match=r"has no chat template: set data.prompt_template"):
-        encode([Record([USER], "a")], tokenizer, "chat", DataConfig(), "x")
+        encode([Record([USER], "a")], tokenizer, CHAT, DataConfig(), "x")
 
 
 def test_every_response_token_counts_once_and_nothing_else():

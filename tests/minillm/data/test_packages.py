@@ -1,11 +1,14 @@
-"""Fetching by package name, without the network: pip is replaced by a script that leaves an archive behind."""
+"""Fetching by package name: pip reads indexes on this machine alone."""
 
+import functools
 import hashlib
 import io
 import json
+import os
 import tarfile
+import threading
 import zipfile
-from pathlib import Path
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -30,40 +33,87 @@ def tar_bytes(members):
 
 
 @pytest.fixture
-def registry(monkeypatch):
-    """name → bytes of the archive that `pip download` will find; counts the downloads."""
-    archives, calls = {}, []
-
-    class Result:
-        returncode, stderr = 0, ""
-
-    def fake_run(command, **_):
-        folder, requirement = Path(command[-2]), command[-1]
-        calls.append(requirement)
-        result = Result()
-        if requirement not in archives:
-            result.returncode, result.stderr = 1, "ERROR: No matching distribution found"
-            return result
-        name, content = archives[requirement]
-        (folder / name).write_bytes(content)
-        return result
-
-    monkeypatch.setattr(packages.subprocess, "run", fake_run)
-    return archives, calls
+def registry(tmp_path, monkeypatch):
+    """A directory whose archives are all that pip finds."""
+    folder = tmp_path / "registry"
+    folder.mkdir()
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
 
 
-def test_data_is_fetched_once_and_checked(cache, registry, monkeypatch):
-    archives, calls = registry
-    content = tar_bytes({"p-1/a.json": b'[{"prompt": "x"}]', "p-1/t.txt": "één\n\ntwee\n".encode()})
+def backend(mark):
+    """Members of a source archive whose every build hook leaves a mark, and so does its setup.py."""
+    code = f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n"
+    project = '[build-system]\nrequires = []\nbuild-backend = "evil"\nbackend-path = ["."]\n'
+    return {"p-1/evil.py": code.encode(), "p-1/setup.py": code.encode(), "p-1/pyproject.toml": project.encode()}
+
+
+METADATA = {"p-1/PKG-INFO": b"Metadata-Version: 2.1\nName: p\nVersion: 1\n"}
+
+
+def sets_of(monkeypatch, content, **members):
+    """Named sets of the package p==1, whose archive has these bytes."""
     package = Package("p==1", hashlib.sha256(content).hexdigest(), source_only=True)
-    archives["p==1"] = ("p-1.tar.gz", content)
-    text = packages.DATA["wikipedia"][2]
-    sets = {"a": (package, "p-1/a.json", json.load), "t": (package, "p-1/t.txt", text)}
-    monkeypatch.setattr(packages, "DATA", sets)
-    assert packages.data_file("a").read_text() == '{"prompt": "x"}\n'
-    assert packages.data_file("t").read_text() == '{"text": "één\\n"}\n{"text": "twee\\n"}\n'
+    monkeypatch.setattr(
+        packages, "DATA", {name: (package, f"p-1/{file}", how) for name, (file, how) in members.items()}
+    )
+
+
+def test_data_is_fetched_once_and_checked(cache, registry, tmp_path, monkeypatch, capsys):
+    content = tar_bytes(
+        METADATA
+        | backend(tmp_path / "EXECUTED")
+        | {"p-1/a.json": b'[{"prompt": "x"}]', "p-1/t.txt": "één\n\ntwee\n".encode()}
+    )
+    (registry / "p-1.tar.gz").write_bytes(content)
+    sets_of(monkeypatch, content, a=("a.json", json.load), t=("t.txt", packages.DATA["wikipedia"][2]))
+    assert packages.data_file("a").read_text(encoding="utf-8") == '{"prompt": "x"}\n'
+    assert packages.data_file("t").read_text(encoding="utf-8") == '{"text": "één\\n"}\n{"text": "twee\\n"}\n'
     assert packages.data_file("a").parent == cache / "data"
-    assert calls == ["p==1"]
+    assert capsys.readouterr().out == "fetching p==1 with pip\n"
+
+
+@pytest.fixture
+def index(tmp_path):
+    """A PEP 503 index over HTTP on this machine: the directory it serves, and its address."""
+    folder = tmp_path / "http"
+    (folder / "p").mkdir(parents=True)
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=folder)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("pyproject", [True, False], ids=["pyproject", "setup.py"])
+@pytest.mark.parametrize("place", ["links", "http", "file"])
+def test_nothing_of_a_source_archive_is_run(cache, registry, index, tmp_path, monkeypatch, place, pyproject):
+    """Found by pip wherever it looks; with the right sha256 the data are read, with another they are refused."""
+    members = METADATA | backend(tmp_path / "EXECUTED") | {"p-1/a.json": b'[{"prompt": "x"}]'}
+    if not pyproject:
+        del members["p-1/pyproject.toml"]
+    content = tar_bytes(members)
+    folder, address = index
+    if place == "links":
+        (registry / "p-1.tar.gz").write_bytes(content)
+    else:
+        (folder / "p" / "p-1.tar.gz").write_bytes(content)
+        (folder / "p" / "index.html").write_text('<a href="p-1.tar.gz">p-1.tar.gz</a>', encoding="utf-8")
+        monkeypatch.delenv("PIP_NO_INDEX")
+        monkeypatch.setenv("PIP_INDEX_URL", address if place == "http" else folder.as_uri())
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    sets_of(monkeypatch, b"another archive", a=("a.json", json.load))
+    with pytest.raises(PackageError, match=r"p-1.tar.gz has sha256 \w+, expected \w+: not used"):
+        packages.data_file("a")
+    assert not (cache / "data").exists()
+    sets_of(monkeypatch, content, a=("a.json", json.load))
+    assert packages.data_file("a").read_text(encoding="utf-8") == '{"prompt": "x"}\n'
+    assert not (tmp_path / "EXECUTED").exists()
 
 
 @pytest.mark.parametrize(
@@ -71,13 +121,13 @@ def test_data_is_fetched_once_and_checked(cache, registry, monkeypatch):
     [("0" * 64, "a.json", "expected 0000"), (None, "b.json", "holds no b.json")],
 )
 def test_an_archive_that_is_not_the_one_expected_is_not_used(cache, registry, monkeypatch, sha, member, message):
-    archives, _ = registry
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as wheel:
-        wheel.writestr("a.json", "[]")
-    content = buffer.getvalue()
-    archives["p==1"] = ("p-1.whl", content)
-    package = Package("p==1", sha or hashlib.sha256(content).hexdigest())
+    wheel = registry / "p-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("a.json", "[]")
+        file.writestr("p-1.dist-info/METADATA", METADATA["p-1/PKG-INFO"])
+        file.writestr("p-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr("p-1.dist-info/RECORD", "")
+    package = Package("p==1", sha or hashlib.sha256(wheel.read_bytes()).hexdigest())
     monkeypatch.setattr(packages, "DATA", {"a": (package, member, json.load)})
     with pytest.raises(PackageError, match=message):
         packages.data_file("a")

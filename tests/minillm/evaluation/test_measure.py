@@ -22,7 +22,7 @@ FLAGS = ["--eval.samples=3", "--eval.sample_tokens=6", "--eval.greedy_tokens=5",
 @pytest.fixture
 def world(files, make_llama, tokenizer):
     config = load_recipe(files / "recipe.yaml", FLAGS).run
-    examples = encode(read_records(config.data.eval), tokenizer, "chat", DataConfig(), "eval").examples
+    examples = encode(read_records(config.data.eval), tokenizer, config.data, DataConfig(), "eval").examples
     return config, CausalLM(make_llama(2, seed=1)), CausalLM(make_llama(4)), tokenizer, examples
 
 

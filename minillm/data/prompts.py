@@ -1,0 +1,198 @@
+"""Prompts: a record's conversation in a template, as token ids.
+
+One rule of special tokens for every template. A chat template brings all of them itself, as transformers has it. Any
+other template is plain text, which gets what the tokenizer puts in front of a text (its begin-of-sequence), unless
+the template begins with it already, and never what the tokenizer puts behind one: a prompt that ends with
+end-of-sequence asks for nothing. No prompt begins with two begin-of-sequence tokens.
+"""
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from minillm.config.schema import EvalDataConfig
+from minillm.data.records import Record
+from minillm.data.sources import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ALPACA = (  # of the paper, for records without and with input
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n",
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+)
+PLACE = re.compile(r"\{(?:prompt|instruction|input)\}")
+TAG = re.compile(r"\s*(<[^<>\s]+>)")
+
+
+def check_template(tokenizer: "PreTrainedTokenizerBase", settings: EvalDataConfig) -> None:
+    """Raises DataError for a template that the tokenizer does not have, or settings that it does not read."""
+    if settings.prompt_template != "chat":
+        return
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "the tokenizer has no chat template: set data.prompt_template to alpaca, or to a text with {prompt}, "
+            'such as "### Instruction:\\n{prompt}\\n\\n### Response:\\n"'
+        )
+    for name in settings.chat_template_kwargs:
+        if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
+            raise DataError(
+                f"data.chat_template_kwargs.{name}: the tokenizer's chat template does not read {name!r}, so it would "
+                "change nothing. Mend the name, or leave it out"
+            )
+
+
+def encode_prompt(record: Record, tokenizer: "PreTrainedTokenizerBase", settings: EvalDataConfig) -> list[int]:
+    """Token ids of the prompt in the template of `data.prompt_template`; special tokens as the file's head says.
+
+    Raises DataError, which names the record, where the template refuses the conversation or would lose part of it.
+    """
+    if settings.prompt_template == "chat":
+        text = chat_text(record, record.messages, tokenizer, settings)
+        _check_complete(text, record, tokenizer, settings)
+    else:
+        text = _plain_text(record, settings.prompt_template)
+    return _ids(text, tokenizer, settings)
+
+
+def chat_text(
+    record: Record,
+    messages: list[dict[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: EvalDataConfig,
+    open_answer: bool = True,
+) -> str:
+    """Some messages of the record in the chat template; with `open_answer`, also what opens the model's turn."""
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            tools=list(record.tools) or None,
+            tokenize=False,
+            add_generation_prompt=open_answer,
+            **settings.chat_template_kwargs,
+        )
+    except Exception as error:  # a template is a program of the model's, which fails as it likes
+        roles = ", ".join(message["role"] for message in messages)
+        raise DataError(
+            f"{record.where}: the tokenizer's chat template cannot render these turns ({roles}): {error}. Change the "
+            "record, or set data.prompt_template"
+        ) from error
+    return str(text)
+
+
+def opens_again(record: Record, tokenizer: "PreTrainedTokenizerBase", settings: EvalDataConfig) -> str:
+    """What the template has written and the record's answer writes once more, such as `<think>`; "" for nothing."""
+    answer = (record.answer or "").strip()
+    if settings.prompt_template == "chat":
+        opened, closed = (chat_text(record, record.messages, tokenizer, settings, o) for o in (True, False))
+        opening = opened.removeprefix(closed)
+        if opening in ("", opened):  # a template that opens every answer or none: its last line, where it is a tag
+            last_line = opened.rstrip().rpartition("\n")[2]
+            opening = last_line * last_line.startswith("<")
+    else:
+        opening = PLACE.split(_plain_template(record, settings.prompt_template))[-1]
+    tag = TAG.match(answer)
+    if tag and tag[1] in opening:
+        return tag[1]
+    endings = (opening[mark.end() :].strip() for mark in re.finditer(r"^|\n|(?=<)|(?=\[)", opening))
+    return next((text for text in endings if len(text) > 1 and answer.startswith(text)), "")
+
+
+def earlier_turns(
+    record: Record, prompt: list[int], tokenizer: "PreTrainedTokenizerBase", settings: EvalDataConfig
+) -> list[tuple[int, int]]:
+    """Where the assistant's earlier turns stand in the token ids of the prompt: [start, end) each, what ends the turn
+    included.
+
+    They come from rendering the conversation up to each turn and comparing token ids, never from searching for text.
+    Raises DataError, which names the record, where the template renders a turn differently once more turns follow.
+    """
+    if settings.prompt_template != "chat":
+        return []
+    spans = []
+    for i, message in enumerate(record.messages):
+        if message["role"] != "assistant":
+            continue
+        before, after = (
+            _ids(chat_text(record, messages, tokenizer, settings, open_answer), tokenizer, settings)
+            for messages, open_answer in ((record.messages[:i], True), (record.messages[: i + 1], False))
+        )
+        start, end = len(before), len(after)
+        if not 0 < start < end or prompt[:start] != before or prompt[:end] != after:
+            raise DataError(
+                f"{record.where}, message {i + 1}: the tokenizer's chat template renders this turn of the assistant "
+                "differently when others follow, so it cannot be learnt within the conversation. Split the record "
+                "into one for each turn, or set data.train_on to last"
+            )
+        while end > start and not str(tokenizer.decode(prompt[end - 1])).strip():
+            end -= 1  # white space between the end of this turn and the next
+        spans.append((start, end))
+    return spans
+
+
+def _plain_template(record: Record, template: str) -> str:
+    return ALPACA[bool(record.input)] if template == "alpaca" else template
+
+
+def _plain_text(record: Record, template: str) -> str:
+    if [message["role"] for message in record.messages] != ["user"] or record.tools:
+        roles = ", ".join(message["role"] for message in record.messages)
+        raise DataError(
+            f"{record.where} is a conversation ({roles}{', with tools' * bool(record.tools)}), and the template has a "
+            "place for one prompt of the user alone: set data.prompt_template to chat, or write the record as one "
+            "`prompt`"
+        )
+    prompt = record.prompt
+    fields = {"prompt": prompt}
+    if template == "alpaca":
+        instruction = prompt.removesuffix(f"\n\n{record.input}") if record.input else prompt
+        fields = {"instruction": instruction, "input": record.input}
+    # one pass: what was filled in is text of the record, in which braces mean nothing
+    return re.sub(rf"\{{({'|'.join(fields)})\}}", lambda match: fields[match[1]], _plain_template(record, template))
+
+
+def _ids(text: str, tokenizer: "PreTrainedTokenizerBase", settings: EvalDataConfig) -> list[int]:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if settings.prompt_template != "chat":
+        opening = _in_front(tokenizer)
+        if ids[: len(opening)] != opening:
+            ids = [*opening, *ids]
+    while tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+        ids = ids[1:]
+    return ids
+
+
+def _in_front(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """What the tokenizer puts in front of a text of its own accord."""
+    bare, framed = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+    starts = range(len(framed) - len(bare) + 1)
+    return next((framed[:k] for k in starts if framed[k : k + len(bare)] == bare), [])
+
+
+def _check_complete(text: str, record: Record, tokenizer: "PreTrainedTokenizerBase", settings: EvalDataConfig) -> None:
+    """Raises DataError for turns, tool calls or tools that the chat template leaves out without a word."""
+    for i, message in enumerate(record.messages, 1):
+        content = message["content"].strip()
+        quoted = json.dumps(content, ensure_ascii=False)[1:-1]
+        if message["role"] != "assistant" and content not in text and quoted not in text:
+            raise DataError(_left_out(record, f"the text of message {i} ({message['role']})"))
+    for what, less in (
+        ("its tool calls", record._replace(messages=[_without_calls(message) for message in record.messages])),
+        ("its `tools`", record._replace(tools=())),
+    ):
+        if less != record and chat_text(less, less.messages, tokenizer, settings) == text:
+            raise DataError(_left_out(record, what))
+
+
+def _left_out(record: Record, what: str) -> str:
+    return (
+        f"{record.where}: the tokenizer's chat template leaves out {what}, so the model would learn from another "
+        "conversation. Write what it is to read into turns that the template knows, or leave the record out"
+    )
+
+
+def _without_calls(message: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if key not in ("tool_calls", "function_call")}
