@@ -176,8 +176,10 @@ def _check_complete(text: str, record: Record, tokenizer: "PreTrainedTokenizerBa
     """Raises DataError for turns, tool calls or tools that the chat template leaves out without a word."""
     for i, message in enumerate(record.messages, 1):
         content = message["content"].strip()
+        if message["role"] == "assistant":  # many templates leave the thoughts of earlier turns out, as they should
+            content = content.rpartition("</think>")[2].strip()
         quoted = json.dumps(content, ensure_ascii=False)[1:-1]
-        if message["role"] != "assistant" and content not in text and quoted not in text:
+        if content not in text and quoted not in text:
             raise DataError(_left_out(record, f"the text of message {i} ({message['role']})"))
     for what, less in (
         ("its tool calls", record._replace(messages=[_without_calls(message) for message in record.messages])),

@@ -64,20 +64,22 @@ def test_a_plain_template_takes_one_turn_of_the_user(tokenizer, settings, turns,
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ raise_exception('System role not supported') }}", r"\(system, user\): System role not supported"),
+        ("{{ raise_exception('No system role') }}", r"\(system, user, assistant, user\): No system role"),
         ("{% for m in messages %}{{ m.nothing.more }}{% endfor %}", "has no attribute 'nothing'"),
         ("{% for m in messages %}", "Unexpected end of template"),
         ("{{ messages[9].content }}", "has no element 9"),
         ("{{ 'a' + messages }}", "can only concatenate"),
         ("{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}",
          r"leaves out the text of message 1 \(system\)"),
+        ("{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}",
+         r"leaves out the text of message 3 \(assistant\)"),
         ("hello", r"leaves out the text of message 1 \(system\)"),
     ],
 )  # fmt: skip
 def test_a_template_that_does_not_render_a_record_names_it(tokenizer, template, message):
     tokenizer.chat_template = template
     with pytest.raises(DataError, match=f"a.jsonl, record 7: the tokenizer's chat template .*{message}"):
-        encode([conversation("s:be", "u:Hi", "a:Ho")], tokenizer, CHAT, DataConfig(), "x")
+        encode([conversation("s:be", "u:Hi", "a:earlier", "u:He", "a:Ho")], tokenizer, CHAT, DataConfig(), "x")
 
 
 def test_calls_and_tools_are_rendered_or_refused(tokenizer):
@@ -224,9 +226,9 @@ def test_targets_are_the_tokens_that_follow_in_the_order_of_the_rows(tokenizer, 
 def test_a_turn_that_later_turns_change_cannot_be_learnt(tokenizer):
     """As templates do that leave the thoughts of earlier turns out."""
     tokenizer.chat_template = TOOLS.replace(
-        "{{ m.content }}", "{{ m.content if loop.last else m.content.split('|')[-1] }}"
+        "{{ m.content }}", "{{ m.content if loop.last else m.content.split('</think>')[-1] }}"
     )
-    record = conversation("u:Hi", "a:hm|Ho", "u:He", "a:Hu")
+    record = conversation("u:Hi", "a:hm</think>Ho", "u:He", "a:Hu")
     assert encode([record], tokenizer, CHAT, DataConfig(), "x", answers=True).examples
     with pytest.raises(DataError, match=r"record 7, message 2: .* renders this turn of the assistant differently"):
         encode([record], tokenizer, CHAT, ANSWER_ALL, "x", answers=True)
