@@ -18,7 +18,8 @@ from minillm.data.examples import PolicyConstants, collate
 from minillm.distillation import load_pair
 from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm.train.context import chunks
-from minillm.train.loop import METHODS, Micro, backward, prepare
+from minillm.train.loop import METHODS, Micro, backward
+from minillm.train.preflight import prepare
 
 pytestmark = pytest.mark.download
 RECIPE = Path(__file__).parents[1] / "recipes" / "smollm2-cpu.yaml"

@@ -131,7 +131,8 @@ def run_minillm(folder: Path) -> dict:
     from minillm.config.recipe import load_recipe
     from minillm.distillation import load_pair
     from minillm.run.directory import RunDirectory
-    from minillm.train.loop import prepare, train
+    from minillm.train.loop import train
+    from minillm.train.preflight import prepare
 
     config = folder / "minillm.yaml"
     config.write_text(json.dumps({

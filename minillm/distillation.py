@@ -19,7 +19,8 @@ from minillm.report.summary import card, changes, run_text
 from minillm.run.directory import RunDirectory
 from minillm.run.workers import WorkerLost
 from minillm.train.context import Context
-from minillm.train.loop import prepare, train
+from minillm.train.loop import train
+from minillm.train.preflight import prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

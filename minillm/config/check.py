@@ -22,6 +22,7 @@ def check_run(run: RunConfig) -> None:
     """Refuse settings of a run that contradict each other; enough for evaluation, of any model."""
     one_of("model.head", run.model.head, ("fused", "logits"))
     one_of("model.dtype", run.model.dtype, DTYPES)
+    one_of("model.compute_dtype", run.model.compute_dtype, ("auto", *DTYPES))
     one_of("teacher.dtype", run.teacher.dtype, ("checkpoint", *DTYPES))
     _at_least_one(run.eval, "eval", "samples", "sample_tokens", "greedy_tokens", "batch_size", "max_prompt_length")
     _at_least_one(run.log, "log", "every", "checkpoints_kept")
@@ -66,6 +67,11 @@ def check_stage(stage: StageConfig, run: RunConfig) -> None:
     if not stage.data.train:
         raise ConfigError("data.train is empty: name a JSONL file or package:NAME to train on")
     model = run.model
+    if model.dtype == "float16" or (model.dtype == "bfloat16" and not run.lora.rank):
+        raise ConfigError(
+            f"model.dtype is {model.dtype}: trained weights of 16 bits lose most updates to rounding. Keep them in "
+            "float32 and compute in 16 bits: model.dtype float32, model.compute_dtype bfloat16"
+        )
     if not model.teacher and (stage.method != "sft" or model.drop_layers is not None):
         needs = "model.drop_layers" if model.drop_layers is not None else f"method {stage.method}"
         raise ConfigError(f"{needs} needs model.teacher: a hub id, a directory or package:NAME")

@@ -22,7 +22,11 @@ class ModelConfig:
     drop_layers: tuple[int, int] | None = None
     """Half-open block [first, last) of teacher layers that the cut student does without."""
     dtype: str = "float32"
-    """Dtype of the student's weights, and of a model that is only evaluated: float32, bfloat16 or float16."""
+    """Dtype of the student's weights: float32 where they are trained (under LoRA bfloat16 as well); a model that is
+    only evaluated may be float32, bfloat16 or float16."""
+    compute_dtype: str = "auto"
+    """Dtype in which the student's layers compute, from float32 weights: float32, bfloat16 or float16; `auto` is
+    bfloat16 on CUDA and float32 elsewhere, or what accelerate was launched with."""
     head: str = "fused"
     """`fused`: losses read final states and head weights, no logits; `logits`: the models' own logits, for a model
     whose head cannot be read."""

@@ -9,6 +9,7 @@ Legend: B sequences, T positions, N positions selected over the batch, H hidden,
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -70,12 +71,20 @@ class CausalLM(nn.Module):
         """[B, T, H] final states, without any work on the vocabulary where the head is read apart."""
         module = self.model.base_model if self.fused else self.model
         inputs |= {"use_cache": False} if cache is None else cached(module, cache)
-        found = module(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        with self.own_dtype():
+            found = module(input_ids=input_ids, attention_mask=attention_mask, **inputs)
         return found.last_hidden_state if self.fused else found.logits
+
+    def own_dtype(self) -> AbstractContextManager:
+        """Without autocast for a frozen model: it is in its dtype already, and autocast, which remembers the weights
+        that it has cast only where they are trained, would cast it anew for every token."""
+        if any(parameter.requires_grad for parameter in self.model.parameters()):
+            return nullcontext()
+        return torch.autocast(self.device.type, enabled=False)
 
     def logits(self, states: Tensor) -> Tensor:
         """[..., V] of states [..., H], without a gradient."""
-        with torch.no_grad():
+        with torch.no_grad(), self.own_dtype():
             return self.head.logits(states)
 
     def output(self, batch: Batch) -> Output:

@@ -9,6 +9,7 @@ the draw (alpha = 0), it does not decode: it reads each response once, in one fo
 Legend: B sequences, P longest prompt, T longest response, H hidden.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -63,6 +64,8 @@ class Rollout(NamedTuple):
     """[B, T, H] student's final states, each predicting the token of its position; None where nobody needs them."""
     teacher_hidden: Tensor | None
     """[B, T, H] teacher's, likewise."""
+    decoded_logprobs: Tensor | None = None
+    """[B, T] log q(y_t) as decoding gave them, where `rescore` has replaced them."""
 
     @property
     def mask(self) -> Tensor:
@@ -159,22 +162,58 @@ def _score_rollout(
     rollout: Rollout, teacher: CausalLM, temperature: float, vocab_size: int | None, row_length: int
 ) -> Rollout:
     """Add the teacher's log-probs and states to responses that it had no part in."""
+    hidden, logprobs = _read_responses(teacher, rollout, temperature, vocab_size, row_length)
+    return rollout._replace(teacher_hidden=hidden, teacher_logprobs=logprobs)
+
+
+@torch.no_grad()
+def rescore(
+    rollout: Rollout,
+    student: CausalLM,
+    teacher: CausalLM,
+    alpha: float,
+    vocab_size: int | None,
+    row_length: int,
+) -> Rollout:
+    """The same responses with the log-probs and states of whole forward passes, as an update makes them, instead of
+    those of decoding with a cache: in 16 bits the two differ by more than a clipped ratio may. At temperature 1,
+    unfiltered.
+    """
+    _, student_logprobs = _read_responses(student, rollout, 1.0, vocab_size, row_length)
+    teacher_hidden, teacher_logprobs = rollout.teacher_hidden, rollout.teacher_logprobs
+    mixture = student_logprobs
+    if alpha > 0:  # else the teacher's are of such a pass already
+        teacher_hidden, teacher_logprobs = _read_responses(teacher, rollout, 1.0, vocab_size, row_length)
+        mixture = torch.logaddexp(teacher_logprobs + math.log(alpha), student_logprobs + math.log1p(-alpha))
+    return rollout._replace(
+        student_logprobs=student_logprobs,
+        teacher_logprobs=teacher_logprobs,
+        mixture_logprobs=torch.where(rollout.mask, mixture, torch.zeros_like(mixture)),
+        teacher_hidden=teacher_hidden,
+        decoded_logprobs=rollout.student_logprobs,
+    )
+
+
+def _read_responses(
+    lm: CausalLM, rollout: Rollout, temperature: float, vocab_size: int | None, row_length: int
+) -> tuple[Tensor, Tensor]:
+    """[B, T, H] final states and [B, T] log-probs of the responses, read by a model; 0 beyond their ends."""
     hidden, logprobs = [], []
     responses, at_once = rollout.responses(), 16  # sequences of a forward pass
     for start in range(0, len(responses), at_once):
         rows = slice(start, start + at_once)
-        batch = collate(rollout.prompts[rows], responses[rows], row_length).to(teacher.device)
-        output = teacher.output(batch)
+        batch = collate(rollout.prompts[rows], responses[rows], row_length).to(lm.device)
+        output = lm.output(batch)
         hidden.append(output.states)
         logprobs.append(
             fused_linear_token_logprobs(*output, batch.targets, temperature=temperature, vocab_size=vocab_size)
         )
     mask, states, known = rollout.mask, torch.cat(hidden), torch.cat(logprobs)
-    teacher_hidden = states.new_zeros(*mask.shape, states.shape[1])
-    teacher_hidden[mask] = states
-    teacher_logprobs = torch.zeros_like(rollout.student_logprobs)
-    teacher_logprobs[mask] = known.to(teacher_logprobs.dtype)
-    return rollout._replace(teacher_hidden=teacher_hidden, teacher_logprobs=teacher_logprobs)
+    all_states = states.new_zeros(*mask.shape, states.shape[1])
+    all_states[mask] = states
+    all_logprobs = torch.zeros_like(rollout.student_logprobs)
+    all_logprobs[mask] = known.to(all_logprobs.dtype)
+    return all_states, all_logprobs
 
 
 def greedy(

@@ -23,7 +23,8 @@ from minillm.model.head import CausalLM
 from minillm.model.load import load_model, load_tokenizer
 from minillm.run.directory import environment
 from minillm.study.plan import REFERENCE, START, TEACHER, Cell, Study
-from minillm.train.loop import METHODS, prepare
+from minillm.train.loop import METHODS
+from minillm.train.preflight import prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

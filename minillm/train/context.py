@@ -1,5 +1,6 @@
 """What a method gets to work with, its context, and what it gives back for each optimiser step."""
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,7 +12,8 @@ from torch import Tensor
 from minillm.config.schema import RunConfig, StageConfig
 from minillm.data.examples import Batch, Example
 from minillm.model.head import CausalLM, Output, Sums, common_vocabulary
-from minillm.model.sampling import Decoding, Rollout, draw_uniforms, gather_processes, sample
+from minillm.model.load import packs_in_one_row
+from minillm.model.sampling import Decoding, Rollout, draw_uniforms, gather_processes, rescore, sample
 from minillm.run.clock import Clock
 
 if TYPE_CHECKING:
@@ -74,7 +76,28 @@ class Context:
     def row_length(self) -> int:
         """Tokens that a row of a batch may hold of several sequences; 0: a row each."""
         data = self.config.data
-        return data.max_prompt_length + data.max_response_length if data.packing else 0
+        if not data.packing:
+            return 0
+        models = [lm.model for lm in (self.student, self.teacher) if lm is not None]
+        if any(packs_in_one_row(model) for model in models):
+            return sys.maxsize
+        return data.max_prompt_length + data.max_response_length
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """In which the student's layers compute."""
+        asked, launched = self.run.model.compute_dtype, self.accelerator.mixed_precision
+        if asked != "auto":
+            return getattr(torch, asked)
+        if launched in ("bf16", "fp16"):
+            return {"bf16": torch.bfloat16, "fp16": torch.float16}[launched]
+        return torch.bfloat16 if self.accelerator.device.type == "cuda" else torch.float32
+
+    def autocast(self) -> torch.autocast:
+        """The student's forward passes in `compute_dtype`. The weights that are trained are cast once per context; a
+        frozen teacher computes in its own dtype."""
+        device, dtype = self.accelerator.device.type, self.compute_dtype
+        return torch.autocast(device, dtype, enabled=dtype not in (torch.float32, self.student.model.dtype))
 
     def mine(self, items: list) -> list:
         """This process's share of what all processes draw alike."""
@@ -110,8 +133,10 @@ class Context:
         uniforms = draw_uniforms(seed, self.config.rollout.max_new_tokens, len(examples))
         mine = uniforms[:, self.accelerator.process_index :: self.accelerator.num_processes]
         prompts = [example.prompt for example in self.mine(examples)]
-        with self.clock("rollout"), self.accelerator.autocast():
+        with self.clock("rollout"), self.autocast():
             rollout = self.sample_responses(self.student, teacher, prompts, mine, alpha)
+            if teacher is not None and self.compute_dtype != torch.float32:
+                rollout = rescore(rollout, self.student, teacher, alpha, self.vocab_size, self.row_length)
             return gather_processes(rollout, self.accelerator)
 
     @torch.no_grad()

@@ -15,25 +15,23 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
 
-from minillm.config.schema import ConfigError, OptimConfig, RunConfig, StageConfig
-from minillm.data.examples import Batch, Example, chunk_text, encode, read_records, read_text
-from minillm.model.check import check_context, check_packing
-from minillm.model.head import CausalLM, Sums
+from minillm.config.schema import OptimConfig
+from minillm.data.examples import Batch
+from minillm.model.head import Sums
 from minillm.run import checkpoint
 from minillm.run.checkpoint import Checkpoint, Progress
 from minillm.run.directory import RunDirectory
 from minillm.run.interrupt import Interrupt, Interrupted
-from minillm.run.trackers import check_trackers
 from minillm.train.baselines import Given, Gkd, kd, seqkd, sft
 from minillm.train.context import Context, Part, chunks
 from minillm.train.minillm import MiniLLM
-from minillm.train.selection import Selection, split_validation
+from minillm.train.selection import Selection
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 
 METHODS: dict[str, Callable[[Context, Path], Given | Gkd | MiniLLM]] = {
@@ -46,59 +44,6 @@ class Micro(NamedTuple):
 
     part: Part
     batch: Batch
-
-
-def prepare(
-    run: RunConfig,
-    config: StageConfig,
-    student: CausalLM,
-    teacher: CausalLM | None,
-    tokenizer: "PreTrainedTokenizerBase",
-) -> Context:
-    """Read the data and check it against the models, before any work that could be lost."""
-    accelerator = Accelerator()
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ConfigError(
-            f"{accelerator.distributed_type} shards the student, which checkpoints and gradients here do not follow "
-            "yet: use one process or data parallelism (accelerate launch --num_processes N)"
-        )
-    check_trackers(run.log.trackers)
-    torch.manual_seed(run.seed)
-    for key in ("optim.batch_size", "rollout.batch_size", "objective.pt_batch_size"):
-        section, name = key.split(".")
-        size = getattr(getattr(config, section), name)
-        if size % accelerator.num_processes:
-            raise ConfigError(f"{key} is {size}, which {accelerator.num_processes} processes cannot share equally")
-    samples = config.method in ("minillm", "seqkd")  # learn from what is sampled: any prompt will do
-    encoded = encode(
-        read_records(config.data.train),
-        tokenizer,
-        run.data,
-        config.data,
-        config.data.train,
-        answers=not samples,
-    )
-    examples, about = encoded.examples, str(encoded)
-    validation: list[Example] = []
-    if 0 < config.validation.every < config.optim.steps:
-        examples, validation = split_validation(run, config, encoded, tokenizer)
-        about += f"; {len(examples)} to train on, {len(validation)} for validation"
-    wants_text = config.method == "minillm" and config.objective.pt_weight > 0
-    text = chunk_text(read_text(config.data.text), tokenizer, config.objective.pt_length) if wants_text else []
-    if text:
-        about += f"; {len(text)} chunks of text"
-    response = config.data.max_response_length
-    if config.method in ("minillm", "seqkd", "gkd"):
-        response = max(response * (config.method == "gkd"), config.rollout.max_new_tokens)
-    for model in (student, teacher):
-        if model is not None:
-            check_context(model.model, config.data.max_prompt_length + response)
-            model.to(accelerator.device)
-            if config.data.packing:
-                check_packing(model.model)
-    if teacher is not None:
-        teacher.requires_grad_(False)
-    return Context(run, config, accelerator, student, teacher, tokenizer, examples, validation, text, about)
 
 
 def train(
@@ -164,7 +109,7 @@ def train(
             ]
 
             # ---- loss and gradient
-            metrics |= backward(predictor, micros, accelerator)
+            metrics |= backward(context, predictor, micros)
 
             # ---- update
             grad_norm = float(accelerator.clip_grad_norm_(checkpoint.trained(model).values(), optim.max_grad_norm))
@@ -217,15 +162,17 @@ def train(
     return {"num_tokens": progress.num_tokens, **best, **{k: round(v, 2) for k, v in progress.totals.items()}}
 
 
-def backward(predictor: torch.nn.Module, micros: list[Micro], accelerator: Accelerator) -> dict[str, float]:
+def backward(context: Context, predictor: torch.nn.Module, micros: list[Micro]) -> dict[str, float]:
     """Accumulate the gradient of the losses per token; returns every named sum per token, over all processes."""
+    accelerator = context.accelerator
     tokens = count_targets(micros, accelerator)
     metrics: Sums = {}
     for i, micro in enumerate(micros):
         batch, kind = micro.batch.to(accelerator.device), micro.part.kind
         last = i + 1 == len(micros)
         with nullcontext() if last else accelerator.no_sync(predictor):
-            sums = predictor(batch, micro.part.loss)
+            with context.autocast():
+                sums = predictor(batch, micro.part.loss)
             # gradients are averaged over processes, the token count is global: undo the average
             accelerator.backward(sums["loss"] * accelerator.num_processes / tokens[kind])
         for name, value in sums.items():
@@ -244,7 +191,8 @@ def blame(context: Context, parts: list[Part]) -> str:
         if found:
             break
         batch = part.batch([example]).to(context.accelerator.device)
-        value = part.loss(context.student.output(batch), batch)["loss"]
+        with context.autocast():
+            value = part.loss(context.student.output(batch), batch)["loss"]
         gradients = torch.autograd.grad(value, list(parameters), allow_unused=True)
         if not all(torch.isfinite(x).all() for x in (value, *gradients) if x is not None):
             found.append(f"{example.record.where} ({part.kind})")

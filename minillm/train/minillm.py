@@ -218,7 +218,11 @@ def whiten(constants: Sequence[PolicyConstants]) -> list[PolicyConstants]:
 def describe_rollout(rollout: Rollout) -> dict[str, float]:
     """Means per token, and the mean length, of what all processes sampled."""
     mask, tokens = rollout.mask, rollout.lengths.sum()
-    return {
+    drift = {}
+    if rollout.decoded_logprobs is not None:
+        apart = (rollout.student_logprobs - rollout.decoded_logprobs)[mask].abs()
+        drift = {"rollout/logprob_drift": float(apart.sum() / tokens)}
+    return drift | {
         "reward/mean": float(token_rewards(rollout)[mask].sum() / tokens),
         "rollout/from_teacher": float(rollout.from_teacher[mask].sum() / tokens),
         "completions/mean_length": float(tokens / len(rollout.lengths)),

@@ -91,7 +91,7 @@ class Selection:
         part = method.part(context.mine(context.validation))
         for examples in chunks(part.examples, context.config.optim.micro_batch_size):
             batch = part.batch(examples).to(context.accelerator.device)
-            with context.accelerator.autocast():
+            with context.autocast():
                 value = part.loss(context.student.output(batch), batch)["loss"]
             sums += torch.tensor([float(value), len(batch.targets)], dtype=torch.float64)
         total, count = self._over_processes(sums)
@@ -103,7 +103,7 @@ class Selection:
         examples = context.mine(context.validation)
         sums = torch.zeros(2, dtype=torch.float64)
         if examples:
-            with context.accelerator.autocast():
+            with context.autocast():
                 responses = greedy_responses(
                     context.student,
                     context.tokenizer,

@@ -23,4 +23,5 @@ def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
 
 def _takes_onednn(x: Tensor) -> bool:
     here = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    here = here and not torch.is_autocast_enabled("cpu")  # torch's own matmul is what autocast knows
     return here and x.is_cpu and x.dtype == torch.float32 and x.numel() > 0 and _HAS_ONEDNN

@@ -65,7 +65,7 @@ def test_csv_fields_may_hold_lines_separators_and_whole_documents(tmp_path):
         ("a.json", ("[\n" + LINES).encode("cp1252"), r"a.json, line 2, byte \d+ is 0xf6"),
         ("a.csv", "prompt\n你好\n".encode("gb18030"), r"a.csv, line 2, byte 1 is 0xc4, which is not UTF-8"),
         ("a.txt", "größer".encode("latin-1"), "a.txt, line 1, byte 3 is 0xf6"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0), r"\(.gz\): unpack it first, .*: gunzip -k \S+a.jsonl.gz"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0), r"\(.gz\): unpack it first, .*: gunzip -k \S+.gz"),
         ("a.jsonl", gzip.compress(LINES.encode(), mtime=0), r"compressed \(.gz\)"),
         ("a.txt", gzip.compress(b"text", mtime=0), r"compressed \(.gz\)"),
         ("a.jsonl", b"PK\x03\x04", r"compressed \(.zip\)"),

@@ -12,7 +12,8 @@ from minillm.config.schema import ConfigError
 from minillm.distillation import load_pair
 from minillm.model.cost import cost, trial
 from minillm.model.load import cached, skeleton
-from minillm.train.loop import METHODS, prepare
+from minillm.train.loop import METHODS
+from minillm.train.preflight import prepare
 
 
 def config_of(files, method, *flags):

@@ -16,8 +16,9 @@ from minillm.evaluation.divergence import draw
 from minillm.model.head import CausalLM
 from minillm.model.load import load_model, load_student, load_tokenizer
 from minillm.run.directory import RunDirectory
-from minillm.train import loop
+from minillm.train import loop, preflight
 from minillm.train.loop import METHODS
+from minillm.train.preflight import prepare
 
 METRICS = {
     "stage", "step", "loss", "grad_norm", "learning_rate", "num_tokens", "step_time", "tokens_per_second",
@@ -39,7 +40,7 @@ def stage(files, name, **sections):
     run = recipe.run
     teacher = CausalLM(load_model(run.model.teacher), run.model.head)
     student = CausalLM(load_student(run, teacher.model), run.model.head)
-    return loop.prepare(run, recipe.stages[name], student, teacher, load_tokenizer(run.model.student))
+    return prepare(run, recipe.stages[name], student, teacher, load_tokenizer(run.model.student))
 
 
 def new_run(files, name="again"):
@@ -47,8 +48,9 @@ def new_run(files, name="again"):
 
 
 def test_a_distillation_leaves_everything_behind(files, capsys):
-    summary = run_recipe(load_recipe(files / "recipe.yaml"), "minillm distill recipe.yaml")
+    finished = run_recipe(load_recipe(files / "recipe.yaml"), "minillm distill recipe.yaml")
     run = files / "run"
+    assert finished.path == run and finished.model_path == run / "model"
     metrics = rows(run / "metrics.jsonl")
     assert [(row["stage"], row["step"]) for row in metrics] == [
         *(("warm-up", i) for i in (1, 2, 3)),
@@ -60,16 +62,17 @@ def test_a_distillation_leaves_everything_behind(files, capsys):
 
     assert list(yaml.safe_load((run / "config.yaml").read_text())["stages"]) == ["warm-up", "minillm"]
     assert {"torch", "kernel_backends", "threads"} <= json.loads((run / "environment.json").read_text()).keys()
-    assert {row["stage"] for row in rows(run / "samples.jsonl")} == {"start", "warm-up", "minillm"}
+    assert {row["stage"] for row in rows(run / "samples.jsonl")} == {"start", "warm-up", "minillm", "teacher"}
     assert (run / "checkpoints" / "step-8" / "DONE").exists()
     assert (run / "checkpoints" / "step-8" / "model.safetensors").exists()
 
     written = json.loads((run / "summary.json").read_text())
-    assert written == json.loads(json.dumps(summary))
-    for evaluation in written["evaluations"].values():
-        assert {"reverse_kl/own_samples", "reverse_kl/references", "rouge_l"} <= evaluation.keys()
+    assert written == json.loads(json.dumps(finished.summary))
+    for stage in ("start", "warm-up", "minillm"):
+        assert {"own_samples", "references"} == written["evaluations"][stage]["reverse_kl"].keys()
+        assert len(written["evaluations"][stage]["responses"]) == 4
+    assert written["evaluations"]["teacher"]["rouge_l"]["greedy"]["prompts"] == 6
     assert written["changes"]["minillm"]["reverse_kl/own_samples"]["standard_error"] > 0
-    assert len(written["samples"]) == 4
     assert written["student"]["attention"] == written["teacher"]["attention"] == "sdpa"
 
     model = AutoModelForCausalLM.from_pretrained(run / "model")
@@ -215,8 +218,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(files):
     ],
 )
 def test_what_would_not_train_the_same_model_is_refused(files, monkeypatch, kind, processes, message):
-    accelerator = SimpleNamespace(distributed_type=loop.DistributedType[kind], num_processes=processes)
-    monkeypatch.setattr(loop, "Accelerator", lambda: accelerator)
+    accelerator = SimpleNamespace(distributed_type=preflight.DistributedType[kind], num_processes=processes)
+    monkeypatch.setattr(preflight, "Accelerator", lambda **settings: accelerator)
     with pytest.raises(ConfigError, match=message):
         stage(files, "warm-up")
 

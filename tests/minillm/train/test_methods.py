@@ -14,8 +14,9 @@ from minillm.run import checkpoint
 from minillm.run.directory import RunDirectory
 from minillm.train.baselines import Given
 from minillm.train.context import chunks
-from minillm.train.loop import METHODS, blame, prepare, train
+from minillm.train.loop import METHODS, blame, train
 from minillm.train.minillm import policy_constants, whiten
+from minillm.train.preflight import prepare
 from minillm.train.selection import Selection
 
 FLAGS = ["--optim.batch_size=4", "--optim.micro_batch_size=2", "--rollout.max_new_tokens=5"]

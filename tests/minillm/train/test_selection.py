@@ -13,8 +13,9 @@ from minillm.model.head import CausalLM
 from minillm.model.load import load_model
 from minillm.model.sampling import greedy_responses
 from minillm.run.directory import RunDirectory
-from minillm.train.loop import prepare, train
+from minillm.train.loop import train
 from minillm.train.minillm import MiniLLM
+from minillm.train.preflight import prepare
 from minillm.train.selection import Selection
 
 

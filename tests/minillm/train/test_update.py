@@ -125,7 +125,7 @@ def test_three_updates_by_hand(tmp_path, make_llama, tokenizer, objective):
         texts = [example.prompt + example.response for example in parts[1].examples] if len(parts) > 1 else []
         assert all(text in TEXT for text in texts)
         micros = [loop.Micro(part, part.batch([example])) for part in parts for example in part.examples]
-        metrics = loop.backward(context.student, micros, context.accelerator)
+        metrics = loop.backward(context, context.student, micros)
         clipped += metrics["clip_fraction"]
         loss = hand(by_hand, context.teacher.model, old, minibatch, texts, config.objective)
         loss.backward()

@@ -1,0 +1,87 @@
+"""What can be known to go wrong is found here, before the first step: the data is read, and tried on the models."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
+
+from minillm.config.schema import ConfigError, RunConfig, StageConfig
+from minillm.data.examples import Example, chunk_text, encode, read_records, read_text
+from minillm.model.check import check_context, check_decoding, check_ids, check_packing
+from minillm.model.head import CausalLM
+from minillm.run.trackers import check_trackers
+from minillm.train.context import Context
+from minillm.train.selection import split_validation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def prepare(
+    run: RunConfig,
+    config: StageConfig,
+    student: CausalLM,
+    teacher: CausalLM | None,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> Context:
+    """Read the data and check it against the models, before any work that could be lost."""
+    accelerator = Accelerator(
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1)
+    )  # not the environment's
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ConfigError(
+            f"{accelerator.distributed_type} shards the student, which checkpoints and gradients here do not follow "
+            "yet: use one process or data parallelism (accelerate launch --num_processes N)"
+        )
+    check_trackers(run.log.trackers)
+    torch.manual_seed(run.seed)
+    for key in ("optim.batch_size", "rollout.batch_size", "objective.pt_batch_size"):
+        section, name = key.split(".")
+        size = getattr(getattr(config, section), name)
+        if size % accelerator.num_processes:
+            raise ConfigError(f"{key} is {size}, which {accelerator.num_processes} processes cannot share equally")
+    samples = config.method in ("minillm", "seqkd")  # learn from what is sampled: any prompt will do
+    encoded = encode(
+        read_records(config.data.train),
+        tokenizer,
+        run.data,
+        config.data,
+        config.data.train,
+        answers=not samples,
+    )
+    examples, about = encoded.examples, str(encoded)
+    validation: list[Example] = []
+    if 0 < config.validation.every < config.optim.steps:
+        examples, validation = split_validation(run, config, encoded, tokenizer)
+        about += f"; {len(examples)} to train on, {len(validation)} for validation"
+    wants_text = config.method == "minillm" and config.objective.pt_weight > 0
+    text = chunk_text(read_text(config.data.text), tokenizer, config.objective.pt_length) if wants_text else []
+    if text:
+        about += f"; {len(text)} chunks of text"
+    if teacher is not None:
+        teacher.requires_grad_(False)
+    largest = max(max(ids) for ids in (*(e.prompt + e.response for e in (*examples, *validation)), *text) if ids)
+    for model in (student, teacher):
+        if model is not None:
+            check_context(model.model, longest(config, validates=bool(validation)))
+            check_ids(model.model, largest, config.data.train)
+            model.to(accelerator.device)
+            if config.data.packing:
+                check_packing(model.model)
+    samplers = {"minillm": (student, teacher), "gkd": (student,), "seqkd": (teacher,)}.get(config.method, ())
+    for model in samplers:
+        if model is not None:
+            check_decoding(model)
+    return Context(run, config, accelerator, student, teacher, tokenizer, examples, validation, text, about)
+
+
+def longest(config: StageConfig, validates: bool) -> int:
+    """Tokens of the longest sequence that a stage can make a model read."""
+    data, method = config.data, config.method
+    responses = [config.rollout.max_new_tokens] if method in ("minillm", "seqkd", "gkd") else []
+    responses += [data.max_response_length] if method in ("sft", "kd", "gkd") else []
+    if validates:
+        responses += [config.validation.greedy_tokens if method == "minillm" else data.max_response_length]
+    text = config.objective.pt_length if method == "minillm" and config.objective.pt_weight > 0 else 0
+    return max(data.max_prompt_length + max(responses), text)
