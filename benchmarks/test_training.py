@@ -52,7 +52,7 @@ def test_rollout(benchmark, context):
 
     def roll(student, teacher, alpha):
         options = {"alpha": alpha, "uniforms": uniforms, "vocab_size": context.vocab_size}
-        return sample(student, teacher, prompts, Decoding(NEW_TOKENS, NO_END), **options)
+        return sample(student, teacher, prompts, Decoding(NEW_TOKENS, [NO_END]), **options)
 
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])

@@ -149,12 +149,13 @@ def generate(options: argparse.Namespace, flags: list[str]) -> int:
     _quiet()
     from minillm.config.schema import DataConfig, EvalDataConfig, ModelConfig
     from minillm.data.examples import encode, to_record
-    from minillm.model.load import load_tokenizer
+    from minillm.model.load import end_tokens, load_tokenizer
     from minillm.model.sampling import Decoding, decode, draw_uniforms, sample
 
     tokenizer, model = load_tokenizer(options.model), _open(options.model, ModelConfig(head="logits"))  # any head
     template = EvalDataConfig(prompt_template=options.template)
     limits = DataConfig(max_prompt_length=options.max_prompt_length)
+    ends = end_tokens(tokenizer, template, [model.model])
     for i, (where, prompt) in enumerate(prompts):
         record = to_record({"prompt": prompt}, where)
         (example,) = encode([record], tokenizer, template, limits, where).examples
@@ -162,7 +163,7 @@ def generate(options: argparse.Namespace, flags: list[str]) -> int:
             model,
             None,
             [example.prompt],
-            Decoding(options.max_new_tokens, tokenizer.eos_token_id, options.temperature, top_p=options.top_p),
+            Decoding(options.max_new_tokens, ends, options.temperature, top_p=options.top_p),
             alpha=0.0,
             uniforms=draw_uniforms(options.seed + i, options.max_new_tokens, 1),
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minillm.config.schema import DataConfig, EvalDataConfig
-from minillm.data.prompts import check_template, earlier_turns, encode_prompt, opens_again
+from minillm.data.prompts import answer_end, check_template, earlier_turns, encode_prompt, opens_again
 from minillm.data.records import FORMS, Record, check_characters, to_record
 from minillm.data.sources import DataError, locate, rows, whole_text
 from minillm.terminal import printable
@@ -160,6 +160,7 @@ def encode(
     assistant's earlier turns are learnt from too.
     """
     check_template(tokenizer, prompts)
+    end = answer_end(tokenizer, prompts)
     examples, overlong, empty, cut = [], [], [], 0
     for record in records:
         prompt = encode_prompt(record, tokenizer, prompts)
@@ -176,7 +177,7 @@ def encode(
             continue
         response: list[int] = []
         if record.answer is not None:
-            response = [*tokenizer.encode(record.answer, add_special_tokens=False), tokenizer.eos_token_id]
+            response = [*tokenizer.encode(record.answer, add_special_tokens=False), *end]
             again = opens_again(record, tokenizer, prompts)
             if again:
                 raise DataError(

@@ -83,6 +83,24 @@ def chat_text(
     return str(text)
 
 
+def answer_end(tokenizer: "PreTrainedTokenizerBase", settings: EvalDataConfig) -> list[int]:
+    """The token ids behind an answer, up to the special token that ends it: of the chat template, where it writes one,
+    which need not be the tokenizer's end-of-sequence; else that."""
+    if settings.prompt_template == "chat":
+        mark = "An answer."
+        turns = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": mark}]
+        try:
+            behind = chat_text(Record(turns, None), turns, tokenizer, settings, open_answer=False).rpartition(mark)[2]
+        except DataError:  # such a template is for other conversations, or is refused with the first record
+            behind = ""
+        ids = tokenizer.encode(behind, add_special_tokens=False)
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        for count, token in enumerate(ids, 1):
+            if token in special:
+                return ids[:count]
+    return [tokenizer.eos_token_id]
+
+
 def opens_again(record: Record, tokenizer: "PreTrainedTokenizerBase", settings: EvalDataConfig) -> str:
     """What the template has written and the record's answer writes once more, such as `<think>`; "" for nothing."""
     answer = (record.answer or "").strip()

@@ -40,7 +40,7 @@ class Samples(NamedTuple):
 
 @torch.no_grad()
 def draw(
-    author: CausalLM, other: CausalLM | None, examples: Sequence[Example], settings: EvalConfig, eos_token_id: int
+    author: CausalLM, other: CausalLM | None, examples: Sequence[Example], settings: EvalConfig, ends: Sequence[int]
 ) -> Samples:
     """`eval.samples` responses of `author` to each prompt, at eval.temperature, from the whole vocabulary.
 
@@ -58,7 +58,7 @@ def draw(
             author,
             other,
             [example.prompt for example in part],
-            Decoding(settings.sample_tokens, eos_token_id, settings.temperature),
+            Decoding(settings.sample_tokens, ends, settings.temperature),
             alpha=0.0,
             samples_per_prompt=settings.samples,
             uniforms=uniforms[:, start : start + at_once].flatten(1, 2),

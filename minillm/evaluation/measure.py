@@ -22,6 +22,7 @@ from minillm.evaluation.means import Mean, Seeds
 from minillm.evaluation.result import OWN, REFERENCES, Evaluation, Length, Responses
 from minillm.model.check import check_context
 from minillm.model.head import CausalLM
+from minillm.model.load import end_tokens
 from minillm.model.sampling import decode, greedy
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def measure(
 
     Raises ConfigError for a temperature other than 1 with a teacher, or sequences beyond the models' positions.
     """
-    settings, eos = config.eval, tokenizer.eos_token_id
+    settings, models = config.eval, [lm.model for lm in (student, teacher) if lm is not None]
+    ends = end_tokens(tokenizer, config.data, models)
     check_measurable(student, teacher, examples, config)
     seconds: dict[str, float] = {}
     means: dict[str, Mean] = {}
@@ -90,10 +92,10 @@ def measure(
     if "greedy" in parts:
         with _timed(seconds, "greedy"):
             prompts = [example.prompt for example in examples]
-            token_ids["greedy"] = greedy(student, prompts, settings.greedy_tokens, settings.batch_size, eos)
+            token_ids["greedy"] = greedy(student, prompts, settings.greedy_tokens, settings.batch_size, ends)
     if "samples" in parts:
         with _timed(seconds, "sampled"):
-            drawn = draw(student, teacher, examples, settings, eos)
+            drawn = draw(student, teacher, examples, settings, ends)
             token_ids["sampled"] = drawn.token_ids
     responses = {way: decode(tokenizer, found) for way, found in token_ids.items()}
     with _timed(seconds, "scores"):
@@ -115,7 +117,7 @@ def measure(
                 means[REFERENCES], means["forward_kl/references"] = references(student, teacher, examples, settings)
         if "teacher_samples" in parts:
             with _timed(seconds, "teacher's samples"):
-                taught = draw(teacher, student, examples, settings, eos)
+                taught = draw(teacher, student, examples, settings, ends)
             means["forward_kl/teacher_samples"] = taught.per_token(taught.to_other)
             bias = _exposure_bias(drawn, taught) if drawn else None
 

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from minillm.config.schema import ConfigError, RunConfig
+from minillm.config.schema import ConfigError, EvalDataConfig, RunConfig
 from minillm.data import packages
+from minillm.data.prompts import answer_end
 from minillm.model.adapters import add_adapters
 from minillm.model.layers import drop_layers, recompute_layers
 
@@ -112,6 +113,18 @@ def attention(wanted: str, dtype: torch.dtype) -> str | None:
     if wanted != "auto":
         return wanted
     return "flash_attention_2" if dtype != torch.float32 and is_flash_attn_2_available() else None
+
+
+def end_tokens(
+    tokenizer: "PreTrainedTokenizerBase", settings: EvalDataConfig, models: "Iterable[PreTrainedModel]"
+) -> tuple[int, ...]:
+    """All tokens that end a response: what ends an answer in the prompts' template, first; the tokenizer's
+    end-of-sequence; and those of the models' generation configurations, which may name several."""
+    found = [answer_end(tokenizer, settings)[-1], tokenizer.eos_token_id]
+    for model in models:
+        named = model.generation_config.eos_token_id if model.generation_config is not None else None
+        found += [named] if isinstance(named, int) else named or []
+    return tuple(dict.fromkeys(found))
 
 
 def packs_in_one_row(model: "PreTrainedModel") -> bool:

@@ -33,8 +33,8 @@ class Decoding:
 
     max_new_tokens: int
     """Longest response, in tokens."""
-    eos_token_id: int
-    """The token that ends a response; it is part of it."""
+    ends: Sequence[int]
+    """Tokens that end a response, each a part of it (see `minillm.model.load.end_tokens`)."""
     temperature: float = 1.0
     """0 is greedy."""
     top_k: int = 0
@@ -112,6 +112,7 @@ def sample(
     ids, mask = _left_pad(prompts, device)
     models = [_Decoder(model, ids, mask, samples_per_prompt) for model in (student, beside) if model is not None]
     sampled_prompts = [list(prompt) for prompt in prompts for _ in range(samples_per_prompt)]
+    ends = torch.tensor(list(decoding.ends), dtype=torch.long, device=device)
     running = torch.ones(len(sampled_prompts), dtype=torch.bool, device=device)
     lengths = torch.zeros(len(sampled_prompts), dtype=torch.long, device=device)
     steps, hidden = [], []
@@ -130,7 +131,7 @@ def sample(
         )
         steps.append(drawn)
         lengths += running
-        running = running & (drawn.token_ids != decoding.eos_token_id)
+        running = running & ~torch.isin(drawn.token_ids, ends)
         if t + 1 == decoding.max_new_tokens or not running.any():
             break
         for decoder in models:
@@ -217,10 +218,10 @@ def _read_responses(
 
 
 def greedy(
-    model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int, eos_token_id: int
+    model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int, ends: Sequence[int]
 ) -> list[list[int]]:
     """The most likely token at every step; a response includes its end-of-sequence where it was reached."""
-    decoding = Decoding(max_new_tokens, eos_token_id, temperature=0.0)
+    decoding = Decoding(max_new_tokens, ends, temperature=0.0)
     responses: list[list[int]] = []
     for start in range(0, len(prompts), batch_size):
         responses += sample(model, None, prompts[start : start + batch_size], decoding, alpha=0.0).responses()
@@ -233,9 +234,10 @@ def greedy_responses(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     batch_size: int,
+    ends: Sequence[int],
 ) -> list[str]:
     """The text of greedy responses."""
-    return decode(tokenizer, greedy(model, prompts, max_new_tokens, batch_size, tokenizer.eos_token_id))
+    return decode(tokenizer, greedy(model, prompts, max_new_tokens, batch_size, ends))
 
 
 def decode(tokenizer: "PreTrainedTokenizerBase", token_ids: list[list[int]]) -> list[str]:

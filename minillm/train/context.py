@@ -12,7 +12,7 @@ from torch import Tensor
 from minillm.config.schema import RunConfig, StageConfig
 from minillm.data.examples import Batch, Example
 from minillm.model.head import CausalLM, Output, Sums, common_vocabulary
-from minillm.model.load import packs_in_one_row
+from minillm.model.load import end_tokens, packs_in_one_row
 from minillm.model.sampling import Decoding, Rollout, draw_uniforms, gather_processes, rescore, sample
 from minillm.run.clock import Clock
 
@@ -73,6 +73,12 @@ class Context:
         return None if self.teacher is None else common_vocabulary(self.student, self.teacher)
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a response."""
+        models = [lm.model for lm in (self.student, self.teacher) if lm is not None]
+        return end_tokens(self.tokenizer, self.run.data, models)
+
+    @property
     def row_length(self) -> int:
         """Tokens that a row of a batch may hold of several sequences; 0: a row each."""
         data = self.config.data
@@ -114,7 +120,7 @@ class Context:
             prompts,
             Decoding(
                 rollout.max_new_tokens,
-                self.tokenizer.eos_token_id,
+                self.ends,
                 temperature=rollout.temperature,
                 top_k=rollout.top_k,
                 top_p=rollout.top_p,

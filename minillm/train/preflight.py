@@ -10,6 +10,7 @@ from minillm.config.schema import ConfigError, RunConfig, StageConfig
 from minillm.data.examples import Example, chunk_text, encode, read_records, read_text
 from minillm.model.check import check_context, check_decoding, check_ids, check_packing
 from minillm.model.head import CausalLM
+from minillm.model.load import end_tokens
 from minillm.run.trackers import check_trackers
 from minillm.train.context import Context
 from minillm.train.selection import split_validation
@@ -69,6 +70,9 @@ def prepare(
             model.to(accelerator.device)
             if config.data.packing:
                 check_packing(model.model)
+    ends = end_tokens(tokenizer, run.data, [lm.model for lm in (student, teacher) if lm is not None])
+    if config.method in ("minillm", "seqkd", "gkd"):
+        about += f"; a response ends at {' or '.join(map(repr, tokenizer.convert_ids_to_tokens(list(ends))))}"
     samplers = {"minillm": (student, teacher), "gkd": (student,), "seqkd": (teacher,)}.get(config.method, ())
     for model in samplers:
         if model is not None:

@@ -110,6 +110,7 @@ class Selection:
                     [example.prompt for example in examples],
                     context.config.validation.greedy_tokens,
                     context.run.eval.batch_size,
+                    context.ends,
                 )
             scores = rouge_l(responses, [example.record.references for example in examples])
             sums = torch.stack([scores.totals.sum(), scores.counts.sum()])

@@ -104,7 +104,7 @@ def test_rollouts_know_the_log_probabilities_of_a_full_forward_pass(family):
     """The longest prompt and its answer are twice the window of the Gemmas; the shortest is almost all padding."""
     prompts = [[*range(5, 16)], [7], [100, 3, 45]]
     pair_of = [CausalLM(model) for model in pair(family)]
-    rollout = sample(*pair_of, prompts, Decoding(6, eos_token_id=-1), uniforms=draw_uniforms(0, 6, 3), vocab_size=V)
+    rollout = sample(*pair_of, prompts, Decoding(6, ends=()), uniforms=draw_uniforms(0, 6, 3), vocab_size=V)
     for lm, kept in zip(pair_of, (rollout.student_logprobs, rollout.teacher_logprobs), strict=True):
         for prompt, response, found in zip(prompts, rollout.responses(), kept, strict=True):
             own = lm.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)

@@ -105,4 +105,5 @@ def test_the_packaged_teacher_answers():
     model, tokenizer = CausalLM(load_model(source)), load_tokenizer(source)
     assert tokenizer.tokenize("\n\n1. Eat 25") == ["ĊĊ", "1", ".", "ĠEat", "Ġ", "2", "5"]
     prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-    assert greedy_responses(model, tokenizer, [tokenizer.encode(prompt)], 16, 1) == ["The capital of France is Paris."]
+    found = greedy_responses(model, tokenizer, [tokenizer.encode(prompt)], 16, 1, [tokenizer.eos_token_id])
+    assert found == ["The capital of France is Paris."]

@@ -17,7 +17,7 @@ def world(files, make_llama, tokenizer):
 
 def along_own_samples(student, teacher, examples, settings):
     """The reverse KL."""
-    drawn = draw(student, teacher, examples, settings, 0)
+    drawn = draw(student, teacher, examples, settings, [0])
     return drawn.per_token(drawn.to_other)
 
 
@@ -55,7 +55,7 @@ def test_a_student_that_is_the_teacher_has_no_divergence(world):
 @torch.no_grad()
 def test_divergences_of_samples_against_plain_torch(world):
     _, student, teacher, _, examples = world
-    drawn = draw(teacher, student, examples[:2], EvalConfig(samples=2, sample_tokens=5, batch_size=2), 0)
+    drawn = draw(teacher, student, examples[:2], EvalConfig(samples=2, sample_tokens=5, batch_size=2), [0])
     for row, tokens in enumerate(drawn.token_ids):
         prompt = examples[row // 2].prompt
         log_p, log_q = (
@@ -70,5 +70,5 @@ def test_divergences_of_samples_against_plain_torch(world):
 
 def test_a_seed_draws_the_same_however_many_there_are(world):
     _, student, _, _, examples = world
-    few, many = (draw(student, None, examples, EvalConfig(samples=s, sample_tokens=5), 0).token_ids for s in (1, 3))
+    few, many = (draw(student, None, examples, EvalConfig(samples=s, sample_tokens=5), [0]).token_ids for s in (1, 3))
     assert few == many[::3] and many[::3] != many[1::3]

@@ -55,7 +55,7 @@ def test_everything_is_measured_and_is_json(world):
         "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 6, "seeds": [1234, 1235, 1236],
     }  # fmt: skip
     assert result["generation"]["no_repeat_ngram_size"] == 0
-    drawn = draw(student, None, examples, config.eval, 0).token_ids
+    drawn = draw(student, None, examples, config.eval, [0]).token_ids
     references = [e.record.references for e in examples]
     by_seed = [
         rouge_l([t.strip() for t in tokenizer.batch_decode(drawn[s::3], skip_special_tokens=True)], references).mean

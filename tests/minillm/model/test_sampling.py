@@ -11,7 +11,7 @@ from minillm.model.sampling import Decoding, decode, draw_uniforms, greedy, gree
 
 PROMPTS = [[5, 9, 17, 33, 2], [7], [100, 3, 45]]
 NO_EOS = -1
-SIX = Decoding(6, NO_EOS)
+SIX = Decoding(6, [NO_EOS])
 
 
 @pytest.fixture(params=["make_llama", "make_gpt2"])
@@ -71,9 +71,9 @@ def test_left_padding_changes_nothing(pair):
 
 def test_each_sequence_stops_at_its_own_end(pair):
     student, teacher = pair
-    free = roll(student, teacher, decoding=Decoding(8, NO_EOS))
+    free = roll(student, teacher, decoding=Decoding(8, [NO_EOS]))
     eos = free.responses()[0][2]
-    stopped = roll(student, teacher, decoding=Decoding(8, eos))
+    stopped = roll(student, teacher, decoding=Decoding(8, [eos]))
     for long, short in zip(free.responses(), stopped.responses(), strict=True):
         expected = long[: long.index(eos) + 1] if eos in long else long
         assert short == expected
@@ -87,13 +87,13 @@ def test_each_sequence_stops_at_its_own_end(pair):
 def test_decoding_ends_when_every_sequence_has(pair):
     student, teacher = pair
     eos = roll(student, teacher, prompts=PROMPTS[:1]).responses()[0][0]
-    rollout = roll(student, teacher, prompts=PROMPTS[:1], decoding=Decoding(6, eos))
+    rollout = roll(student, teacher, prompts=PROMPTS[:1], decoding=Decoding(6, [eos]))
     assert rollout.token_ids.tolist() == [[eos]]
     assert rollout.lengths.tolist() == [1]
 
 
 def test_greedy_is_that_of_transformers(student):
-    ours = greedy(student, PROMPTS, 8, batch_size=2, eos_token_id=0)
+    ours = greedy(student, PROMPTS, 8, batch_size=2, ends=[0])
     for prompt, response in zip(PROMPTS, ours, strict=True):
         ids = torch.tensor([prompt])
         theirs = student.model.generate(
@@ -107,7 +107,7 @@ def test_greedy_is_the_argmax_whatever_the_generation_config(make_llama):
     model = make_llama(2)
     model.generation_config = GenerationConfig(no_repeat_ngram_size=1, repetition_penalty=5.0, do_sample=True)
     prompts = [[5, 6, 7], [9]]
-    responses = greedy(CausalLM(model), prompts, 60, batch_size=2, eos_token_id=256)
+    responses = greedy(CausalLM(model), prompts, 60, batch_size=2, ends=[256])
     for prompt, response in zip(prompts, responses, strict=True):
         assert len(set(response)) < len(response)  # a penalty on repetition would show
         ids = list(prompt)
@@ -117,8 +117,8 @@ def test_greedy_is_the_argmax_whatever_the_generation_config(make_llama):
 
 
 def test_greedy_responses_are_text_without_special_tokens(student, tokenizer):
-    found = greedy_responses(student, tokenizer, PROMPTS, 8, batch_size=2)
-    assert found == decode(tokenizer, greedy(student, PROMPTS, 8, 2, tokenizer.eos_token_id))
+    found = greedy_responses(student, tokenizer, PROMPTS, 8, 2, [0])
+    assert found == decode(tokenizer, greedy(student, PROMPTS, 8, 2, [0]))
     assert decode(tokenizer, [[*tokenizer.encode(" a b "), tokenizer.eos_token_id]]) == ["a b"]
 
 
@@ -145,8 +145,8 @@ def test_a_teacher_without_part_in_the_draw_is_scored_as_if_it_had_decoded(pair,
     another temperature; more sequences than a forward pass takes."""
     student, teacher = pair
     prompts, settings = PROMPTS * 7, {"alpha": 0.0, "vocab_size": 250}
-    free = Decoding(8, NO_EOS, temperature=0.7)
-    decoding = replace(free, eos_token_id=roll(student, None, prompts, free, **settings).responses()[4][3])
+    free = Decoding(8, [NO_EOS], temperature=0.7)
+    decoding = replace(free, ends=[roll(student, None, prompts, free, **settings).responses()[4][3]])
     read = roll(student, teacher, prompts, decoding, row_length=row_length, **settings)
     decoded = roll(student, teacher, prompts, replace(decoding, top_k=250), **settings)
     assert len(set(read.lengths.tolist())) > 1 and read.responses() == decoded.responses()
@@ -159,7 +159,7 @@ def test_a_teacher_without_part_in_the_draw_is_scored_as_if_it_had_decoded(pair,
 
 def test_unequal_heads_are_sampled_from_the_common_vocabulary(make_llama):
     student, teacher = CausalLM(make_llama(vocab_size=257)), CausalLM(make_llama(2, vocab_size=300, seed=3))
-    rollout = roll(student, teacher, decoding=Decoding(12, NO_EOS), alpha=1.0, vocab_size=257)
+    rollout = roll(student, teacher, decoding=Decoding(12, [NO_EOS]), alpha=1.0, vocab_size=257)
     assert rollout.token_ids.max() < 257
     assert torch.isfinite(rollout.student_logprobs).all()
 

@@ -147,7 +147,7 @@ def test_minillm_lowers_the_reverse_kl_on_its_own_samples(files):
 
     def objective():
         args = (context.student, context.teacher, context.examples, context.run.eval)
-        drawn = draw(*args, context.tokenizer.eos_token_id)
+        drawn = draw(*args, context.ends)
         return drawn.per_token(drawn.to_other).mean
 
     before = objective()

@@ -49,7 +49,7 @@ def test_seqkd_learns_from_the_teachers_text_and_samples_it_once(make, tmp_path)
     examples = context.examples
     uniforms = draw_uniforms(context.run.seed, 5, len(examples))
     prompts = [example.prompt for example in examples]
-    drawn = sample(context.teacher, None, prompts, Decoding(5, eos_token_id=0), alpha=0.0, uniforms=uniforms)
+    drawn = sample(context.teacher, None, prompts, Decoding(5, ends=[0]), alpha=0.0, uniforms=uniforms)
     expected = drawn.responses()
     texts = {tuple(prompt): prompt + response for prompt, response in zip(prompts, expected, strict=True)}
     assert learnt(method.step(1)) == [texts[tuple(example.prompt)] for example in method.drawn(1)]

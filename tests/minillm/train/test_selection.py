@@ -68,7 +68,9 @@ def test_the_scores_are_loss_and_rouge(files, make_tokenizer):
     assert metrics(run)[0]["validation/loss"] == pytest.approx(total / count, rel=1e-5)
 
     context, run = stage(files, make_tokenizer, "minillm", *flags, "--optim.lr=0", f"--output={files / 'other'}")
-    responses = greedy_responses(context.student, context.tokenizer, [e.prompt for e in context.validation], 4, 64)
+    responses = greedy_responses(
+        context.student, context.tokenizer, [e.prompt for e in context.validation], 4, 64, [0]
+    )
     expected = rouge_l(responses, [example.record.answer for example in context.validation]).mean
     selection = Selection(context, MiniLLM(context, files), files)
     assert selection._rouge() == pytest.approx(expected)
