@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -89,14 +90,16 @@ def module() -> ModuleType:
     folder = ROOT / "build" / "host-cuda"
     library = folder / f"host_cuda_kernels-{state.hexdigest()[:16]}{suffix}"
     if not library.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for older in folder.glob("*.so"):
+            older.unlink(missing_ok=True)
         includes = [f"-I{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
         bindings = [ROOT / "csrc" / "python" / "cuda.cpp", HARNESS / "host_module.cpp"]
-        objects = compile_all(folder, [*bindings, *sources()], "-O1", "-fvisibility=hidden", *includes)
-        temporary = library.with_suffix(".tmp")
-        subprocess.run(["g++", "-shared", *objects, "-o", temporary], check=True, timeout=600)
-        temporary.rename(library)
+        with tempfile.TemporaryDirectory(dir=folder) as own:  # two processes may build at once
+            objects = compile_all(Path(own), [*bindings, *sources()], "-O1", "-fvisibility=hidden", *includes)
+            linked = Path(own) / library.name
+            subprocess.run(["g++", "-shared", *objects, "-o", linked], check=True, timeout=600)
+            linked.rename(library)
     spec = importlib.util.spec_from_file_location("host_cuda_kernels", library)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)

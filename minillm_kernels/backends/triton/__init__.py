@@ -18,7 +18,7 @@ from ..protocol import Backend
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MINIMUM = (8, 0)  # compute capability: what the kernels are compiled for and counted on
-_OLDEST = (3, 7)  # Triton that compiles them
+_OLDEST = (3, 8)  # Triton that compiles every kernel; 3.7 does not
 
 
 def interpreted() -> bool:
