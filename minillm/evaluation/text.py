@@ -4,12 +4,15 @@ the references of each prompt, also by the length of the reference; and diversit
 
 import re
 import string
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from minillm.evaluation.means import Mean
 
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+"""Thai, Lao, Burmese, Khmer, kana and Chinese characters: written without spaces between words."""
 References = Sequence[Sequence[str]]
 """The texts that each response is scored against, one or more per prompt."""
 BUCKETS = {"<=5": (0, 5), "6-10": (6, 10), ">=11": (11, None)}
@@ -17,10 +20,15 @@ BUCKETS = {"<=5": (0, 5), "6-10": (6, 10), ">=11": (11, None)}
 
 
 def rouge_l(responses: Sequence[str], references: References) -> Mean:
-    """Mean over prompts, 0 to 100."""
+    """Mean over prompts, 0 to 100.
+
+    Words of the letters a to z and of digits are those of rouge_score, stemmed. It knows no others, and would score
+    two equal texts in another script as 0: here words of other letters count as they are, and in scripts that are
+    written without spaces every character is a word.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     return _best(responses, references, lambda text, reference: scorer.score(reference, text)["rougeL"].fmeasure)
 
 
@@ -59,6 +67,22 @@ def by_length(lengths: Sequence[int], means: Mapping[str, Mean]) -> dict[str, di
         name: {key: Mean.of(mean.totals[at], mean.counts[at]) for key, mean in means.items() if at}
         for name, at in rows.items()
     }
+
+
+class _Words:
+    """A tokenizer as rouge_score calls it."""
+
+    def tokenize(self, text: str) -> list[str]:
+        from nltk.stem.porter import PorterStemmer
+        from rouge_score.tokenize import tokenize
+
+        words: list[str] = []
+        for word in re.findall(r"[^\W_]+(?:[\u0300-\u036f][^\W_]*)*", unicodedata.normalize("NFC", text.lower())):
+            if word.isascii():
+                words += tokenize(word, PorterStemmer())
+            else:
+                words += re.findall(rf"[{UNSPACED}]|[^{UNSPACED}]+", word)
+        return words
 
 
 def _best(responses: Sequence[str], references: References, score: Callable[[str, str], float]) -> Mean:

@@ -68,7 +68,8 @@ def drop_layers(teacher: "PreTrainedModel", first: int, last: int) -> "PreTraine
         student = type(teacher)._from_config(_cut_config(teacher.config, kept), dtype=teacher.dtype)
         student.load_state_dict(weights)
     except Exception as error:  # whatever a family's configuration or modules object to
-        raise ConfigError(_cannot(teacher, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")) from error
+        first_line = str(error).partition("\n")[0]
+        raise ConfigError(_cannot(teacher, f"{type(error).__name__}: {first_line[:200]}")) from error
     student.generation_config = copy.deepcopy(teacher.generation_config)
     student.eval()
     if teacher.device.type != "meta":

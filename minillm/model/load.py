@@ -77,7 +77,7 @@ def _reading(failed: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        lines = [line.strip() for line in str(error).split("\n") if line.strip()]
         raise ConfigError(f"{failed}: {type(error).__name__}: {' '.join(lines[:3])[:400]}") from error
 
 

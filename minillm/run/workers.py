@@ -18,7 +18,7 @@ class WorkerLost(RuntimeError):
 
     @classmethod
     def of(cls, error: RuntimeError, run: RunDirectory) -> "WorkerLost":
-        first = str(error).strip().splitlines()[0][:200]
+        first = str(error).strip().partition("\n")[0][:200]
         return cls(f"another process of this run has ended ({first}); its own output says why. {run.how_to_resume()}")
 
 

@@ -21,8 +21,6 @@ from minillm.files import write_atomically
 from minillm.report import figures
 from minillm.study.plan import REFERENCE, START, TEACHER, Cell, Study
 
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""Student's t of a 95 % interval, by the number of differences."""
 ALL = "all sizes"
 Record = dict[str, Any]
 """What cell.py writes, its evaluations as `Evaluation`."""
@@ -291,10 +289,12 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of their mean; all numbers where there are too few."""
-    if len(differences) not in T95:
+    """The 95 % interval of their mean by Student's t; all numbers where there are too few."""
+    from scipy.stats import t
+
+    if len(differences) < 2:
         return -math.inf, math.inf
-    half = T95[len(differences)] * stdev(differences) / math.sqrt(len(differences))
+    half = float(t.ppf(0.975, len(differences) - 1)) * stdev(differences) / math.sqrt(len(differences))
     return fmean(differences) - half, fmean(differences) + half
 
 

@@ -56,3 +56,40 @@ def test_against_nltk():
 
 def test_nothing_to_count():
     assert math.isnan(distinct(["too short"], 3))
+
+
+@pytest.mark.parametrize(
+    ("text", "partly"),
+    [
+        ("今天天气很好", "今天下雨"),
+        ("Сегодня хорошая погода", "Сегодня дождь"),
+        ("วันนี้อากาศดี", "วันนี้ฝนตก"),
+        ("오늘 날씨가 좋다", "오늘 비가 온다"),
+        ("اليوم الطقس جميل", "اليوم ممطر"),
+        ("今日は天気がいい", "今日は雨"),
+        ("आज मौसम अच्छा है", "आज बारिश है"),
+    ],
+)
+def test_rouge_knows_other_scripts_than_latin(text, partly):
+    assert rouge_l([text], [[text]]).mean == pytest.approx(100)
+    assert 0 < rouge_l([partly], [[text]]).mean < 100
+    assert rouge_l(["nothing of it"], [[text]]).mean == 0
+
+
+def test_accents_are_letters():
+    assert rouge_l(["café"], [["caf"]]).mean == 0
+    assert rouge_l(["cafe\u0301"], [["café"]]).mean == pytest.approx(100)  # composed or not
+
+
+def test_rouge_of_plain_english_is_that_of_rouge_score():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    pairs = [
+        ("The cats were running, quickly!", "A cat runs quick_ly; 3.5 times."),
+        ("snake_case and don't", "snake case and do not"),
+        ("A-b C/d 10,000", "a b c d 10 000"),
+    ]
+    for text, reference in pairs:
+        expected = 100 * scorer.score(reference, text)["rougeL"].fmeasure
+        assert rouge_l([text], [[reference]]).mean == pytest.approx(expected)

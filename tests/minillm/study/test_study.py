@@ -181,7 +181,7 @@ def test_steps_reach_the_budget_and_no_more():
 
 def test_verdicts_by_hand():
     low, high = document.interval([1.0, 2.0, 3.0])
-    assert (low, high) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    assert (low, high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
     assert document.judge(0.1, 0.3, better=1) == "holds" and document.judge(0.1, 0.3, better=-1) == "fails"
     assert document.judge(-0.3, -0.1, better=-1) == "holds" and document.judge(-0.1, 0.1, better=1) == "open"
     assert document.judge(*document.interval([5.0]), better=1) == "open"
