@@ -121,6 +121,13 @@ def latest(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def best_steps(run: Path, stage: str) -> set[float]:
+    """The steps of the best validations that the whole checkpoints of a stage know of."""
+    found = [json.loads((path / "progress.json").read_text(encoding="utf-8")) for path in _whole(run / "checkpoints")]
+    kept = [state["progress"] for state in found]
+    return {progress["best"]["step"] for progress in kept if progress["stage"] == stage and progress["best"]}
+
+
 def load(path: Path, recipe: Recipe) -> Checkpoint:
     """Read a checkpoint, which must be whole and of this recipe.
 

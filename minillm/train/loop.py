@@ -90,9 +90,12 @@ def train(
         progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
         if accelerator.is_main_process:
             directory.checkpoint(progress, groups, model, log.checkpoints_kept)
+            selection.forget(checkpoint.best_steps(directory.path, stage) | {progress.best.get("step", 0)})
         accelerator.wait_for_everyone()
 
     started, begun = time.perf_counter(), progress.step
+    if progress.step == 0 and context.validation:
+        selection.validate(progress)  # the weights a stage starts with are its first candidate
     clock.reset()
     with Interrupt() as interrupt:
         while progress.step < optim.steps:

@@ -5,6 +5,8 @@ sequence-level objective has no validation loss that means the same under every 
 """
 
 import hashlib
+import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,7 @@ from minillm.config.schema import ConfigError, RunConfig, StageConfig
 from minillm.data.examples import Encoded, Example, encode, read_records
 from minillm.evaluation.text import rouge_l
 from minillm.model.sampling import greedy_responses
-from minillm.run.checkpoint import Progress, restore_weights, write_weights
+from minillm.run.checkpoint import CheckpointError, Progress, restore_weights, write_weights
 from minillm.train.baselines import Given, Gkd
 from minillm.train.context import Context, chunks
 from minillm.train.minillm import MiniLLM
@@ -54,14 +56,24 @@ def split_validation(
 
 
 class Selection:
-    """Validates a stage every `validation.every` steps and after its last; `progress.best` is the best so far."""
+    """Validates a stage before its first step, every `validation.every` steps and after its last. `progress.best` is
+    the best so far.
+
+    The weights of a new best are written beside those before, with their step in the name: a run that is resumed needs
+    the ones that its checkpoint knows. Between equal scores the later weights win, so that a metric which cannot tell
+    stages apart (ROUGE-L of responses without a common word) does not undo the training; a score that is not finite
+    never wins.
+    """
 
     def __init__(self, context: Context, method: Given | Gkd | MiniLLM, folder: Path) -> None:
-        self.context, self.method, self.path = context, method, folder / "best.safetensors"
+        self.context, self.method, self.folder = context, method, folder
 
     def due(self, step: int) -> bool:
         settings, steps = self.context.config.validation, self.context.config.optim.steps
         return bool(self.context.validation) and (step % settings.every == 0 or step == steps)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"best-{step}.safetensors"
 
     def validate(self, progress: Progress) -> dict[str, float]:
         """The metric at this step; the weights are kept when none before was better."""
@@ -71,18 +83,32 @@ class Selection:
                 name, score, better = "validation/rouge_l", self._rouge(), 1
             else:
                 name, score, better = "validation/loss", self._loss(method), -1
-                method.validated(score)
-        if not progress.best or better * (score - progress.best["score"]) > 0:
+                if progress.step > 0:
+                    method.validated(score)
+        if math.isfinite(score) and (not progress.best or better * (score - progress.best["score"]) >= 0):
             progress.best = {"step": progress.step, "score": score}
             if context.accelerator.is_main_process:
-                write_weights(context.student.model, self.path)
+                write_weights(context.student.model, self.path(progress.step))
         return {name: score}
+
+    def forget(self, steps: Collection[float]) -> None:
+        """Delete weights that neither this run nor a checkpoint of it can still ask for."""
+        if self.context.accelerator.is_main_process:
+            for path in self.folder.glob("best-*.safetensors"):
+                if path not in {self.path(int(step)) for step in steps}:
+                    path.unlink()
 
     def restore(self, progress: Progress) -> None:
         """Give the student the best weights again."""
         if progress.best and progress.best["step"] != progress.step:
             self.context.accelerator.wait_for_everyone()
-            restore_weights(self.context.student.model, load_file(self.path))
+            path = self.path(int(progress.best["step"]))
+            if not path.exists():
+                raise CheckpointError(
+                    f"the weights of the best validation are gone: no {path}. The run directory must keep the folder "
+                    "stages/; run the stage again, or set validation.every to 0"
+                )
+            restore_weights(self.context.student.model, load_file(path))
 
     def _loss(self, method: Given | Gkd) -> float:
         """The method's loss per token of the references."""

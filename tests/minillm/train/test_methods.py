@@ -94,7 +94,7 @@ def test_the_share_of_own_samples_grows_when_the_validation_loss_rises(make, fil
     """DistiLLM's schedule; what it has become is in the checkpoint."""
     flags = ["--rollout.on_policy=0.0", "--rollout.on_policy_step=0.4", "--validation.every=1", "--optim.steps=6"]
     context = make("gkd", *flags)
-    losses, shares = iter([1.0, 1.05, 1.2, 1.0, 1.2, 9.0]), []
+    losses, shares = iter([7.0, 1.0, 1.05, 1.2, 1.0, 1.2, 9.0]), []  # the first is not heard
 
     def loss(self, method):
         shares.append(float(method.memory["on_policy"]))
@@ -103,7 +103,7 @@ def test_the_share_of_own_samples_grows_when_the_validation_loss_rises(make, fil
     monkeypatch.setattr(Selection, "_loss", loss)
     run = RunDirectory(load_recipe(files / "recipe.yaml"))
     train(context, run, "x")
-    assert shares == pytest.approx([0.0, 0.0, 0.0, 0.4, 0.4, 0.8])  # rises: 0.05, 0.15, none, 0.2, 7.8
+    assert shares == pytest.approx([0.0, 0.0, 0.0, 0.0, 0.4, 0.4, 0.8])  # rises: 0.05, 0.15, none, 0.2, 7.8
     method = METHODS["gkd"](context, files)
     method.validated(1.0)
     method.validated(3.0)

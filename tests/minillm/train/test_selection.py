@@ -33,9 +33,9 @@ def metrics(run):
     ("name", "metric", "sign"), [("warm-up", "validation/loss", -1), ("minillm", "validation/rouge_l", 1)]
 )
 def test_the_best_validation_wins(files, make_tokenizer, monkeypatch, name, metric, sign):
-    """The second of three validations is made the best; the student ends with the weights it had then."""
+    """The second validation in training is made the best; the student ends with the weights it had then."""
     context, run = stage(files, make_tokenizer, name, "--validation.every=2", "--optim.steps=6")
-    scores, seen = iter([sign * 1.0, sign * 3.0, sign * 2.0]), []
+    scores, seen = iter([sign * 0.5, sign * 1.0, sign * 3.0, sign * 2.0]), []  # the first before the first step
 
     def score(self, *rest):
         seen.append([p.detach().clone() for p in context.student.parameters()])
@@ -44,9 +44,9 @@ def test_the_best_validation_wins(files, make_tokenizer, monkeypatch, name, metr
     monkeypatch.setattr(Selection, "_loss" if sign < 0 else "_rouge", score)
     result = train(context, run, name)
     assert (result["best_step"], result["best_score"]) == (4, sign * 3.0)
-    for a, b in zip(context.student.parameters(), seen[1], strict=True):
+    for a, b in zip(context.student.parameters(), seen[2], strict=True):
         assert torch.equal(a, b)
-    assert any(not torch.equal(b, last) for b, last in zip(seen[1], seen[2], strict=True))
+    assert any(not torch.equal(b, last) for b, last in zip(seen[2], seen[3], strict=True))
     assert {row["step"]: row.get(metric) for row in metrics(run)} == {
         1: None, 2: sign * 1.0, 3: None, 4: sign * 3.0, 5: None, 6: sign * 2.0,
     }  # fmt: skip
@@ -107,3 +107,49 @@ def test_too_few_examples_and_short_stages(files, make_tokenizer):
         stage(files, make_tokenizer, "warm-up", "--validation.every=1")
     context, _ = stage(files, make_tokenizer, "warm-up", "--validation.every=3")  # a stage of 3 steps
     assert context.validation == []
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ([5.0, 3.0, 4.0, 2.0], 0),  # training made it worse
+        ([float("nan"), 1.0, 2.0, float("nan")], 4),  # what is not finite never wins, nor stays
+        ([0.0, 0.0, 0.0, 0.0], 6),  # a metric that cannot tell undoes nothing
+        ([float("nan")] * 4, None),
+    ],
+)
+def test_which_weights_a_stage_ends_with(files, make_tokenizer, monkeypatch, scores, best):
+    context, run = stage(files, make_tokenizer, "minillm", "--validation.every=2", "--optim.steps=6")
+    values, seen = iter(scores), []
+
+    def score(self, *rest):
+        seen.append([p.detach().clone() for p in context.student.parameters()])
+        return next(values)
+
+    monkeypatch.setattr(Selection, "_rouge", score)
+    result = train(context, run, "minillm")
+    assert result.get("best_step") == best
+    expected = seen[best // 2] if best is not None else seen[-1]
+    assert all(torch.equal(a, b) for a, b in zip(context.student.parameters(), expected, strict=True))
+
+
+def test_the_best_weights_of_a_kept_checkpoint_stay(files, make_tokenizer, monkeypatch):
+    """Resumed from a checkpoint before the last best, a run needs the best that this checkpoint knows."""
+    flags = ["--validation.every=2", "--optim.steps=6", "--log.checkpoint_every=2", "--log.checkpoints_kept=1"]
+    context, run = stage(files, make_tokenizer, "minillm", *flags)
+    scores = iter([0.0, 1.0, 2.0, 3.0])
+    monkeypatch.setattr(Selection, "_rouge", lambda self: next(scores))
+    kept = []
+    forget = Selection.forget
+    monkeypatch.setattr(Selection, "forget", lambda self, steps: (kept.append(set(steps)), forget(self, steps)))
+    train(context, run, "minillm")
+    assert kept == [{2}, {4}, {6}]
+    assert [path.name for path in (run.path / "stages" / "minillm").glob("best-*")] == ["best-6.safetensors"]
+
+    context, run = stage(
+        files, make_tokenizer, "minillm", *flags, f"--output={files / 'two'}", "--log.checkpoints_kept=2"
+    )
+    scores = iter([0.0, 1.0, 2.0, 3.0])
+    train(context, run, "minillm")
+    names = sorted(path.name for path in (run.path / "stages" / "minillm").glob("best-*"))
+    assert names == ["best-4.safetensors", "best-6.safetensors"]
