@@ -60,7 +60,8 @@ def distill(
             work that could be lost.
         FileNotFoundError: no such recipe, or nothing to resume from.
         FloatingPointError: the loss is not finite.
-        Interrupted: SIGTERM came; everything up to that step is saved, and the message says how to go on.
+        Interrupted: a signal asked to stop (SIGTERM, Ctrl-C); everything up to that step is saved, and the message
+            says how to go on.
 
     Examples:
         The files here are a tiny teacher and student, and prompts with answers as JSON lines.

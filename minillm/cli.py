@@ -37,20 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(recipe: "Recipe", options: argparse.Namespace, with_evaluation: bool = True) -> int:
-    """A recipe under SIGTERM: the training loop saves first, elsewhere there is nothing to save."""
+    """A recipe under signals that ask to stop: the training loop saves first, elsewhere nothing is lost."""
     import os
 
     from minillm.distillation import run_recipe
-    from minillm.run.interrupt import Interrupted, exit_on_sigterm
+    from minillm.run.interrupt import Interrupted, exit_on_signal
     from minillm.run.workers import WorkerLost, first_process_tells
 
     _quiet()
-    exit_on_sigterm()
     with first_process_tells():
         try:
-            run_recipe(recipe, options.command_line, with_evaluation, options.resume)
+            with exit_on_signal():
+                run_recipe(recipe, options.command_line, with_evaluation, options.resume)
         except Interrupted as stop:
-            print(f"stopped by SIGTERM. {stop}", flush=True)
+            print(f"stopped. {stop}", flush=True)
         except WorkerLost as lost:
             print(f"minillm: {lost}", file=sys.stderr, flush=True)
             os._exit(2)  # the usual way out waits for the process that is gone
@@ -118,21 +118,21 @@ def study(options: argparse.Namespace, flags: list[str]) -> int:
         command = f"minillm study {options.study} --report"
         print(f"wrote {write_document(plan, Path(options.report), command)}")
         return 0
-    from minillm.run.interrupt import Interrupted, exit_on_sigterm
+    from minillm.run.interrupt import Interrupted, exit_on_signal
     from minillm.study.cell import run_next
 
     _quiet()
-    exit_on_sigterm()
     try:
-        while plan.unfinished():
-            written = run_next(plan, options.command_line)
-            print(f"wrote {written}" if written else "other runs are at all cells that could run now", flush=True)
-            if not options.all:
-                break
-            if not written:
-                time.sleep(30)
+        with exit_on_signal():
+            while plan.unfinished():
+                written = run_next(plan, options.command_line)
+                print(f"wrote {written}" if written else "other runs are at all cells that could run now", flush=True)
+                if not options.all:
+                    break
+                if not written:
+                    time.sleep(30)
     except Interrupted:
-        print("stopped by SIGTERM; the same command goes on")
+        print("stopped; the same command goes on")
         return 0
     print(f"{len(plan.unfinished())} of {len(plan.cells())} cells left")
     return 0

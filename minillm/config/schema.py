@@ -256,7 +256,7 @@ class LogConfig:
     samples: int = 4
     """Prompts whose answers are written to samples.jsonl at each evaluation."""
     checkpoint_every: int = 0
-    """Optimiser steps per checkpoint, and one at the end of a stage; 0: only when SIGTERM asks to stop."""
+    """Optimiser steps per checkpoint, and one at the end of a stage; 0: only when a signal asks to stop."""
     checkpoints_kept: int = 2
     """Older ones are deleted."""
 

@@ -144,6 +144,13 @@ def sample(
         student_hidden=states[0],
         teacher_hidden=states[1] if beside is not None else None,
     )
+    undrawable = rollout.mixture_logprobs.isnan().any(1)
+    if undrawable.any():
+        raise FloatingPointError(
+            f"the logits of {' or '.join(type(m.model.model).__name__ for m in models)} are not finite in response to "
+            f"the prompt with the token ids {sampled_prompts[int(undrawable.int().argmax())][:20]}: nothing can be "
+            "sampled. Its weights are broken, or its dtype overflows"
+        )
     if teacher is None or beside is not None:
         return rollout
     return _score_rollout(rollout, teacher, decoding.temperature or 1.0, vocab_size, row_length)

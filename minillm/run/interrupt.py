@@ -1,11 +1,21 @@
-"""SIGTERM, as schedulers send it before they take a machine away: finish the step, save, say how to go on, exit 0."""
+"""Signals that ask a run to stop: finish the step, save, say how to go on, exit 0.
+
+SIGTERM and SIGUSR1, as schedulers send them before they take a machine away; SIGINT, which is Ctrl-C, where a second
+one stops at once; SIGHUP, when a terminal closes.
+"""
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 import torch
 from accelerate import Accelerator
+
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+]  # Windows has two of them
 
 
 class Interrupted(Exception):
@@ -13,7 +23,7 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """Context in which SIGTERM is noted rather than obeyed; `asked` tells all processes alike."""
+    """Context in which such a signal is noted rather than obeyed; `asked` tells all processes alike."""
 
     def __init__(self) -> None:
         self.noted = False
@@ -21,14 +31,15 @@ class Interrupt:
     def __enter__(self) -> "Interrupt":
         self.ours = threading.current_thread() is threading.main_thread()  # only there are signals handled
         if self.ours:
-            self.before = signal.signal(signal.SIGTERM, self._note)
+            self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.ours:
-            signal.signal(signal.SIGTERM, self.before)
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
 
     def asked(self, accelerator: Accelerator) -> bool:
         """Whether any process was asked to stop."""
@@ -37,13 +48,23 @@ class Interrupt:
         return bool(accelerator.reduce(torch.tensor(float(self.noted), device=accelerator.device), "sum") > 0)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.noted:
+                raise KeyboardInterrupt
+            print("stopping after this step; Ctrl-C again stops at once", flush=True)
         self.noted = True
 
 
-def exit_on_sigterm() -> None:
-    """Outside the training loop there is nothing to save: end at once, by an exception."""
+@contextmanager
+def exit_on_signal() -> Iterator[None]:
+    """Outside the training loop there is nothing to save: end at once, by an exception. In the main thread."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Interrupted("Nothing was being trained; --resume auto goes on from the last checkpoint")
 
-    signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -50,7 +50,7 @@ def run_next(study: Study, command: str) -> Path | None:
 
 
 def run_cell(study: Study, cell: Cell, command: str) -> Path:
-    """Returns the path of the JSON written. Interrupted by SIGTERM, raises Interrupted after a checkpoint."""
+    """Returns the path of the JSON written. Asked to stop by a signal, raises Interrupted after a checkpoint."""
     started = time.perf_counter()
     record: dict[str, Any] = {"cell": cell._asdict(), "command": command}
     if cell.name == TEACHER:

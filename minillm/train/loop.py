@@ -61,7 +61,7 @@ def train(
     Returns the tokens seen (prompts included), seconds in all and per phase, and the best validation.
 
     Raises FloatingPointError, naming step and sample, before a loss or gradient that is not finite reaches the
-    weights; Interrupted after a checkpoint when SIGTERM came; CheckpointError.
+    weights; Interrupted after a checkpoint when a signal asked to stop; CheckpointError.
     """
     config, accelerator, clock = context.config, context.accelerator, context.clock
     optim, log, model = config.optim, context.run.log, context.student.model

@@ -167,3 +167,11 @@ def test_unequal_heads_are_sampled_from_the_common_vocabulary(make_llama):
 def test_the_same_seed_gives_the_same_rollout(pair):
     assert roll(*pair, seed=3).responses() == roll(*pair, seed=3).responses()
     assert roll(*pair, seed=3).responses() != roll(*pair, seed=4).responses()
+
+
+def test_logits_that_are_not_finite_are_not_sampled(make_llama):
+    model = make_llama(1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"logits of LlamaForCausalLM are not finite .*token ids \[7\]"):
+        sample(CausalLM(model, "logits"), None, PROMPTS, SIX, alpha=0.0)

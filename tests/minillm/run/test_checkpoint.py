@@ -24,7 +24,7 @@ from minillm.model.load import load_model
 from minillm.run import checkpoint
 from minillm.run.checkpoint import CheckpointError, Progress
 from minillm.run.directory import RunDirectory
-from minillm.run.interrupt import Interrupt, Interrupted
+from minillm.run.interrupt import SIGNALS, Interrupt, Interrupted, exit_on_signal
 
 
 def rows(path):
@@ -324,7 +324,7 @@ def test_killed_then_stopped_it_ends_with_the_same_bits(files):
     process.send_signal(signal.SIGTERM)
     rest = process.stdout.read()
     assert process.wait() == 0, rest
-    (line,) = [line for line in rest.splitlines() if line.startswith("stopped by SIGTERM.")]
+    (line,) = [line for line in rest.splitlines() if line.startswith("stopped.")]
     command = line.partition("Resume with: ")[2]
     assert command.startswith("minillm train ") and "--resume" in command
     assert 10 <= int(command.rpartition("step-")[2]) < 33
@@ -341,15 +341,30 @@ def test_sigterm_before_training_ends_at_once(files):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "stopped by SIGTERM. Nothing was being trained; --resume auto" in result.stdout
+    assert "stopped. Nothing was being trained; --resume auto" in result.stdout
 
 
-def test_interrupts_are_noted_and_the_handler_before_comes_back():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", SIGNALS)
+def test_interrupts_are_noted_and_the_handler_before_comes_back(number):
+    before = signal.getsignal(number)
     with Interrupt() as interrupt:
         alone = type("A", (), {"num_processes": 1})
         assert not interrupt.asked(alone)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert interrupt.asked(alone)
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert issubclass(Interrupted, Exception)
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with pytest.raises(KeyboardInterrupt), Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.noted
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_outside_the_loop_a_signal_ends_the_command_and_leaves_no_handler():
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        with pytest.raises(Interrupted, match="--resume auto"), exit_on_signal():
+            os.kill(os.getpid(), number)
+    assert {number: signal.getsignal(number) for number in SIGNALS} == before
