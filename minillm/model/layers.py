@@ -65,7 +65,11 @@ def drop_layers(teacher: "PreTrainedModel", first: int, last: int) -> "PreTraine
             key = f"{name}.{kept.index(int(layer))}.{rest}"
         weights[key] = value
     try:
-        student = type(teacher)._from_config(_cut_config(teacher.config, kept), dtype=teacher.dtype)
+        student = type(teacher)._from_config(
+            _cut_config(teacher.config, kept),
+            dtype=teacher.dtype,
+            attn_implementation=teacher.config._attn_implementation,
+        )
         student.load_state_dict(weights)
     except Exception as error:  # whatever a family's configuration or modules object to
         first_line = str(error).partition("\n")[0]

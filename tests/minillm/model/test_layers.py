@@ -24,7 +24,6 @@ EXACT = {  # families that can be cut, with settings that say something of each 
     "qwen3_moe": {"mlp_only_layers": [0, 5], **EXPERTS},  # numbers of layers
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "gpt2": {},
-    "gpt_neo": {"attention_types": [[["global", "local"], 3]], "window_size": 4, "num_layers": 6, "num_heads": 4},
 }
 REFUSED = {  # what a layer is follows from its number
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 4, "use_mamba_kernels": False},
@@ -34,7 +33,9 @@ REFUSED = {  # what a layer is follows from its number
 
 def build(kind, **settings):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SIZES | settings))).eval()
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **(SIZES | settings)), attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
@@ -47,9 +48,24 @@ def test_a_family_is_cut_with_all_that_its_configuration_says_of_a_layer(kind, t
     teacher = build(kind, **EXACT[kind])
     student = drop_layers(teacher, 1, 3)  # compares itself with the teacher
     assert len(layers_of(student)[1]) == 4
+    assert student.config._attn_implementation == teacher.config._attn_implementation == "eager"
     student.save_pretrained(tmp_path)
     ids = torch.arange(20)[None]
-    torch.testing.assert_close(load_model(str(tmp_path))(ids).logits, student(ids).logits)
+    torch.testing.assert_close(load_model(str(tmp_path), attn="eager")(ids).logits, student(ids).logits)
+
+
+def test_a_configuration_that_says_a_thing_twice_is_cut_in_both_or_refused(tmp_path):
+    """GPT-Neo's lists its layers' attention, and says in another way how the list is made."""
+    types = {"attention_types": [[["global", "local"], 3]], "window_size": 4, "num_layers": 6, "num_heads": 4}
+    teacher = build("gpt_neo", **types)
+    try:
+        student = drop_layers(teacher, 1, 3)
+    except ConfigError as error:
+        assert "GPTNeoForCausalLM cannot be cut" in str(error)
+        return
+    student.save_pretrained(tmp_path)
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(load_model(str(tmp_path), attn="eager")(ids).logits, student(ids).logits)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
