@@ -124,7 +124,7 @@ def step(loss: str, row: str, tensors: tuple[Tensor, ...]) -> Tensor:
 
 def peaks(loss: str, row: str, tensors: tuple[Tensor, ...]) -> dict[str, int]:
     """Of the two passes apart, in bytes. Linux only: it reads /proc."""
-    from conftest import extra_peak_bytes, resident_bytes
+    from measuring import extra_peak_bytes, resident_bytes
 
     gradients = sum(x.numel() * x.element_size() for x in tensors[:2])
     before, losses = resident_bytes(), []

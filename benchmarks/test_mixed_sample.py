@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import logits, median_seconds
+from measuring import logits, median_seconds
 
 from minillm_kernels import mixed_sample, use_backend
 

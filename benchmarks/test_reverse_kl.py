@@ -12,7 +12,7 @@ from functools import cache, partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Tensors, logits
+from measuring import Tensors, logits
 
 from minillm_kernels import fused_rkl_loss, use_backend
 

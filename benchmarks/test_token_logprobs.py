@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import logits
+from measuring import logits
 
 from minillm_kernels import token_logprobs, use_backend
 

@@ -105,7 +105,7 @@ def test_step(benchmark, context):
     found: dict[str, float] = {}
 
     def step():
-        found.update(backward(context.student, micros, context.accelerator))
+        found.update(backward(context, context.student, micros))
         optimizer.step()
         optimizer.zero_grad()
 
