@@ -83,6 +83,8 @@ def check_stage(stage: StageConfig, run: RunConfig) -> None:
         raise ConfigError(f"objective.reward_scaling is {stage.objective.reward_scaling}; rewards are divided by it")
     if stage.rollout.on_policy_step and not 0 < stage.validation.every < stage.optim.steps:
         raise ConfigError("rollout.on_policy_step follows the validation loss: set validation.every below optim.steps")
+    if stage.rollout.chunk_size < 0:
+        raise ConfigError(f"rollout.chunk_size is {stage.rollout.chunk_size}; give a number, or 0 for all at once")
     if stage.method == "minillm":
         _check_minillm(stage)
 
@@ -110,6 +112,9 @@ def _check_minillm(stage: StageConfig) -> None:
         raise ConfigError(f"loss.temperature is {stage.loss.temperature}; MiniLLM's rewards are defined at 1")
     if stage.objective.importance_weights and stage.rollout.alpha == 1:
         raise ConfigError("rollout.alpha is 1: the student is never sampled and importance weights are unbounded")
+    coins = stage.rollout.coins
+    if coins != "row" and coins < 1:
+        raise ConfigError(f"rollout.coins is {coins}; give the number of groups that share coins, or row")
     if stage.rollout.batch_size % stage.optim.batch_size:
         raise ConfigError(
             f"rollout.batch_size {stage.rollout.batch_size} is not a multiple of optim.batch_size "

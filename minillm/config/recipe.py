@@ -228,10 +228,16 @@ def _unknown_key(key: str, section: str) -> str:
 def _coerce(value: Any, kind: Any, path: str) -> Any:
     """`value` as `kind`. Text is parsed: flags are text, and YAML 1.1 reads 1e-5 as text."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):  # T | None
-        if value is None or value in ("none", "null"):
+    if origin in (types.UnionType, typing.Union):  # T | None, or T | Literal[word]
+        if type(None) in args and (value is None or value in ("none", "null")):
             return None
-        return _coerce(value, args[0], path)
+        words = [word for arg in args for word in typing.get_args(arg)]
+        if value in words:
+            return value
+        try:
+            return _coerce(value, args[0], path)
+        except ConfigError as error:
+            raise ConfigError(f"{error}{' or ' * bool(words)}{', '.join(words)}") from None
     parsed = yaml.safe_load(value) if isinstance(value, str) and kind is not str else value
     if origin is tuple:
         if isinstance(parsed, (list, tuple)) and len(parsed) == len(args):

@@ -6,7 +6,7 @@ check.py says what must hold between their values.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 class ConfigError(ValueError):
@@ -116,6 +116,12 @@ class RolloutConfig:
     """Nucleus mass, 1 for all; MiniLLM requires 1."""
     epochs: int = 4
     """minillm: passes over each batch of rollouts before the next is sampled."""
+    coins: int | Literal["row"] = "row"
+    """minillm: who shares the coin that picks the model of a position. `row`: each sequence has its own, and both
+    models decode side by side. A number G: sequences i mod G share theirs, and the teacher runs at its own positions
+    only, about alpha · max_new_tokens times for each of the G groups. Each sequence has the same law, exactly."""
+    chunk_size: int = 0
+    """Sequences that a process decodes at once, so that memory does not depend on batch_size; 0: all of its share."""
 
 
 @dataclass(frozen=True)

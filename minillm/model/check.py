@@ -6,6 +6,7 @@ import torch
 
 from minillm.config.schema import ConfigError
 from minillm.data.examples import collate
+from minillm.model.decoder import Decoder, left_pad
 from minillm.model.head import CausalLM
 from minillm.model.load import packs_in_one_row
 from minillm.model.sampling import Decoding, draw_uniforms, sample
@@ -69,6 +70,25 @@ def check_decoding(lm: CausalLM) -> None:
             f"{type(lm.model).__name__} decodes by another law than its forward pass has ({apart:.2g} nats apart): "
             "its cache or its padding does not work here. Train it by sft or kd, which do not sample, or choose "
             "another model"
+        )
+
+
+@torch.no_grad()
+def check_blocks(lm: CausalLM) -> None:
+    """Refuse rollout.coins for a teacher that reads several tokens behind its cache by another law than its forward
+    pass over the whole sequence."""
+    prompts, responses = [[1, 2, 3, 4, 5], [2, 3]], [[4, 1, 2, 3], [5, 4, 3, 2]]
+    batch = collate(prompts, responses).to(lm.device)
+    whole = fused_linear_token_logprobs(*lm.output(batch), batch.targets)
+    ids, mask = left_pad(prompts, lm.device)
+    decoder, tokens = Decoder(lm), torch.tensor(responses, device=lm.device)
+    states = torch.cat([decoder.read(ids, mask)[:, -1:], decoder.read(tokens[:, :-1])], dim=1)
+    found = fused_linear_token_logprobs(states.flatten(0, 1), lm.head, tokens.flatten())
+    apart = float((found - whole).abs().max())
+    if not apart < (1e-2 if lm.model.dtype in (torch.float32, torch.float64) else 0.5):
+        raise ConfigError(
+            f"{type(lm.model).__name__} reads a block of tokens behind its cache by another law than its forward pass "
+            f"has ({apart:.2g} nats apart): set rollout.coins to row"
         )
 
 

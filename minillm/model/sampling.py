@@ -1,6 +1,7 @@
 """All decoding: sampling from the teacher-student mixture, greedy decoding, and token ids to text.
 
-Student and teacher decode side by side, each with its own key-value cache. Every token is drawn by
+Student and teacher decode side by side, each with its own key-value cache, or the teacher reads in blocks and draws at
+its own positions only (coins.py). Every token is drawn by
 `minillm_kernels.mixed_sample`, which returns the log-probs of the law that was sampled. They are kept, and so are the
 final hidden states that predicted each token, so that nothing needs a second forward pass over a response: the
 teacher's distribution at any position is its head applied to the state kept here. Where the teacher has no part in
@@ -9,19 +10,18 @@ the draw (alpha = 0), it does not decode: it reads each response once, in one fo
 Legend: B sequences, P longest prompt, T longest response, H hidden.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
-from minillm.data.examples import collate
+from minillm.model.coins import Turns
+from minillm.model.decoder import Decoder, left_pad
 from minillm.model.head import CausalLM, common_vocabulary
-from minillm_kernels import MixedSample, fused_linear_token_logprobs, mixed_sample
+from minillm.model.rollout import Rollout, add_teacher, add_teacher_logprobs, in_order
+from minillm_kernels import MixedSample, mixed_sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,39 +41,17 @@ class Decoding:
     """Keep the k most likely tokens of each model; 0: all."""
     top_p: float = 1.0
     """Then keep this probability mass of each model; 1: all."""
+    coins_first: bool = False
+    """Run the teacher at its own positions only (see coins.py); temperature above 0, no filter."""
+    chunk_size: int = 0
+    """Sequences decoded together; 0: all. The tokens do not depend on it."""
 
-
-class Rollout(NamedTuple):
-    """Responses and all that was known when they were sampled; entries beyond a response's length are 0."""
-
-    prompts: list[list[int]]
-    """B prompts, one per sequence."""
-    token_ids: Tensor
-    """[B, T] sampled tokens; the last one is end-of-sequence unless the limit was reached."""
-    lengths: Tensor
-    """[B] tokens sampled, end-of-sequence included."""
-    student_logprobs: Tensor
-    """[B, T] log q(y_t) of the student that sampled, in nats."""
-    teacher_logprobs: Tensor | None
-    """[B, T] log p(y_t); None without a teacher."""
-    mixture_logprobs: Tensor
-    """[B, T] log-probs of the mixture, the law sampled from."""
-    from_teacher: Tensor
-    """[B, T] bool, whether the teacher's side of the mixture drew the token."""
-    student_hidden: Tensor | None
-    """[B, T, H] student's final states, each predicting the token of its position; None where nobody needs them."""
-    teacher_hidden: Tensor | None
-    """[B, T, H] teacher's, likewise."""
-    decoded_logprobs: Tensor | None = None
-    """[B, T] log q(y_t) as decoding gave them, where `rescore` has replaced them."""
-
-    @property
-    def mask(self) -> Tensor:
-        """[B, T] bool, tokens that exist."""
-        return torch.arange(self.token_ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
-
-    def responses(self) -> list[list[int]]:
-        return [row[:n] for row, n in zip(self.token_ids.tolist(), self.lengths.tolist(), strict=True)]
+    def __post_init__(self) -> None:
+        if self.coins_first and not (self.temperature > 0 and self.top_k == 0 and self.top_p == 1):
+            raise ValueError(
+                "coins first draws from the softmax of both models: it needs a temperature above 0, no top_k and no "
+                f"top_p, and got {self.temperature}, {self.top_k} and {self.top_p}. Sample without coins_first"
+            )
 
 
 @torch.no_grad()  # not inference_mode: the hidden states kept enter a graph later
@@ -94,7 +72,7 @@ def sample(
     Args:
         student, teacher: q and p; the teacher may be None where alpha is 0.
         prompts: token ids, none of them empty.
-        decoding: limit, end-of-sequence, temperature and filters.
+        decoding: limit, end-of-sequence, temperature, filters and the way of decoding.
         alpha: weight of the teacher in the mixture.
         samples_per_prompt: samples of one prompt are neighbours in the result and share its prefill.
         uniforms: [max_new_tokens, B, 2] float64 make the draw repeatable, token by token, for any pair of models (see
@@ -102,126 +80,135 @@ def sample(
         vocab_size: the columns of the heads that count; None takes those that both models have.
         row_length: a teacher that only reads the responses reads several of them in a row of this many tokens, as in
             `collate`.
+
+    Raises FloatingPointError where logits are not finite.
     """
-    device = student.device
+    device, copies = student.device, samples_per_prompt
     if teacher is not None and vocab_size is None:
         vocab_size = common_vocabulary(student, teacher)
     beside = teacher
     if alpha == 0 and decoding.top_k == 0 and decoding.top_p == 1:
         beside = None  # it has no part in the draw, and its law of a token needs no filter
-    ids, mask = _left_pad(prompts, device)
-    models = [_Decoder(model, ids, mask, samples_per_prompt) for model in (student, beside) if model is not None]
-    sampled_prompts = [list(prompt) for prompt in prompts for _ in range(samples_per_prompt)]
-    ends = torch.tensor(list(decoding.ends), dtype=torch.long, device=device)
-    running = torch.ones(len(sampled_prompts), dtype=torch.bool, device=device)
-    lengths = torch.zeros(len(sampled_prompts), dtype=torch.long, device=device)
-    steps, hidden = [], []
-    for t in range(decoding.max_new_tokens):
-        logits = [decoder.logits() for decoder in models]
-        hidden.append([decoder.hidden for decoder in models])
-        drawn = mixed_sample(
-            logits[0],
-            logits[1] if beside is not None else None,
-            alpha,
-            temperature=decoding.temperature,
-            top_k=decoding.top_k,
-            top_p=decoding.top_p,
-            uniforms=None if uniforms is None else uniforms[t].to(device),
-            vocab_size=vocab_size,
-        )
-        steps.append(drawn)
-        lengths += running
-        running = running & ~torch.isin(drawn.token_ids, ends)
-        if t + 1 == decoding.max_new_tokens or not running.any():
-            break
-        for decoder in models:
-            decoder.append(drawn.token_ids)
-    states = [torch.stack(states, dim=1) for states in zip(*hidden, strict=True)]
-    rollout = Rollout(
-        prompts=sampled_prompts,
-        lengths=lengths,
-        **_stack_steps(steps, lengths),
-        student_hidden=states[0],
-        teacher_hidden=states[1] if beside is not None else None,
-    )
+    if uniforms is None:
+        uniforms = torch.rand(decoding.max_new_tokens, len(prompts) * copies, 2, dtype=torch.float64)
+    order, at_once = list(range(len(prompts))), len(prompts)
+    if decoding.chunk_size:  # neighbours in length, so that little is padding
+        order, at_once = sorted(order, key=lambda i: len(prompts[i])), max(1, decoding.chunk_size // copies)
+    rows, parts = [], []
+    for start in range(0, len(order), at_once):
+        chosen = order[start : start + at_once]
+        rows += [i * copies + copy for i in chosen for copy in range(copies)]
+        mine = uniforms[:, rows[len(rows) - len(chosen) * copies :]].to(device)
+        parts.append(_decode(student, beside, [prompts[i] for i in chosen], decoding, alpha, copies, mine, vocab_size))
+    rollout = in_order(parts, rows) if len(parts) > 1 else parts[0]
     undrawable = rollout.mixture_logprobs.isnan().any(1)
     if undrawable.any():
+        models = [lm for lm in (student, beside) if lm is not None]
         raise FloatingPointError(
-            f"the logits of {' or '.join(type(m.model.model).__name__ for m in models)} are not finite in response to "
-            f"the prompt with the token ids {sampled_prompts[int(undrawable.int().argmax())][:20]}: nothing can be "
+            f"the logits of {' or '.join(type(lm.model).__name__ for lm in models)} are not finite in response to "
+            f"the prompt with the token ids {rollout.prompts[int(undrawable.int().argmax())][:20]}: nothing can be "
             "sampled. Its weights are broken, or its dtype overflows"
         )
     if teacher is None or beside is not None:
         return rollout
-    return _score_rollout(rollout, teacher, decoding.temperature or 1.0, vocab_size, row_length)
+    return add_teacher(rollout, teacher, decoding.temperature or 1.0, vocab_size, row_length)
 
 
-def _stack_steps(steps: Sequence[MixedSample], lengths: Tensor) -> dict[str, Any]:
-    """[B, T] of each field that the steps have, 0 beyond the end of a response."""
-    beyond = torch.arange(len(steps), device=lengths.device) >= lengths[:, None]
-    columns = zip(*steps, strict=True)
-    return {
-        name: None if column[0] is None else torch.stack(column, dim=1).masked_fill(beyond, 0)
-        for name, column in zip(MixedSample._fields, columns, strict=True)
-    }
-
-
-def _score_rollout(
-    rollout: Rollout, teacher: CausalLM, temperature: float, vocab_size: int | None, row_length: int
-) -> Rollout:
-    """Add the teacher's log-probs and states to responses that it had no part in."""
-    hidden, logprobs = _read_responses(teacher, rollout, temperature, vocab_size, row_length)
-    return rollout._replace(teacher_hidden=hidden, teacher_logprobs=logprobs)
-
-
-@torch.no_grad()
-def rescore(
-    rollout: Rollout,
+def _decode(
     student: CausalLM,
-    teacher: CausalLM,
+    teacher: CausalLM | None,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
     alpha: float,
+    copies: int,
+    uniforms: Tensor,
     vocab_size: int | None,
-    row_length: int,
 ) -> Rollout:
-    """The same responses with the log-probs and states of whole forward passes, as an update makes them, instead of
-    those of decoding with a cache: in 16 bits the two differ by more than a clipped ratio may. At temperature 1,
-    unfiltered.
+    """Responses to some prompts, decoded together; the teacher takes part where there is one.
+
+    Rows that have ended are dropped once they are a quarter of those that are decoded.
     """
-    _, student_logprobs = _read_responses(student, rollout, 1.0, vocab_size, row_length)
-    teacher_hidden, teacher_logprobs = rollout.teacher_hidden, rollout.teacher_logprobs
-    mixture = student_logprobs
-    if alpha > 0:  # else the teacher's are of such a pass already
-        teacher_hidden, teacher_logprobs = _read_responses(teacher, rollout, 1.0, vocab_size, row_length)
-        mixture = torch.logaddexp(teacher_logprobs + math.log(alpha), student_logprobs + math.log1p(-alpha))
-    return rollout._replace(
-        student_logprobs=student_logprobs,
-        teacher_logprobs=teacher_logprobs,
-        mixture_logprobs=torch.where(rollout.mask, mixture, torch.zeros_like(mixture)),
-        teacher_hidden=teacher_hidden,
-        decoded_logprobs=rollout.student_logprobs,
-    )
+    ids, mask = left_pad(prompts, student.device)
+    sampled_prompts = [list(prompt) for prompt in prompts for _ in range(copies)]
+    turns = None
+    if teacher is not None and decoding.coins_first:
+        repeated, shown = ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0)
+        turns = Turns(teacher, repeated, shown, uniforms, alpha, decoding.temperature, vocab_size)
+    decoders = [Decoder(lm) for lm in (student, teacher if turns is None else None) if lm is not None]
+    for decoder in decoders:
+        decoder.read(ids, mask)
+        if copies > 1:
+            decoder.keep(torch.arange(len(prompts), device=ids.device).repeat_interleave(copies))
 
-
-def _read_responses(
-    lm: CausalLM, rollout: Rollout, temperature: float, vocab_size: int | None, row_length: int
-) -> tuple[Tensor, Tensor]:
-    """[B, T, H] final states and [B, T] log-probs of the responses, read by a model; 0 beyond their ends."""
-    hidden, logprobs = [], []
-    responses, at_once = rollout.responses(), 16  # sequences of a forward pass
-    for start in range(0, len(responses), at_once):
-        rows = slice(start, start + at_once)
-        batch = collate(rollout.prompts[rows], responses[rows], row_length).to(lm.device)
-        output = lm.output(batch)
-        hidden.append(output.states)
-        logprobs.append(
-            fused_linear_token_logprobs(*output, batch.targets, temperature=temperature, vocab_size=vocab_size)
+    ends = torch.tensor(list(decoding.ends), dtype=torch.long, device=ids.device)
+    rows = torch.arange(len(sampled_prompts), device=ids.device)
+    places, padding = rows.tolist(), 0  # `rows` on the host, and the columns of padding that were dropped
+    running, lengths = torch.ones_like(rows, dtype=torch.bool), torch.zeros_like(rows)
+    alive, steps = running.tolist(), []
+    for t in range(decoding.max_new_tokens):
+        logits = [decoder.logits() for decoder in decoders]
+        states = [decoder.state for decoder in decoders]
+        drawn = mixed_sample(
+            logits[0],
+            logits[1] if len(logits) == 2 else None,
+            alpha if len(logits) == 2 else 0.0,
+            temperature=decoding.temperature,
+            top_k=decoding.top_k,
+            top_p=decoding.top_p,
+            uniforms=uniforms[t, rows],
+            vocab_size=vocab_size,
         )
-    mask, states, known = rollout.mask, torch.cat(hidden), torch.cat(logprobs)
-    all_states = states.new_zeros(*mask.shape, states.shape[1])
-    all_states[mask] = states
-    all_logprobs = torch.zeros_like(rollout.student_logprobs)
-    all_logprobs[mask] = known.to(all_logprobs.dtype)
-    return all_states, all_logprobs
+        if turns is not None:
+            drawn = turns.draw(t, rows, logits[0], drawn, {p for p, on in zip(places, alive, strict=True) if on})
+        steps.append((rows, drawn, states))
+        lengths[rows] += running
+        token_ids, running = drawn.token_ids, running & ~torch.isin(drawn.token_ids, ends)
+        alive = running.tolist()  # the one wait for the device
+        if t + 1 == decoding.max_new_tokens or not any(alive):
+            break
+        if sum(alive) <= 0.75 * len(alive):
+            kept = torch.tensor([i for i, on in enumerate(alive) if on], device=ids.device)
+            places = [place for place, on in zip(places, alive, strict=True) if on]
+            alive = [True] * len(places)
+            spare = ids.shape[1] - max(len(sampled_prompts[place]) for place in places)
+            for decoder in decoders:
+                decoder.keep(kept, spare - padding)
+            rows, running, token_ids, padding = rows[kept], running[kept], token_ids[kept], spare
+        for decoder in decoders:
+            decoder.read(token_ids[:, None])
+
+    fields, kept_states = _over_rows(steps, lengths)
+    rollout = Rollout(
+        prompts=sampled_prompts,
+        lengths=lengths,
+        **fields,
+        student_hidden=kept_states[0],
+        teacher_hidden=kept_states[1] if len(kept_states) == 2 else None,
+    )
+    if turns is None:
+        return rollout
+    rollout = rollout._replace(teacher_hidden=turns.finish(lengths))
+    return add_teacher_logprobs(rollout, turns.teacher, alpha, decoding.temperature, vocab_size)
+
+
+def _over_rows(
+    steps: Sequence[tuple[Tensor, MixedSample, list[Tensor]]], lengths: Tensor
+) -> tuple[dict, list[Tensor]]:
+    """[B, T] of each field that the steps of (rows, what they drew, [b, H] states) have, and [B, T, H] states of each
+    model; 0 beyond the end of a response."""
+    beyond = torch.arange(len(steps), device=lengths.device) >= lengths[:, None]
+
+    def over_rows(columns: Sequence[Tensor]) -> Tensor:
+        values = columns[0].new_zeros(*beyond.shape, *columns[0].shape[1:])
+        for t, ((rows, _, _), column) in enumerate(zip(steps, columns, strict=True)):
+            values[rows, t] = column
+        return values.masked_fill_(beyond.reshape(*beyond.shape, *[1] * (values.dim() - 2)), 0)
+
+    fields = {
+        name: None if column[0] is None else over_rows(column)
+        for name, column in zip(MixedSample._fields, zip(*(drawn for _, drawn, _ in steps), strict=True), strict=True)
+    }
+    return fields, [over_rows(column) for column in zip(*(states for _, _, states in steps), strict=True)]
 
 
 def greedy(
@@ -252,64 +239,7 @@ def decode(tokenizer: "PreTrainedTokenizerBase", token_ids: list[list[int]]) -> 
     return [text.strip() for text in tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
 
 
-def gather_processes(rollout: Rollout, accelerator: Accelerator) -> Rollout:
-    """The responses of all processes, known to each: row i of process r becomes row i · processes + r."""
-    if accelerator.num_processes == 1:
-        return rollout
-
-    def interleave(values: Tensor | None) -> Tensor | None:
-        if values is None:
-            return None
-        if values.dim() > 1:
-            values = accelerator.pad_across_processes(values, dim=1)
-        everyone = accelerator.gather(values.contiguous())
-        return everyone.unflatten(0, (accelerator.num_processes, -1)).transpose(0, 1).flatten(0, 1).contiguous()
-
-    shares = gather_object([rollout.prompts])
-    prompts = [prompt for row in zip(*shares, strict=True) for prompt in row]
-    tensors: dict[str, Any] = {
-        name: interleave(value) for name, value in rollout._asdict().items() if name != "prompts"
-    }
-    return Rollout(prompts=prompts, **tensors)
-
-
 def draw_uniforms(seed: int, max_new_tokens: int, sequences: int) -> Tensor:
     """Uniforms [max_new_tokens, sequences, 2] that depend on the seed and the shape alone."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(max_new_tokens, sequences, 2, dtype=torch.float64, generator=generator)
-
-
-class _Decoder:
-    """One model with its cache, and the final hidden state [B, H] of its last token."""
-
-    def __init__(self, model: CausalLM, ids: Tensor, mask: Tensor, copies: int) -> None:
-        from transformers import DynamicCache
-
-        self.model = model
-        self.cache = DynamicCache(config=model.model.config)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        hidden = model.states(ids, mask, self.cache, position_ids=positions)
-        if copies > 1:
-            self.cache.batch_repeat_interleave(copies)
-        self.hidden = hidden[:, -1].repeat_interleave(copies, dim=0)
-        self.mask = mask.repeat_interleave(copies, dim=0)
-        self.position = self.mask.sum(dim=1, keepdim=True)  # of the next token
-
-    def logits(self) -> Tensor:
-        return self.model.logits(self.hidden)
-
-    def append(self, token_ids: Tensor) -> None:
-        """Feed one token per sequence. Sequences that have ended go on decoding; what follows is never read."""
-        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
-        self.hidden = self.model.states(token_ids[:, None], self.mask, self.cache, position_ids=self.position)[:, -1]
-        self.position = self.position + 1
-
-
-def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from minillm.config.schema import RunConfig, StageConfig
 from minillm.data.examples import Batch, Example
+from minillm.model.coins import share_coins
 from minillm.model.head import CausalLM, Output, Sums, common_vocabulary
 from minillm.model.load import end_tokens, packs_in_one_row
-from minillm.model.sampling import Decoding, Rollout, draw_uniforms, gather_processes, rescore, sample
+from minillm.model.rollout import Rollout, gather_processes, rescore
+from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm.run.clock import Clock
 
 if TYPE_CHECKING:
@@ -124,6 +126,8 @@ class Context:
                 temperature=rollout.temperature,
                 top_k=rollout.top_k,
                 top_p=rollout.top_p,
+                coins_first=rollout.coins != "row" and alpha > 0,
+                chunk_size=rollout.chunk_size,
             ),
             alpha=alpha,
             uniforms=uniforms,
@@ -136,7 +140,12 @@ class Context:
         know the result.
         """
         seed = self.run.seed * 1_000_003 + iteration
-        uniforms = draw_uniforms(seed, self.config.rollout.max_new_tokens, len(examples))
+        uniforms, coins = (
+            draw_uniforms(seed, self.config.rollout.max_new_tokens, len(examples)),
+            self.config.rollout.coins,
+        )
+        if coins != "row":
+            uniforms = share_coins(uniforms, coins)
         mine = uniforms[:, self.accelerator.process_index :: self.accelerator.num_processes]
         prompts = [example.prompt for example in self.mine(examples)]
         with self.clock("rollout"), self.autocast():

@@ -41,7 +41,7 @@ from torch import Tensor
 from minillm.config.schema import ObjectiveConfig
 from minillm.data.examples import Batch, Example, PolicyConstants, Record, Shuffled
 from minillm.model.head import Output, Sums
-from minillm.model.sampling import Rollout
+from minillm.model.rollout import Rollout
 from minillm.train.context import Context, Part, Step
 from minillm_kernels import fused_linear_distill_loss, fused_linear_minillm_loss
 

@@ -8,7 +8,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
 from minillm.config.schema import ConfigError, RunConfig, StageConfig
 from minillm.data.examples import Example, chunk_text, encode, read_records, read_text
-from minillm.model.check import check_context, check_decoding, check_ids, check_packing
+from minillm.model.check import check_blocks, check_context, check_decoding, check_ids, check_packing
 from minillm.model.head import CausalLM
 from minillm.model.load import end_tokens
 from minillm.run.trackers import check_trackers
@@ -77,6 +77,8 @@ def prepare(
     for model in samplers:
         if model is not None:
             check_decoding(model)
+    if config.method == "minillm" and config.rollout.coins != "row" and teacher is not None:
+        check_blocks(teacher)
     return Context(run, config, accelerator, student, teacher, tokenizer, examples, validation, text, about)
 
 

@@ -46,6 +46,7 @@ def test_numbers_are_read_as_people_write_them():
     assert run_from({"model": {"drop_layers": [3, 5]}}).model.drop_layers == (3, 5)
     assert run_from({"model": {"drop_layers": None}}).model.drop_layers is None
     assert stage_from({"optim": {"lr": 1}}).optim.lr == 1.0
+    assert [stage_from({"rollout": {"coins": coins}}).rollout.coins for coins in (4, "4", "row")] == [4, 4, "row"]
 
 
 def test_a_mapping_is_read_from_yaml_and_flags(tmp_path):
@@ -97,6 +98,10 @@ def test_seeds_have_a_range(seed):
         ({"rollout": {"top_p": 0.9}}, "rollout.top_p is 0.9"),
         ({"loss": {"temperature": 2.0}}, "loss.temperature is 2.0"),
         ({"rollout": {"alpha": 1.0}}, "rollout.alpha is 1"),
+        ({"rollout": {"coins": 0}}, "rollout.coins is 0; give the number of groups"),
+        ({"rollout": {"coins": "rows"}}, "rollout.coins is 'rows'; expected int or row"),
+        ({"rollout": {"coins": None}}, "rollout.coins is None; expected int or row"),
+        ({"rollout": {"chunk_size": -1}}, "rollout.chunk_size is -1"),
         ({"rollout": {"alpha": 1.5}}, r"lies in \[0, 1\]"),
         ({"rollout": {"batch_size": 10}, "optim": {"batch_size": 8}}, "not a multiple of optim.batch_size"),
         ({"data": {"text": ""}}, "data.text is empty"),

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minillm.config.schema import ConfigError
 from minillm.model import check
-from minillm.model.check import check_decoding, check_ids, check_packing
+from minillm.model.check import check_blocks, check_decoding, check_ids, check_packing
 from minillm.model.head import CausalLM
 from minillm.model.load import packs_in_one_row
 
@@ -69,6 +69,21 @@ def test_decoding_by_another_law_than_the_forward_pass_is_refused(kind):
 def test_decoding_behind_padding_is_the_forward_pass(make_gpt2, make_llama):
     for model in (make_llama(), make_gpt2(), make_llama().bfloat16()):
         check_decoding(CausalLM(model))
+
+
+def test_blocks_behind_a_cache_are_the_forward_pass_or_refused(make_gpt2, make_llama):
+    for model in (make_llama(), make_gpt2(), make_llama().bfloat16()):
+        check_blocks(CausalLM(model))
+    wrong = make_llama()
+
+    def confuse_blocks(_, __, output):
+        if output.last_hidden_state.shape[1] == 3:  # what is read behind the prompt
+            output.last_hidden_state = output.last_hidden_state.flip(1)
+        return output
+
+    wrong.model.register_forward_hook(confuse_blocks)
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM reads a block .* set rollout.coins to row"):
+        check_blocks(CausalLM(wrong))
 
 
 def test_ids_without_an_embedding_are_refused(make_llama):

@@ -1,6 +1,7 @@
 """The sampler against full forward passes, unpadded decoding and transformers' own greedy search."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -175,3 +176,50 @@ def test_logits_that_are_not_finite_are_not_sampled(make_llama):
         model.model.embed_tokens.weight[7] = float("nan")
     with pytest.raises(FloatingPointError, match=r"logits of LlamaForCausalLM are not finite .*token ids \[7\]"):
         sample(CausalLM(model, "logits"), None, PROMPTS, SIX, alpha=0.0)
+
+
+# ---- rows that have ended are dropped, and chunks
+
+MANY = [*PROMPTS, [8, 8], [1], [2, 3], [9, 9, 9, 9, 9, 9, 9], [4], [6, 6], [10]]  # lengths 1 to 7
+
+
+def frequent_ends(first):
+    """A twelfth of the vocabulary: responses of 24 tokens end early, late and never."""
+    return Decoding(24, range(first, 257, 12))
+
+
+@pytest.mark.parametrize(("chunk_size", "copies"), [(0, 1), (4, 1), (3, 2)])
+def test_tokens_do_not_depend_on_what_is_decoded_together(pair, chunk_size, copies):
+    """Each prompt alone, where nothing is dropped before all is over, against all of them, and against chunks. In
+    float64, where no token's uniform lies within the rounding of a boundary."""
+    for model in pair:
+        model.double()
+    together = roll(*pair, MANY, replace(frequent_ends(0), chunk_size=chunk_size), samples_per_prompt=copies)
+    uniforms = draw_uniforms(0, 24, len(MANY) * copies)
+    assert len(set(together.lengths.tolist())) > 3
+    for row, (prompt, response) in enumerate(zip(together.prompts, together.responses(), strict=True)):
+        assert prompt == MANY[row // copies]
+        alone = sample(*pair, [prompt], frequent_ends(0), uniforms=uniforms[:, row : row + 1])
+        assert alone.responses() == [response]
+        for name in ("student_logprobs", "mixture_logprobs", "student_hidden", "teacher_hidden"):
+            found = getattr(together, name)[row, : len(response)]
+            torch.testing.assert_close(found, getattr(alone, name)[0], rtol=1e-9, atol=1e-9)
+
+
+def test_rows_that_have_ended_are_dropped(pair):
+    """Rows that went through the student, against the tokens that exist: without dropping, all rows go to the end."""
+    rows = []
+    pair[0].model.base_model.register_forward_hook(lambda _, __, output: rows.append(len(output.last_hidden_state)))
+    rollout = roll(*pair, MANY * 4, frequent_ends(0))
+    steps = rollout.token_ids.shape[1]
+    wasted = sum(rows) - int(rollout.lengths.sum())
+    assert len(rows) == steps and rows[0] == 40
+    assert wasted < 0.25 * 40 * steps < 40 * steps - int(rollout.lengths.sum())
+    assert all(after <= 0.75 * before for before, after in pairwise(rows) if after != before)
+
+
+def test_a_chunk_bounds_the_rows_decoded_at_once(pair):
+    rows = []
+    pair[0].model.base_model.register_forward_hook(lambda _, __, output: rows.append(len(output.last_hidden_state)))
+    roll(*pair, MANY, replace(SIX, chunk_size=4))
+    assert max(rows) == 4

@@ -87,6 +87,7 @@ def test_two_processes_are_one_for_every_other_method(files):
     warm_up, minillm = tree["stages"]["warm-up"], tree["stages"]["minillm"]
     warm_up["rollout"] = {"max_new_tokens": 6, "on_policy": 0.7}
     minillm["objective"]["variant"] = "reference"
+    minillm.setdefault("rollout", {}).update(coins=2, chunk_size=3)
     tree["stages"] = {**{name: {**warm_up, "method": name} for name in ("sft", "seqkd", "gkd")}, "minillm": minillm}
     tree["data"]["packing"] = True
     (files / "recipe.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minillm.config.schema import ObjectiveConfig
 from minillm.data.examples import PolicyConstants
-from minillm.model.sampling import Rollout
+from minillm.model.rollout import Rollout
 from minillm.train.minillm import importance_weights, policy_constants, returns
 from minillm_kernels import minillm_loss, token_logprobs
 

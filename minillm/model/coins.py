@@ -1,0 +1,141 @@
+"""Coins first: exact teacher-mixed sampling that runs the teacher at a share α of the positions.
+
+To draw from α p + (1-α) q, a coin u₀ < α picks the model, then the token comes from that model alone. The coin does
+not depend on the text, so all coins of a response are known before its first token. The student decodes alone up to
+the next position that is the teacher's; there the teacher reads what was written since its last turn, in one forward
+pass of many tokens, and draws one token. Its states at every position come out of these passes, as they do when it
+decodes beside the student, token by token.
+
+The passes are shared by rows that have the same coins, a group: α T + 1 forward passes a group, instead of T. Rows of
+one group still have the exact law each. What they share is the part of the estimate's variance that comes from the
+coins: it is not averaged over the rows of a group. With a coin of its own for each row, some row of a batch needs the
+teacher at nearly every position, and nothing would be gained.
+
+Legend: B rows, b rows of a group, g positions read at once, T positions, P longest prompt, H hidden, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minillm.model.decoder import Decoder
+from minillm.model.head import CausalLM
+from minillm_kernels import MixedSample, mixed_sample, token_logprobs
+
+
+def share_coins(uniforms: Tensor, groups: int) -> Tensor:
+    """The same uniforms [T, B, 2], but for the coins [..., 0] of row i, which become those of row i mod `groups`."""
+    shared = uniforms.clone()
+    shared[..., 0] = uniforms[:, torch.arange(uniforms.shape[1]) % groups, 0]
+    return shared
+
+
+class Block(NamedTuple):
+    """States [b, g, H] of the positions first … first + g - 1 of some rows, each predicting the token there."""
+
+    rows: Tensor
+    first: int
+    states: Tensor
+
+
+class Group:
+    """The teacher of rows that share their coins."""
+
+    def __init__(self, teacher: CausalLM, rows: Tensor, coins: list[bool]) -> None:
+        self.rows, self.places = rows, rows.tolist()
+        """[b] rows of the batch that are still read, on the device and on the host."""
+        self.coins = coins
+        """Whether a position is the teacher's."""
+        self.decoder = Decoder(teacher)
+        self.known = 0
+        """Positions whose states are known."""
+
+    def read(self, prompts: Tensor, mask: Tensor, token_ids: Tensor, position: int) -> Block:
+        """Read up to the state that predicts the token at `position`.
+
+        prompts, mask: [B, P], padded on the left. token_ids: [B, T] drawn so far.
+        """
+        new = token_ids[self.rows, max(self.known - 1, 0) : position]
+        if self.known == 0:
+            real = torch.cat([mask[self.rows], torch.ones_like(new)], dim=1)
+            states = self.decoder.read(torch.cat([prompts[self.rows], new], dim=1), real)[:, prompts.shape[1] - 1 :]
+        else:
+            states = self.decoder.read(new)
+        block = Block(self.rows, self.known, states)
+        self.known = position + 1
+        return block
+
+    def keep(self, running: set[int]) -> None:
+        """Read the rows that have not ended from now on, once they are few enough for that to pay."""
+        kept = [i for i, place in enumerate(self.places) if place in running]
+        if kept and len(kept) <= 0.75 * len(self.places):
+            self.decoder.keep(torch.tensor(kept, device=self.rows.device))
+            self.rows, self.places = self.rows[kept], [self.places[i] for i in kept]
+
+
+class Turns:
+    """The teacher's part in decoding a batch."""
+
+    def __init__(
+        self,
+        teacher: CausalLM,
+        prompts: Tensor,
+        mask: Tensor,
+        uniforms: Tensor,
+        alpha: float,
+        temperature: float,
+        vocab_size: int | None,
+    ) -> None:
+        """prompts, mask: [B, P], padded on the left. uniforms: [T, B, 2], the coin and the token of each position."""
+        self.teacher, self.prompts, self.mask = teacher, prompts, mask
+        self.uniforms, self.alpha, self.temperature, self.vocab_size = uniforms, alpha, temperature, vocab_size
+        self.coins = uniforms[..., 0] < alpha
+        patterns, group_of = torch.unique(self.coins.cpu(), dim=1, return_inverse=True)
+        self.groups = [
+            Group(teacher, (group_of == i).nonzero()[:, 0].to(prompts.device), patterns[:, i].tolist())
+            for i in range(patterns.shape[1])
+        ]
+        self.token_ids = prompts.new_zeros(len(prompts), len(uniforms))
+        self.blocks: list[Block] = []
+
+    def draw(
+        self, position: int, rows: Tensor, student_logits: Tensor, drawn: MixedSample, running: set[int]
+    ) -> MixedSample:
+        """What the student drew for these rows, [b], but at the teacher's positions what the teacher draws.
+
+        running: the rows that have not ended.
+        """
+        self.token_ids[rows, position] = drawn.token_ids
+        due = [group for group in self.groups if group.coins[position] and not running.isdisjoint(group.places)]
+        for group in due:
+            self.blocks.append(group.read(self.prompts, self.mask, self.token_ids, position))
+            group.keep(running)
+            self.token_ids[group.rows, position] = mixed_sample(
+                group.decoder.logits(),
+                None,
+                0.0,
+                temperature=self.temperature,
+                uniforms=self.uniforms[position, group.rows],
+                vocab_size=self.vocab_size,
+            ).token_ids
+        if not due:
+            return drawn
+        token_ids = self.token_ids[rows, position]
+        logprobs = token_logprobs(student_logits, token_ids, temperature=self.temperature, vocab_size=self.vocab_size)
+        return drawn._replace(token_ids=token_ids, student_logprobs=logprobs, from_teacher=self.coins[position, rows])
+
+    def finish(self, lengths: Tensor) -> Tensor:
+        """[B, T, H] the teacher's states at every position of the responses, which are complete; 0 beyond."""
+        longest = lengths.tolist()
+        for group in self.groups:
+            last = max(longest[place] for place in group.places) - 1
+            if last >= group.known:
+                self.blocks.append(group.read(self.prompts, self.mask, self.token_ids, last))
+        width = max(longest)
+        states = self.blocks[0].states.new_zeros(len(longest), width, self.blocks[0].states.shape[-1])
+        for block in self.blocks:
+            end = min(block.first + block.states.shape[1], width)
+            states[block.rows, block.first : end] = block.states[:, : end - block.first]
+        beyond = torch.arange(width, device=lengths.device) >= lengths[:, None]
+        return states.masked_fill_(beyond[..., None], 0)

@@ -1,0 +1,170 @@
+"""What a rollout is, and what the models say of one that exists.
+
+Legend: B sequences, T longest response, H hidden.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from minillm.data.examples import collate
+from minillm.model.head import CausalLM
+from minillm_kernels import fused_linear_token_logprobs
+
+
+class Rollout(NamedTuple):
+    """Responses and all that was known when they were sampled; entries beyond a response's length are 0."""
+
+    prompts: list[list[int]]
+    """B prompts, one per sequence."""
+    token_ids: Tensor
+    """[B, T] sampled tokens; the last one is end-of-sequence unless the limit was reached."""
+    lengths: Tensor
+    """[B] tokens sampled, end-of-sequence included."""
+    student_logprobs: Tensor
+    """[B, T] log q(y_t) of the student that sampled, in nats."""
+    teacher_logprobs: Tensor | None
+    """[B, T] log p(y_t); None without a teacher."""
+    mixture_logprobs: Tensor
+    """[B, T] log-probs of the mixture, the law sampled from."""
+    from_teacher: Tensor
+    """[B, T] bool, whether the teacher's side of the mixture drew the token."""
+    student_hidden: Tensor | None
+    """[B, T, H] student's final states, each predicting the token of its position; None where nobody needs them."""
+    teacher_hidden: Tensor | None
+    """[B, T, H] teacher's, likewise."""
+    decoded_logprobs: Tensor | None = None
+    """[B, T] log q(y_t) as decoding gave them, where `rescore` has replaced them."""
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, T] bool, tokens that exist."""
+        return torch.arange(self.token_ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
+
+    def responses(self) -> list[list[int]]:
+        return [row[:n] for row, n in zip(self.token_ids.tolist(), self.lengths.tolist(), strict=True)]
+
+
+def add_teacher(
+    rollout: Rollout, teacher: CausalLM, temperature: float, vocab_size: int | None, row_length: int
+) -> Rollout:
+    """Add the teacher's log-probs and states to responses that it had no part in."""
+    hidden, logprobs = _read_responses(teacher, rollout, temperature, vocab_size, row_length)
+    return rollout._replace(teacher_hidden=hidden, teacher_logprobs=logprobs)
+
+
+def add_teacher_logprobs(
+    rollout: Rollout, teacher: CausalLM, alpha: float, temperature: float, vocab_size: int | None
+) -> Rollout:
+    """Add the log-probs of the teacher, whose states are known, and of the mixture."""
+    mask, states = rollout.mask, rollout.teacher_hidden
+    assert states is not None
+    logprobs = torch.zeros_like(rollout.student_logprobs)
+    logprobs[mask] = fused_linear_token_logprobs(
+        states[mask], teacher.head, rollout.token_ids[mask], temperature=temperature, vocab_size=vocab_size
+    ).to(logprobs.dtype)
+    return rollout._replace(
+        teacher_logprobs=logprobs, mixture_logprobs=mixture_logprobs(rollout.student_logprobs, logprobs, alpha, mask)
+    )
+
+
+@torch.no_grad()
+def rescore(
+    rollout: Rollout,
+    student: CausalLM,
+    teacher: CausalLM,
+    alpha: float,
+    vocab_size: int | None,
+    row_length: int,
+) -> Rollout:
+    """The same responses with the log-probs and states of whole forward passes, as an update makes them, instead of
+    those of decoding with a cache: in 16 bits the two differ by more than a clipped ratio may. At temperature 1,
+    unfiltered.
+    """
+    _, student_logprobs = _read_responses(student, rollout, 1.0, vocab_size, row_length)
+    teacher_hidden, teacher_logprobs = rollout.teacher_hidden, rollout.teacher_logprobs
+    if alpha > 0:  # else the teacher's are of such a pass already
+        teacher_hidden, teacher_logprobs = _read_responses(teacher, rollout, 1.0, vocab_size, row_length)
+    assert teacher_logprobs is not None
+    return rollout._replace(
+        student_logprobs=student_logprobs,
+        teacher_logprobs=teacher_logprobs,
+        mixture_logprobs=mixture_logprobs(student_logprobs, teacher_logprobs, alpha, rollout.mask),
+        teacher_hidden=teacher_hidden,
+        decoded_logprobs=rollout.student_logprobs,
+    )
+
+
+def _read_responses(
+    lm: CausalLM, rollout: Rollout, temperature: float, vocab_size: int | None, row_length: int
+) -> tuple[Tensor, Tensor]:
+    """[B, T, H] final states and [B, T] log-probs of the responses, read by a model; 0 beyond their ends."""
+    hidden, logprobs = [], []
+    responses, at_once = rollout.responses(), 16  # sequences of a forward pass
+    for start in range(0, len(responses), at_once):
+        rows = slice(start, start + at_once)
+        batch = collate(rollout.prompts[rows], responses[rows], row_length).to(lm.device)
+        output = lm.output(batch)
+        hidden.append(output.states)
+        logprobs.append(
+            fused_linear_token_logprobs(*output, batch.targets, temperature=temperature, vocab_size=vocab_size)
+        )
+    mask, states, known = rollout.mask, torch.cat(hidden), torch.cat(logprobs)
+    all_states = states.new_zeros(*mask.shape, states.shape[1])
+    all_states[mask] = states
+    all_logprobs = torch.zeros_like(rollout.student_logprobs)
+    all_logprobs[mask] = known.to(all_logprobs.dtype)
+    return all_states, all_logprobs
+
+
+def mixture_logprobs(student: Tensor, teacher: Tensor, alpha: float, mask: Tensor) -> Tensor:
+    """log(α p + (1-α) q) of log-probs; 0 outside the mask."""
+    if alpha in (0, 1):
+        return teacher if alpha else student
+    mixed = torch.logaddexp(teacher + math.log(alpha), student + math.log1p(-alpha))
+    return torch.where(mask, mixed, torch.zeros_like(mixed))
+
+
+def in_order(parts: Sequence[Rollout], rows: Sequence[int]) -> Rollout:
+    """One rollout of several; row i of their concatenation becomes row rows[i]."""
+    back = torch.tensor(rows, device=parts[0].lengths.device).argsort()
+    longest = max(part.token_ids.shape[1] for part in parts)
+
+    def joined(values: Sequence[Any]) -> Any:
+        if values[0] is None:
+            return None
+        if isinstance(values[0], list):
+            flat = [prompt for prompts in values for prompt in prompts]
+            return [flat[i] for i in back.tolist()]
+        if values[0].dim() > 1:
+            values = [F.pad(v, (0, 0) * (v.dim() - 2) + (0, longest - v.shape[1])) for v in values]
+        return torch.cat(list(values))[back]
+
+    return Rollout(*map(joined, zip(*parts, strict=True)))
+
+
+def gather_processes(rollout: Rollout, accelerator: Accelerator) -> Rollout:
+    """The responses of all processes, known to each: row i of process r becomes row i · processes + r."""
+    if accelerator.num_processes == 1:
+        return rollout
+
+    def interleave(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        if values.dim() > 1:
+            values = accelerator.pad_across_processes(values, dim=1)
+        everyone = accelerator.gather(values.contiguous())
+        return everyone.unflatten(0, (accelerator.num_processes, -1)).transpose(0, 1).flatten(0, 1).contiguous()
+
+    shares = gather_object([rollout.prompts])
+    prompts = [prompt for row in zip(*shares, strict=True) for prompt in row]
+    tensors: dict[str, Any] = {
+        name: interleave(value) for name, value in rollout._asdict().items() if name != "prompts"
+    }
+    return Rollout(prompts=prompts, **tensors)
