@@ -295,6 +295,43 @@ def training_table() -> str:
     return markdown([size, "time, s", "new tokens per second"], rows) + "\n\n" + note
 
 
+def rollouts_table() -> str:
+    """Rollouts of the demo pair in several ways."""
+    results = load("rollouts.json")
+    info = next(b["extra_info"] for b in results["benchmarks"])
+    length = info["mean_length_ending"]
+    titles = {
+        "side_by_side": "both models side by side",
+        "coins_first": f"coins first: the teacher at {info['teacher_turns']} of {info['new_tokens']} positions",
+        "student_alone": "student alone",
+        "teacher_reads": "teacher, reading the responses once",
+        "side_by_side_ending": f"side by side, responses that end after {length:.0f} tokens in the mean",
+        "coins_first_ending": "coins first, the same ends",
+    }
+    rows = [[title, f"{info['seconds'][name]:.2f}"] for name, title in titles.items()]
+    note = (
+        f"{machine(results)}, least of a few in turns. Coins first takes {info['coins_first_over_floor']:.2f}× its "
+        "floor, the student alone and the teacher reading once. "
+        f"Full length takes {info['full_length_over_ending']:.2f}× the time of responses that end."
+    )
+    header = [f"rollout of {info['sequences']} × {info['new_tokens']} tokens, alpha {info['alpha']}", "time, s"]
+    return markdown(header, rows) + "\n\n" + note
+
+
+def coins_table() -> str:
+    """What shared coins cost in variance."""
+    results = load("coins.json")
+    rows = [
+        [name, f"{row['over_own_coins']:.2f} ± {row['standard_error']:.2f}" if name != "row" else "1"]
+        for name, row in results["rows"].items()
+    ]
+    note = (
+        f"{results['rollouts']} rollouts of {results['prompts']} prompts × {results['new_tokens']} tokens at alpha "
+        f"{results['alpha']}; ± is a standard error. Made by `{results['command']}`."
+    )
+    return markdown(["coins", "variance of the gradient, own coins = 1"], rows) + "\n\n" + note
+
+
 def trl_table() -> str:
     """A step of our trainer beside one of TRL's."""
     results = load("trl.json")
@@ -320,6 +357,8 @@ TABLES = {
     "linear": linear_table,
     "gpu": gpu_table,
     "training": training_table,
+    "rollouts": rollouts_table,
+    "coins": coins_table,
     "trl": trl_table,
 }
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from minillm.config.schema import ModelConfig
 
 
+NO_DOCTOR = "train without trying the loss on a few answers first"
 RESUME = "go on from a checkpoint; auto: the newest of this recipe's last run, or from the start where there is none"
 
 
@@ -48,7 +49,7 @@ def _run(recipe: "Recipe", options: argparse.Namespace, with_evaluation: bool = 
     with first_process_tells():
         try:
             with exit_on_signal():
-                run_recipe(recipe, options.command_line, with_evaluation, options.resume)
+                run_recipe(recipe, options.command_line, with_evaluation, options.resume, options.doctor)
         except Interrupted as stop:
             print(f"stopped. {stop}", flush=True)
         except WorkerLost as lost:
@@ -183,6 +184,20 @@ def estimate(options: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
+def doctor(options: argparse.Namespace, flags: list[str]) -> int:
+    from minillm.config.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, flags, smoke=options.smoke)
+    _quiet()
+    from minillm.distillation import diagnose
+    from minillm.doctor import describe
+
+    found = diagnose(recipe)
+    for name, findings in found.items():
+        print(f"{name} ({recipe.stages[name].method})\n{describe(findings)}")
+    return 2 if any(finding.status == "wrong" for findings in found.values() for finding in findings.values()) else 0
+
+
 def export(options: argparse.Namespace, flags: list[str]) -> int:
     from pathlib import Path
 
@@ -228,9 +243,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("recipe", help="YAML file, such as recipes/smollm2-cpu.yaml")
     sub.add_argument("--smoke", action="store_true", help="apply the recipe's `smoke:` section, which makes it short")
     sub.add_argument("--resume", default="", metavar="auto|PATH", help=RESUME)
+    sub.add_argument("--no-doctor", dest="doctor", action="store_false", help=NO_DOCTOR)
     sub = command("train", train, "train without evaluation", override)
     sub.add_argument("config", help="YAML file")
     sub.add_argument("--resume", default="", metavar="auto|PATH", help=RESUME)
+    sub.add_argument("--no-doctor", dest="doctor", action="store_false", help=NO_DOCTOR)
     sub = command("evaluate", evaluate, "measure a model on prompts with reference answers", override)
     sub.add_argument("model", help="hub id, directory or package:NAME")
     sub.add_argument("--data", required=True, help="prompts with answers: file, directory, hub id or package:NAME")
@@ -260,6 +277,9 @@ def _parser() -> argparse.ArgumentParser:
         "estimate", estimate, "count the memory and the work of a recipe without loading its weights", override
     )
     sub.add_argument("config", help="YAML file")
+    sub.add_argument("--smoke", action="store_true", help="of the short form of the recipe")
+    sub = command("doctor", doctor, "check in a minute that the loss of a recipe is the one that is meant", override)
+    sub.add_argument("recipe", help="YAML file, such as recipes/smollm2-cpu.yaml")
     sub.add_argument("--smoke", action="store_true", help="of the short form of the recipe")
     sub = command("export", export, "write a run's student as a plain model directory, adapters merged")
     sub.add_argument("run_directory", metavar="RUN", help="run directory")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from minillm.config.recipe import Recipe
 from minillm.config.schema import ConfigError, RunConfig
 from minillm.data.examples import Example, show
+from minillm.doctor import examine, refuse
+from minillm.doctor.patient import Finding
 from minillm.evaluation.measure import check_measurable, evaluation_set, measure
 from minillm.evaluation.result import START, TEACHER, Evaluation, plain
 from minillm.model.check import check_same_tokenizer
@@ -47,12 +49,14 @@ class Run:
         return self.path / "model"
 
 
-def run_recipe(recipe: Recipe, command: str = "", with_evaluation: bool = True, resume: str = "") -> Run:
+def run_recipe(
+    recipe: Recipe, command: str = "", with_evaluation: bool = True, resume: str = "", doctor: bool = True
+) -> Run:
     """Run every stage on one student.
 
     `command` is what the user typed; it goes into the summary and the model card, which otherwise name a command that
-    repeats the run. `resume` is that of `RunDirectory`. All that can be wrong with the recipe, the models or the data
-    is found before the first evaluation or step.
+    repeats the run. `resume` is that of `RunDirectory`. Without `doctor`, the loss is not tried on the data first. All
+    that can be wrong with the recipe, the models or the data is found before the first evaluation or step.
     """
     started = time.perf_counter()
     if with_evaluation and not recipe.run.data.eval:
@@ -63,6 +67,8 @@ def run_recipe(recipe: Recipe, command: str = "", with_evaluation: bool = True, 
     trainings = {
         name: prepare(recipe.run, stage, student, teacher, tokenizer) for name, stage in recipe.stages.items()
     }
+    for name, training in trainings.items() if doctor else ():
+        refuse(name, training)
     examples = evaluation_set(recipe.run, tokenizer, recipe.training_sources) if with_evaluation else []
     if examples:
         check_measurable(student, teacher, examples, recipe.run)
@@ -106,6 +112,12 @@ def run_recipe(recipe: Recipe, command: str = "", with_evaluation: bool = True, 
     print(run_text(evaluations, summary["seconds"]))
     print(f"\nmodel, metrics and summary.json are in {run.path}", flush=True)
     return Run(run.path, summary, evaluations)
+
+
+def diagnose(recipe: Recipe) -> dict[str, dict[str, Finding]]:
+    """What `minillm doctor` finds on every stage, with its models as they are before the first of them."""
+    pair = load_pair(recipe.run)
+    return {name: examine(prepare(recipe.run, stage, *pair)) for name, stage in recipe.stages.items()}
 
 
 def load_pair(run: RunConfig) -> "tuple[CausalLM, CausalLM | None, PreTrainedTokenizerBase]":
