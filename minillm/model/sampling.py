@@ -6,6 +6,8 @@ final hidden states that predicted each token, so that nothing needs a second fo
 teacher's distribution at any position is its head applied to the state kept here. Where the teacher has no part in
 the draw (alpha = 0), it does not decode: it reads each response once, in one forward pass.
 
+A step of decoding reads one number from the device: whether any sequence goes on.
+
 Legend: B sequences, P longest prompt, T longest response, H hidden.
 """
 
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from minillm.data.examples import collate
 from minillm.model.head import CausalLM, common_vocabulary
+from minillm.model.masks import decodes_by_sdpa, of_padded
 from minillm_kernels import MixedSample, fused_linear_token_logprobs, mixed_sample
 
 if TYPE_CHECKING:
@@ -61,11 +64,13 @@ class Rollout(NamedTuple):
     from_teacher: Tensor
     """[B, T] bool, whether the teacher's side of the mixture drew the token."""
     student_hidden: Tensor | None
-    """[B, T, H] student's final states, each predicting the token of its position; None where nobody needs them."""
+    """[B, T, H] student's final states, each predicting the token of its position; None where not asked for."""
     teacher_hidden: Tensor | None
     """[B, T, H] teacher's, likewise."""
     decoded_logprobs: Tensor | None = None
     """[B, T] log q(y_t) as decoding gave them, where `rescore` has replaced them."""
+    known: list[list[int]] | None = None
+    """What `responses` returns, where it has been read from the device."""
 
     @property
     def mask(self) -> Tensor:
@@ -73,7 +78,10 @@ class Rollout(NamedTuple):
         return torch.arange(self.token_ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
     def responses(self) -> list[list[int]]:
-        return [row[:n] for row, n in zip(self.token_ids.tolist(), self.lengths.tolist(), strict=True)]
+        """The sampled tokens of each sequence, to its end."""
+        if self.known is not None:
+            return self.known
+        return [row[:n] for *row, n in torch.cat([self.token_ids, self.lengths[:, None]], dim=1).tolist()]
 
 
 @torch.no_grad()  # not inference_mode: the hidden states kept enter a graph later
@@ -88,6 +96,7 @@ def sample(
     uniforms: Tensor | None = None,
     vocab_size: int | None = None,
     row_length: int = 0,
+    student_states: bool = True,
 ) -> Rollout:
     """Continue each prompt with tokens drawn from α p + (1-α) q, until end-of-sequence or the limit of tokens.
 
@@ -102,53 +111,61 @@ def sample(
         vocab_size: the columns of the heads that count; None takes those that both models have.
         row_length: a teacher that only reads the responses reads several of them in a row of this many tokens, as in
             `collate`.
+        student_states: keep `student_hidden`, which training does not need.
     """
     device = student.device
-    if teacher is not None and vocab_size is None:
-        vocab_size = common_vocabulary(student, teacher)
+    if vocab_size is None:
+        vocab_size = common_vocabulary(*(lm for lm in (student, teacher) if lm is not None))
     beside = teacher
     if alpha == 0 and decoding.top_k == 0 and decoding.top_p == 1:
         beside = None  # it has no part in the draw, and its law of a token needs no filter
-    ids, mask = _left_pad(prompts, device)
-    models = [_Decoder(model, ids, mask, samples_per_prompt) for model in (student, beside) if model is not None]
+    models = [lm for lm in (student, beside) if lm is not None]
     sampled_prompts = [list(prompt) for prompt in prompts for _ in range(samples_per_prompt)]
     ends = torch.tensor(list(decoding.ends), dtype=torch.long, device=device)
     running = torch.ones(len(sampled_prompts), dtype=torch.bool, device=device)
     lengths = torch.zeros(len(sampled_prompts), dtype=torch.long, device=device)
+    if uniforms is not None:
+        uniforms = uniforms.to(device)  # all at once: each transfer waits for the device
     steps, hidden = [], []
-    for t in range(decoding.max_new_tokens):
-        logits = [decoder.logits() for decoder in models]
-        hidden.append([decoder.hidden for decoder in models])
-        drawn = mixed_sample(
-            logits[0],
-            logits[1] if beside is not None else None,
-            alpha,
-            temperature=decoding.temperature,
-            top_k=decoding.top_k,
-            top_p=decoding.top_p,
-            uniforms=None if uniforms is None else uniforms[t].to(device),
-            vocab_size=vocab_size,
-        )
-        steps.append(drawn)
-        lengths += running
-        running = running & ~torch.isin(drawn.token_ids, ends)
-        if t + 1 == decoding.max_new_tokens or not running.any():
-            break
-        for decoder in models:
-            decoder.append(drawn.token_ids)
+    with decodes_by_sdpa(*models):
+        padded = _left_pad(prompts, decoding.max_new_tokens, device)
+        decoders = [_Decoder(lm, padded, samples_per_prompt) for lm in models]
+        for t in range(decoding.max_new_tokens):
+            logits = [decoder.logits() for decoder in decoders]
+            hidden.append([decoder.hidden for decoder in decoders if decoder.model is not student or student_states])
+            drawn = mixed_sample(
+                logits[0],
+                logits[1] if beside is not None else None,
+                alpha,
+                temperature=decoding.temperature,
+                top_k=decoding.top_k,
+                top_p=decoding.top_p,
+                uniforms=None if uniforms is None else uniforms[t],
+                vocab_size=vocab_size,
+            )
+            steps.append(drawn)
+            lengths += running
+            running = running & (drawn.token_ids[:, None] != ends).all(1)
+            if t + 1 == decoding.max_new_tokens or not running.any():
+                break
+            for decoder in decoders:
+                decoder.append(drawn.token_ids)
     states = [torch.stack(states, dim=1) for states in zip(*hidden, strict=True)]
     rollout = Rollout(
         prompts=sampled_prompts,
         lengths=lengths,
         **_stack_steps(steps, lengths),
-        student_hidden=states[0],
-        teacher_hidden=states[1] if beside is not None else None,
+        student_hidden=states[0] if student_states else None,
+        teacher_hidden=states[-1] if beside is not None else None,
     )
     undrawable = rollout.mixture_logprobs.isnan().any(1)
-    if undrawable.any():
+    found = torch.cat([rollout.token_ids, lengths[:, None], undrawable[:, None]], dim=1).tolist()  # read once
+    rollout = rollout._replace(known=[row[:n] for *row, n, _ in found])
+    broken = [i for i, (*_, nothing_drawn) in enumerate(found) if nothing_drawn]
+    if broken:
         raise FloatingPointError(
-            f"the logits of {' or '.join(type(m.model.model).__name__ for m in models)} are not finite in response to "
-            f"the prompt with the token ids {sampled_prompts[int(undrawable.int().argmax())][:20]}: nothing can be "
+            f"the logits of {' or '.join(type(lm.model).__name__ for lm in models)} are not finite in response to "
+            f"the prompt with the token ids {sampled_prompts[broken[0]][:20]}: nothing can be "
             "sampled. Its weights are broken, or its dtype overflows"
         )
     if teacher is None or beside is not None:
@@ -216,12 +233,13 @@ def _read_responses(
         logprobs.append(
             fused_linear_token_logprobs(*output, batch.targets, temperature=temperature, vocab_size=vocab_size)
         )
-    mask, states, known = rollout.mask, torch.cat(hidden), torch.cat(logprobs)
-    all_states = states.new_zeros(*mask.shape, states.shape[1])
-    all_states[mask] = states
-    all_logprobs = torch.zeros_like(rollout.student_logprobs)
-    all_logprobs[mask] = known.to(all_logprobs.dtype)
-    return all_states, all_logprobs
+    states, known, shape = torch.cat(hidden), torch.cat(logprobs), rollout.token_ids.shape
+    places = [row * shape[1] + t for row, response in enumerate(responses) for t in range(len(response))]
+    tokens = torch.tensor(places, dtype=torch.long).to(lm.device, non_blocking=True)
+    all_states = states.new_zeros(shape.numel(), states.shape[1]).index_copy_(0, tokens, states)
+    all_logprobs = torch.zeros_like(rollout.student_logprobs).flatten()
+    all_logprobs.index_copy_(0, tokens, known.to(all_logprobs.dtype))
+    return all_states.unflatten(0, shape), all_logprobs.view(shape)
 
 
 def greedy(
@@ -231,7 +249,8 @@ def greedy(
     decoding = Decoding(max_new_tokens, ends, temperature=0.0)
     responses: list[list[int]] = []
     for start in range(0, len(prompts), batch_size):
-        responses += sample(model, None, prompts[start : start + batch_size], decoding, alpha=0.0).responses()
+        part = prompts[start : start + batch_size]
+        responses += sample(model, None, part, decoding, alpha=0.0, student_states=False).responses()
     return responses
 
 
@@ -265,12 +284,12 @@ def gather_processes(rollout: Rollout, accelerator: Accelerator) -> Rollout:
         everyone = accelerator.gather(values.contiguous())
         return everyone.unflatten(0, (accelerator.num_processes, -1)).transpose(0, 1).flatten(0, 1).contiguous()
 
-    shares = gather_object([rollout.prompts])
-    prompts = [prompt for row in zip(*shares, strict=True) for prompt in row]
+    shares = gather_object([list(zip(rollout.prompts, rollout.responses(), strict=True))])
+    prompts, known = zip(*(pair for row in zip(*shares, strict=True) for pair in row), strict=True)
     tensors: dict[str, Any] = {
-        name: interleave(value) for name, value in rollout._asdict().items() if name != "prompts"
+        name: interleave(value) for name, value in rollout._asdict().items() if name not in ("prompts", "known")
     }
-    return Rollout(prompts=prompts, **tensors)
+    return Rollout(prompts=list(prompts), known=list(known), **tensors)
 
 
 def draw_uniforms(seed: int, max_new_tokens: int, sequences: int) -> Tensor:
@@ -279,37 +298,54 @@ def draw_uniforms(seed: int, max_new_tokens: int, sequences: int) -> Tensor:
     return torch.rand(max_new_tokens, sequences, 2, dtype=torch.float64, generator=generator)
 
 
+class _Padded(NamedTuple):
+    """Prompts behind padding."""
+
+    ids: Tensor
+    """[B, P]"""
+    exists: Tensor
+    """[B, P + new tokens] bool, what is no padding."""
+    any: bool
+    """Whether there is padding."""
+
+
 class _Decoder:
     """One model with its cache, and the final hidden state [B, H] of its last token."""
 
-    def __init__(self, model: CausalLM, ids: Tensor, mask: Tensor, copies: int) -> None:
+    def __init__(self, model: CausalLM, prompts: _Padded, copies: int) -> None:
         from transformers import DynamicCache
 
-        self.model = model
+        self.model, self.padded, self.length = model, prompts.any, prompts.ids.shape[1]
         self.cache = DynamicCache(config=model.model.config)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        hidden = model.states(ids, mask, self.cache, position_ids=positions)
+        exists = prompts.exists[:, : self.length]
+        hidden = model.states(
+            prompts.ids,
+            of_padded(model, exists, self.length, self.padded),
+            self.cache,
+            position_ids=(exists.cumsum(dim=1) - 1).clamp(min=0),
+        )
         if copies > 1:
             self.cache.batch_repeat_interleave(copies)
         self.hidden = hidden[:, -1].repeat_interleave(copies, dim=0)
-        self.mask = mask.repeat_interleave(copies, dim=0)
-        self.position = self.mask.sum(dim=1, keepdim=True)  # of the next token
+        self.exists = prompts.exists.repeat_interleave(copies, dim=0)
+        self.position = exists.sum(dim=1, keepdim=True).repeat_interleave(copies, dim=0)  # of the next token
 
     def logits(self) -> Tensor:
         return self.model.logits(self.hidden)
 
     def append(self, token_ids: Tensor) -> None:
         """Feed one token per sequence. Sequences that have ended go on decoding; what follows is never read."""
-        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
-        self.hidden = self.model.states(token_ids[:, None], self.mask, self.cache, position_ids=self.position)[:, -1]
+        self.length += 1
+        masks = of_padded(self.model, self.exists[:, : self.length], 1, self.padded)
+        self.hidden = self.model.states(token_ids[:, None], masks, self.cache, position_ids=self.position)[:, -1]
         self.position = self.position + 1
 
 
-def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    longest = max(len(prompt) for prompt in prompts)
+def _left_pad(prompts: Sequence[Sequence[int]], new_tokens: int, device: torch.device) -> _Padded:
+    lengths = [len(prompt) for prompt in prompts]
+    longest = max(lengths)
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)
+    exists = torch.arange(longest + new_tokens) >= longest - torch.tensor(lengths)[:, None]
+    return _Padded(ids.to(device), exists.to(device), min(lengths) < longest)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minillm.config.schema import RunConfig, StageConfig
 from minillm.data.examples import Batch, Example
-from minillm.model.head import CausalLM, Output, Sums, common_vocabulary
+from minillm.model.head import CausalLM, Output, Sums, share_vocabulary
 from minillm.model.load import end_tokens, packs_in_one_row
 from minillm.model.sampling import Decoding, Rollout, draw_uniforms, gather_processes, rescore, sample
 from minillm.run.clock import Clock
@@ -45,7 +45,8 @@ class Step(NamedTuple):
     """What one optimiser step learns from, and what is known about it already."""
 
     parts: list[Part]
-    metrics: dict[str, float]
+    metrics: dict[str, Tensor]
+    """Numbers on the device, the same in every process; the loop reads them together with its own."""
 
 
 @dataclass
@@ -67,10 +68,14 @@ class Context:
     """What the data filters did, in words."""
     clock: Clock = field(default_factory=Clock)
 
+    def __post_init__(self) -> None:
+        if self.teacher is not None:
+            share_vocabulary(self.student, self.teacher)
+
     @property
-    def vocab_size(self) -> int | None:
+    def vocab_size(self) -> int:
         """The one vocabulary size that every kernel call gets."""
-        return None if self.teacher is None else common_vocabulary(self.student, self.teacher)
+        return self.student.vocab_size
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -129,6 +134,7 @@ class Context:
             uniforms=uniforms,
             vocab_size=self.vocab_size,
             row_length=self.row_length,
+            student_states=False,
         )
 
     def roll_out(self, iteration: int, examples: list[Example], teacher: CausalLM | None, alpha: float) -> Rollout:

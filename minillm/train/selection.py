@@ -113,14 +113,15 @@ class Selection:
     def _loss(self, method: Given | Gkd) -> float:
         """The method's loss per token of the references."""
         context = self.context
-        sums = torch.zeros(2, dtype=torch.float64)
+        losses, tokens = [torch.zeros((), device=context.accelerator.device)], 0
         part = method.part(context.mine(context.validation))
         for examples in chunks(part.examples, context.config.optim.micro_batch_size):
             batch = part.batch(examples).to(context.accelerator.device)
             with context.autocast():
-                value = part.loss(context.student.output(batch), batch)["loss"]
-            sums += torch.tensor([float(value), len(batch.targets)], dtype=torch.float64)
-        total, count = self._over_processes(sums)
+                losses.append(part.loss(context.student.output(batch), batch)["loss"])
+            tokens += len(batch.targets)
+        here = [sum(torch.stack(losses).tolist()), tokens]  # read once
+        total, count = self._over_processes(torch.tensor(here, dtype=torch.float64))
         return total / count
 
     def _rouge(self) -> float:
