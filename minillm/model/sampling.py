@@ -121,11 +121,11 @@ def sample(
         beside = None  # it has no part in the draw, and its law of a token needs no filter
     models = [lm for lm in (student, beside) if lm is not None]
     sampled_prompts = [list(prompt) for prompt in prompts for _ in range(samples_per_prompt)]
-    ends = torch.tensor(list(decoding.ends), dtype=torch.long, device=device)
+    ends = torch.tensor(list(decoding.ends), dtype=torch.long).to(device, non_blocking=True)
     running = torch.ones(len(sampled_prompts), dtype=torch.bool, device=device)
     lengths = torch.zeros(len(sampled_prompts), dtype=torch.long, device=device)
     if uniforms is not None:
-        uniforms = uniforms.to(device)  # all at once: each transfer waits for the device
+        uniforms = uniforms.to(device, non_blocking=True)  # all at once
     steps, hidden = [], []
     with decodes_by_sdpa(*models):
         padded = _left_pad(prompts, decoding.max_new_tokens, device)
@@ -348,4 +348,5 @@ def _left_pad(prompts: Sequence[Sequence[int]], new_tokens: int, device: torch.d
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
     exists = torch.arange(longest + new_tokens) >= longest - torch.tensor(lengths)[:, None]
-    return _Padded(ids.to(device), exists.to(device), min(lengths) < longest)
+    ids, exists = (tensor.to(device, non_blocking=True) for tensor in (ids, exists))
+    return _Padded(ids, exists, min(lengths) < longest)

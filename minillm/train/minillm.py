@@ -115,7 +115,7 @@ class MiniLLM:
             clip_range=settings.clip_range or math.inf,
             single_step=float(settings.single_step),
             weight_single_step=settings.weight_single_step,
-            normalizer=1.0,  # sums: the loop divides
+            normalizer=batch.policy.advantages.new_ones(()),  # sums: the loop divides; a number would have to be moved
             vocab_size=self.context.vocab_size,
         )
         return {
