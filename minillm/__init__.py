@@ -145,6 +145,8 @@ def load_recipe(path: Source, *, smoke: bool = False, **overrides: Any) -> "Reci
 def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, **overrides: Any) -> "Evaluation":
     """Measure a model on prompts with reference answers, as `minillm evaluate` does.
 
+    Several processes (accelerate launch) share the work; the result of each is the same as that of one.
+
     Args:
         model: the model. It and the teacher are loaded in `model={"dtype": …}`, float32 by default.
         data: prompts with answers.
@@ -182,6 +184,7 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
     from minillm.model.head import CausalLM
     from minillm.model.load import load_model, load_tokenizer
     from minillm.run.directory import environment
+    from minillm.run.workers import first_process_tells
 
     tree = nested(_as_yaml(overrides))
     if unread := tree.keys() - {"eval", "model", "data", "log"}:
@@ -195,14 +198,15 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
         found = load_model(name, config.model.dtype, config.model.attn).to(PartialState().device)
         return CausalLM(found, config.model.head)
 
-    with _no_progress_bars():
+    with _no_progress_bars(), first_process_tells():
         tokenizer = load_tokenizer(source)
         if against:
             check_same_tokenizer(tokenizer, load_tokenizer(against))
         examples, student = evaluation_set(config, tokenizer), load(source)
         settings = json.dumps(generation(config, tokenizer), ensure_ascii=False)
         records = len(read_records(data))
-        print(f"{data}: {len(examples)} of {records} records; generation: {settings}", file=sys.stderr, flush=True)
+        if PartialState().is_main_process:
+            print(f"{data}: {len(examples)} of {records} records; generation: {settings}", file=sys.stderr, flush=True)
         result = measure(student, load(against) if against else None, tokenizer, examples, config)
     about: dict[str, Any] = {"model": source, "teacher": against, "data": data, "records": records}
     about |= {"parameters": student.model.num_parameters(), "environment": environment()}

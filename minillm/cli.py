@@ -82,6 +82,10 @@ def evaluate(options: argparse.Namespace, flags: list[str]) -> int:
 
     overrides = dict(flatten(parse_flags(flags)))
     result = minillm.evaluate(options.model, options.data, teacher=options.teacher, **overrides)
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return 0
     result = dataclasses.replace(result, about=result.about | {"command": options.command_line})
     text = json.dumps(result.to_dict(per_prompt=bool(options.out)), indent=1, ensure_ascii=not options.out)
     if options.out:

@@ -77,7 +77,8 @@ class Encoded(NamedTuple):
 class Batch(NamedTuple):
     """Right-padded rows; `predict` marks the positions whose next token counts, `targets` are those tokens.
 
-    input_ids [B, T], attention_mask [B, T], predict [B, T] bool, targets [N] in the row-major order of `predict`.
+    input_ids [B, T], attention_mask [B, T], predict [B, T] bool, targets [N] in the row-major order of `predict`, and
+    positions [N], where it is true in the flattened rows.
     position_ids [B, T] where rows hold several sequences: each counts from 0 and attends to itself alone.
     policy [N] each and teacher_states [N, H], in the order of `targets`, where the responses were sampled and the
     method needs them.
@@ -87,6 +88,7 @@ class Batch(NamedTuple):
     attention_mask: Tensor
     predict: Tensor
     targets: Tensor
+    positions: Tensor
     position_ids: Tensor | None = None
     policy: PolicyConstants | None = None
     teacher_states: Tensor | None = None
@@ -105,8 +107,13 @@ class Batch(NamedTuple):
         )
 
     def to(self, device: torch.device) -> "Batch":
-        tensors: dict[str, Any] = {k: x.to(device) for k, x in self._asdict().items() if isinstance(x, Tensor)}
-        policy = None if self.policy is None else PolicyConstants(*(x.to(device) for x in self.policy))
+        """The batch there. Nothing waits for it."""
+
+        def moved(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        tensors: dict[str, Any] = {name: moved(x) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        policy = None if self.policy is None else PolicyConstants(*map(moved, self.policy))
         return self._replace(policy=policy, **tensors)
 
     def inputs(self) -> dict[str, Any]:
@@ -259,7 +266,7 @@ def collate(
     input_ids = torch.zeros(shape, dtype=torch.long)  # any id: padding is never attended to and never counts
     attention_mask = torch.zeros(shape, dtype=torch.long)
     position_ids = torch.zeros(shape, dtype=torch.long)
-    predict = torch.zeros(shape, dtype=torch.bool)
+    predicting: list[int] = []
     for r, row in enumerate(layout):
         start = 0
         for i in row:
@@ -267,12 +274,15 @@ def collate(
             input_ids[r, start:end] = torch.tensor([*prompts[i], *responses[i]])
             attention_mask[r, start:end] = 1
             position_ids[r, start:end] = torch.arange(lengths[i])
-            predict[r, start + len(prompts[i]) - 1 : end - 1] = True
-            for first, last in turns[i] if turns else ():
-                predict[r, start + first - 1 : start + last - 1] = True
+            before = r * shape[1] + start - 1
+            for first, last in (*(turns[i] if turns else ()), (len(prompts[i]), lengths[i])):
+                predicting += range(before + first, before + last)
             start = end
-    targets = input_ids[:, 1:][predict[:, :-1]]
-    return Batch(input_ids, attention_mask, predict, targets, position_ids if row_length else None)
+    positions = torch.tensor(predicting, dtype=torch.long)
+    predict = torch.zeros(shape, dtype=torch.bool)
+    predict.view(-1)[positions] = True
+    targets = input_ids.view(-1)[positions + 1]
+    return Batch(input_ids, attention_mask, predict, targets, positions, position_ids if row_length else None)
 
 
 class Shuffled:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from minillm.config.schema import EvalConfig
 from minillm.data.examples import Example, collate
+from minillm.evaluation.divergence import by_sequence
 from minillm.evaluation.means import Mean
+from minillm.evaluation.share import over_batches
 from minillm.model.head import CausalLM, Output
 from minillm_kernels import fused_linear_token_logprobs, token_logprobs
 
@@ -82,19 +84,18 @@ def reliability(confidence: Tensor, correct: Tensor, bins: int = BINS) -> Reliab
 def next_token(model: CausalLM, examples: Sequence[Example], settings: EvalConfig) -> tuple[Reliability, Mean]:
     """Calibration of the most likely next token along the references, and the cross entropy of these, in nats per
     token."""
-    confidence, correct, losses = [], [], []
-    size = max(1, settings.batch_size // 4)
-    for start in range(0, len(examples), size):
-        part = examples[start : start + size]
+
+    def predicted(start: int, part: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
         batch = collate([e.prompt for e in part], [e.response for e in part]).to(model.device)
         output = model.output(batch)
         best, top = most_likely(model, output)
-        confidence.append(top)
-        correct.append(best == batch.targets)
-        loss = -fused_linear_token_logprobs(*output, batch.targets)
-        losses += [piece.sum() for piece in loss.split([len(e.response) for e in part])]
+        losses = by_sequence(-fused_linear_token_logprobs(*output, batch.targets), [len(e.response) for e in part])
+        return top.cpu(), (best == batch.targets).cpu(), losses
+
+    found = over_batches(predicted, examples, max(1, settings.batch_size // 4))
+    confidence, correct, losses = (torch.cat(column) for column in zip(*found, strict=True))
     counts = torch.tensor([len(e.response) for e in examples], dtype=torch.float64)
-    return reliability(torch.cat(confidence), torch.cat(correct)), Mean.of(torch.stack(losses).double().cpu(), counts)
+    return reliability(confidence, correct), Mean.of(losses, counts)
 
 
 def most_likely(model: CausalLM, output: Output) -> tuple[Tensor, Tensor]:
@@ -122,16 +123,18 @@ def options(
         for example in asked
         for option in example.record.options
     ]
-    scores = []
-    for start in range(0, len(flat), settings.batch_size):
-        prompts, answers = zip(*flat[start : start + settings.batch_size], strict=True)
-        batch = collate(prompts, answers).to(model.device)
-        logprobs = fused_linear_token_logprobs(*model.output(batch), batch.targets)
-        scores += [piece.double().sum().cpu() for piece in logprobs.split([len(answer) for answer in answers])]
     if not asked:
         return None
+
+    def scored(start: int, part: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+        prompts, answers = zip(*part, strict=True)
+        batch = collate(prompts, answers).to(model.device)
+        logprobs = fused_linear_token_logprobs(*model.output(batch), batch.targets)
+        return by_sequence(logprobs.double(), [len(answer) for answer in answers])
+
+    scores = torch.cat(over_batches(scored, flat, settings.batch_size))
     confidence, correct = [], []
-    for example, logits in zip(asked, torch.stack(scores).split([len(e.record.options) for e in asked]), strict=True):
+    for example, logits in zip(asked, scores.split([len(e.record.options) for e in asked]), strict=True):
         top = logits.softmax(0).max(0)
         confidence.append(top.values)
         correct.append(example.record.options[int(top.indices)] in example.record.references)

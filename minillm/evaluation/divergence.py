@@ -15,6 +15,7 @@ from torch import Tensor
 from minillm.config.schema import EvalConfig
 from minillm.data.examples import Example, collate
 from minillm.evaluation.means import Mean
+from minillm.evaluation.share import over_batches
 from minillm.model.head import CausalLM, common_vocabulary
 from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm_kernels import fused_linear_distill_stats
@@ -49,11 +50,9 @@ def draw(
     """
     seeds = range(settings.seed, settings.seed + settings.samples)
     uniforms = torch.stack([draw_uniforms(seed, settings.sample_tokens, len(examples)) for seed in seeds], dim=2)
-    vocab_size = common_vocabulary(author, other) if other is not None else None
-    at_once = max(1, settings.batch_size // settings.samples)
-    token_ids, lengths, to_other, from_other = [], [], [], []
-    for start in range(0, len(examples), at_once):
-        part = examples[start : start + at_once]
+    vocab_size = common_vocabulary(author, *([] if other is None else [other]))
+
+    def drawn(start: int, part: Sequence[Example]) -> Samples:
         rollout = sample(
             author,
             other,
@@ -61,11 +60,10 @@ def draw(
             Decoding(settings.sample_tokens, ends, settings.temperature),
             alpha=0.0,
             samples_per_prompt=settings.samples,
-            uniforms=uniforms[:, start : start + at_once].flatten(1, 2),
+            uniforms=uniforms[:, start : start + len(part)].flatten(1, 2),
             vocab_size=vocab_size,
+            student_states=other is not None,
         )
-        token_ids += rollout.responses()
-        lengths.append(rollout.lengths.cpu())
         mask = rollout.mask
         tables = torch.zeros(2, len(mask), settings.sample_tokens, dtype=torch.float64)
         if other is not None:
@@ -74,9 +72,16 @@ def draw(
             stats = fused_linear_distill_stats(*models, rollout.token_ids[mask], vocab_size=vocab_size)
             for table, values in zip(tables, (stats.reverse_kl, stats.forward_kl), strict=True):
                 table[:, : mask.shape[1]][mask.cpu()] = values.double().cpu()
-        to_other.append(tables[0])
-        from_other.append(tables[1])
-    return Samples(token_ids, torch.cat(lengths), settings.samples, torch.cat(to_other), torch.cat(from_other))
+        return Samples(rollout.responses(), rollout.lengths.cpu(), settings.samples, *tables)
+
+    found = over_batches(drawn, examples, max(1, settings.batch_size // settings.samples))
+    return Samples(
+        [tokens for part in found for tokens in part.token_ids],
+        torch.cat([part.lengths for part in found]),
+        settings.samples,
+        torch.cat([part.to_other for part in found]),
+        torch.cat([part.from_other for part in found]),
+    )
 
 
 @torch.no_grad()
@@ -84,20 +89,21 @@ def references(
     student: CausalLM, teacher: CausalLM, examples: Sequence[Example], settings: EvalConfig
 ) -> tuple[Mean, Mean]:
     """Reverse and forward KL, nats per token, along the references."""
-    reverse: list[Tensor] = []
-    forward: list[Tensor] = []
-    size = max(1, settings.batch_size // 4)  # whole sequences: several times longer than a decoding step
-    for start in range(0, len(examples), size):
-        part = examples[start : start + size]
+    vocab_size = common_vocabulary(student, teacher)
+
+    def sums(start: int, part: Sequence[Example]) -> Tensor:
         batch = collate([e.prompt for e in part], [e.response for e in part]).to(student.device)
         models = (*student.output(batch), *teacher.output(batch))
-        vocab_size = common_vocabulary(student, teacher)
         stats = fused_linear_distill_stats(*models, batch.targets, vocab_size=vocab_size)
         lengths = [len(e.response) for e in part]
-        reverse += [piece.sum() for piece in stats.reverse_kl.split(lengths)]
-        forward += [piece.sum() for piece in stats.forward_kl.split(lengths)]
+        return torch.stack([by_sequence(values, lengths) for values in (stats.reverse_kl, stats.forward_kl)])
+
+    size = max(1, settings.batch_size // 4)  # whole sequences: several times longer than a decoding step
+    reverse, forward = torch.cat(over_batches(sums, examples, size), dim=1)
     counts = torch.tensor([len(e.response) for e in examples], dtype=torch.float64)
-    return (
-        Mean.of(torch.stack(reverse).double().cpu(), counts),
-        Mean.of(torch.stack(forward).double().cpu(), counts),
-    )
+    return Mean.of(reverse, counts), Mean.of(forward, counts)
+
+
+def by_sequence(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """[B] float64 on the CPU, the sums of [N] values over the tokens of each sequence."""
+    return torch.stack([piece.sum() for piece in values.split(list(lengths))]).double().cpu()

@@ -3,14 +3,20 @@
 ExAccErr, the excess accumulated error (Arora et al., 2022; MiniLLM, appendix B.5), with p the teacher and q the
 student:
 
-    R(l)   = Σ_{t≤l} E_{y<t ~ q} KL(p‖q)(y<t)          regret along prefixes sampled by the student
-    l·ε(l) = Σ_{t≤l} E_{y<t ~ p} KL(p‖q)(y<t)          what the regret would be without exposure bias
+    R(l)   = Σ_{t≤l} 1/|X_t| Σ_{x∈X_t} k_q(x,t)          regret along prefixes sampled by the student
+    l·ε(l) = Σ_{t≤l} 1/|X_t| Σ_{x∈X_t} k_p(x,t)          what the regret would be without exposure bias
     ExAccErr(l) = (R(l) / (l·ε(l)) - 1) · 100 %
 
-The expectation at a position t is the mean over the samples that are at least t tokens long. If the student equals its
-teacher up to rounding, ε is 0 and the quotient is undefined: NaN. Both models are sampled `eval.samples` times per
-prompt, at temperature 1 from the whole vocabulary. The curve ends at the last length that a quarter of the samples of
-each model reach. Standard errors come from the jackknife over prompts.
+k_q(x,t) is the mean of KL(p‖q)(y<t) over the student's samples of prompt x that are at least t tokens long, k_p(x,t)
+over the teacher's, and X_t holds the prompts of which a sample of each model is. So both sums are over the same
+prompts, each with the same weight. A mean over all samples that are long enough (`weighting` "samples" of older
+results) is over other prompts for the student than for the teacher where their lengths differ, and shows an excess
+where every prompt has none.
+
+If the student equals its teacher up to rounding, ε is 0 and the quotient is undefined: NaN. Both models are sampled
+`eval.samples` times per prompt, at temperature 1 from the whole vocabulary. The curve ends at the last length that a
+quarter of the samples of each model, and a quarter of the prompts in both, reach. Standard errors come from the
+jackknife over prompts.
 
 Legend: P prompts, S samples of each, T positions.
 """
@@ -21,9 +27,10 @@ import torch
 from torch import Tensor
 
 DEFINITION = (
-    "ExAccErr(l) = 100 (R(l) / (l eps(l)) - 1); R and l eps: sums over t <= l of the mean KL(teacher||student), in "
-    "nats, over the samples that reach position t, prefixes sampled from the student (R) or the teacher (l eps) at "
-    "temperature 1 from the whole vocabulary; standard errors: jackknife over prompts"
+    "ExAccErr(l) = 100 (R(l) / (l eps(l)) - 1); R and l eps: sums over t <= l of the mean, over the prompts of which "
+    "a sample of each model reaches position t, of each prompt's mean KL(teacher||student), in nats, over its samples "
+    "that reach it, prefixes sampled from the student (R) or the teacher (l eps) at temperature 1 from the whole "
+    "vocabulary; standard errors: jackknife over prompts"
 )
 ROUNDING = 1e-5
 """Nats per token; the error of the kernels in fp32 is below it."""
@@ -53,6 +60,13 @@ class ExposureBias:
     standard_error: list[float]
     """Of ExAccErr(l), percent."""
     samples_reaching: Reaching
+    weighting: str = "samples"
+    """What the means at each position are over: "prompts", or "samples" in results of before."""
+
+    @property
+    def name(self) -> str:
+        """Of the quotient, for tables: the two weightings are not to be compared."""
+        return "prompt-weighted ExAccErr" if self.weighting == "prompts" else "ExAccErr"
 
 
 def excess_accumulated_error(
@@ -68,13 +82,14 @@ def excess_accumulated_error(
     along = [_by_prompt(*pair) for pair in ((student, student_lengths), (teacher, teacher_lengths))]
     reach = [counts.sum(0) for _, counts in along]
     samples = [lengths.numel() for lengths in (student_lengths, teacher_lengths)]
+    both, prompts = (along[0][1] > 0) & (along[1][1] > 0), len(student)
+    reach, samples = [*reach, both.sum(0)], [*samples, prompts]
     enough = torch.stack([4 * r >= n for r, n in zip(reach, samples, strict=True)]).all(0)
     length = int(enough.long().cumprod(0).sum())
-    regret, expected = (_accumulated(totals.sum(0), counts.sum(0))[:length] for totals, counts in along)
-    without_one = [
-        _accumulated(totals.sum(0) - totals, counts.sum(0) - counts)[:, :length] for totals, counts in along
-    ]
-    excess, prompts = 100 * (regret / expected - 1), len(student)
+    means = [torch.where(both, totals / counts.clamp(min=1), 0) for totals, counts in along]
+    regret, expected = ((mean.sum(0) / both.sum(0)).cumsum(-1)[:length] for mean in means)
+    without_one = [((mean.sum(0) - mean) / (both.sum(0) - both.long())).cumsum(-1)[:, :length] for mean in means]
+    excess = 100 * (regret / expected - 1)
     excess[expected <= ROUNDING * torch.arange(1, length + 1)] = torch.nan
     replicas = 100 * (without_one[0] / without_one[1] - 1)
     error = ((prompts - 1) * replicas.var(0, correction=0)).sqrt() + 0 * excess  # NaN where that is
@@ -85,7 +100,8 @@ def excess_accumulated_error(
         expected=expected.tolist(),
         exaccerr=excess.tolist(),
         standard_error=error.tolist(),
-        samples_reaching=Reaching(*(counts[:length].long().tolist() for counts in reach)),
+        samples_reaching=Reaching(*(counts[:length].long().tolist() for counts in reach[:2])),
+        weighting="prompts",
     )
 
 
@@ -93,7 +109,3 @@ def _by_prompt(divergence: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """[P, T] sums over a prompt's samples that reach each position, and their number."""
     running = torch.arange(divergence.shape[2]) < lengths[..., None]
     return torch.where(running, divergence, 0).double().sum(1), running.double().sum(1)
-
-
-def _accumulated(totals: Tensor, counts: Tensor) -> Tensor:
-    return (totals / counts).cumsum(-1)

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from minillm.config.schema import ConfigError, DataConfig, RunConfig
+from minillm.config.schema import ConfigError, DataConfig, EvalConfig, RunConfig
 from minillm.data.examples import DataError, Example, encode, read_records
 from minillm.evaluation import calibration, text
 from minillm.evaluation.divergence import Samples, draw, references
 from minillm.evaluation.exposure import ExposureBias, excess_accumulated_error
 from minillm.evaluation.means import Mean, Seeds
 from minillm.evaluation.result import OWN, REFERENCES, Evaluation, Length, Responses
+from minillm.evaluation.share import over_batches
 from minillm.model.check import check_context
-from minillm.model.head import CausalLM
+from minillm.model.head import CausalLM, share_vocabulary
 from minillm.model.load import end_tokens
 from minillm.model.sampling import decode, greedy
 
@@ -77,13 +78,17 @@ def measure(
 ) -> Evaluation:
     """Evaluate `student` on `examples` by the section `eval` of `config`; `parts` are names of `PARTS`.
 
-    The uniforms that samples are drawn from are the same in every call: evaluations are paired.
+    The uniforms that samples are drawn from are the same in every call: evaluations are paired. The processes of a
+    run share the work, and all of them return the same. Of heads of different size, the common columns are measured,
+    in every part (`share_vocabulary`).
 
     Raises ConfigError for a temperature other than 1 with a teacher, or sequences beyond the models' positions.
     """
     settings, models = config.eval, [lm.model for lm in (student, teacher) if lm is not None]
     ends = end_tokens(tokenizer, config.data, models)
     check_measurable(student, teacher, examples, config)
+    if teacher is not None:
+        share_vocabulary(student, teacher)
     seconds: dict[str, float] = {}
     means: dict[str, Mean] = {}
     token_ids: dict[str, list[list[int]]] = {}
@@ -91,8 +96,7 @@ def measure(
 
     if "greedy" in parts:
         with _timed(seconds, "greedy"):
-            prompts = [example.prompt for example in examples]
-            token_ids["greedy"] = greedy(student, prompts, settings.greedy_tokens, settings.batch_size, ends)
+            token_ids["greedy"] = _greedy(student, examples, settings, ends)
     if "samples" in parts:
         with _timed(seconds, "sampled"):
             drawn = draw(student, teacher, examples, settings, ends)
@@ -175,6 +179,15 @@ def check_measurable(
 
 def _limits(config: RunConfig) -> dict[str, int]:
     return {"greedy": config.eval.greedy_tokens, "sampled": config.eval.sample_tokens}
+
+
+def _greedy(
+    student: CausalLM, examples: Sequence[Example], settings: EvalConfig, ends: Sequence[int]
+) -> list[list[int]]:
+    def respond(start: int, part: Sequence[Example]) -> list[list[int]]:
+        return greedy(student, [example.prompt for example in part], settings.greedy_tokens, len(part), ends)
+
+    return [tokens for part in over_batches(respond, examples, settings.batch_size) for tokens in part]
 
 
 def _by_seed(sampled: list[str], samples: int) -> list[list[str]]:

@@ -9,6 +9,7 @@ from minillm.data.examples import collate
 from minillm.model.decoder import Decoder, left_pad
 from minillm.model.head import CausalLM
 from minillm.model.load import packs_in_one_row
+from minillm.model.masks import decodes_by_sdpa
 from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm_kernels import fused_linear_token_logprobs
 
@@ -80,9 +81,10 @@ def check_blocks(lm: CausalLM) -> None:
     prompts, responses = [[1, 2, 3, 4, 5], [2, 3]], [[4, 1, 2, 3], [5, 4, 3, 2]]
     batch = collate(prompts, responses).to(lm.device)
     whole = fused_linear_token_logprobs(*lm.output(batch), batch.targets)
-    ids, mask = left_pad(prompts, lm.device)
-    decoder, tokens = Decoder(lm), torch.tensor(responses, device=lm.device)
-    states = torch.cat([decoder.read(ids, mask)[:, -1:], decoder.read(tokens[:, :-1])], dim=1)
+    padded, tokens = left_pad(prompts, 4, lm.device), torch.tensor(responses, device=lm.device)
+    with decodes_by_sdpa(lm):
+        decoder = Decoder(lm, padded.exists, padded.any)
+        states = torch.cat([decoder.read(padded.ids)[:, -1:], decoder.read(tokens[:, :-1])], dim=1)
     found = fused_linear_token_logprobs(states.flatten(0, 1), lm.head, tokens.flatten())
     apart = float((found - whole).abs().max())
     if not apart < (1e-2 if lm.model.dtype in (torch.float32, torch.float64) else 0.5):

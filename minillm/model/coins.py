@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minillm.model.decoder import Decoder
+from minillm.model.decoder import Decoder, Padded
 from minillm.model.head import CausalLM
 from minillm_kernels import MixedSample, mixed_sample, token_logprobs
 
@@ -42,24 +42,20 @@ class Block(NamedTuple):
 class Group:
     """The teacher of rows that share their coins."""
 
-    def __init__(self, teacher: CausalLM, rows: Tensor, coins: list[bool]) -> None:
-        self.rows, self.places = rows, rows.tolist()
-        """[b] rows of the batch that are still read, on the device and on the host."""
-        self.coins = coins
-        """Whether a position is the teacher's."""
-        self.decoder = Decoder(teacher)
+    def __init__(self, teacher: CausalLM, prompts: Padded, places: list[int], coins: list[bool]) -> None:
+        self.places, self.coins = places, coins
+        """Rows of the batch that are still read, and whether a position is the teacher's."""
+        self.rows = torch.tensor(places).to(prompts.ids.device, non_blocking=True)
+        self.prompts = prompts.ids[self.rows]
+        self.decoder = Decoder(teacher, prompts.exists[self.rows], prompts.any)
         self.known = 0
         """Positions whose states are known."""
 
-    def read(self, prompts: Tensor, mask: Tensor, token_ids: Tensor, position: int) -> Block:
-        """Read up to the state that predicts the token at `position`.
-
-        prompts, mask: [B, P], padded on the left. token_ids: [B, T] drawn so far.
-        """
+    def read(self, token_ids: Tensor, position: int) -> Block:
+        """Read up to the state that predicts the token at `position`; token_ids [B, T] were drawn so far."""
         new = token_ids[self.rows, max(self.known - 1, 0) : position]
         if self.known == 0:
-            real = torch.cat([mask[self.rows], torch.ones_like(new)], dim=1)
-            states = self.decoder.read(torch.cat([prompts[self.rows], new], dim=1), real)[:, prompts.shape[1] - 1 :]
+            states = self.decoder.read(torch.cat([self.prompts, new], dim=1))[:, self.prompts.shape[1] - 1 :]
         else:
             states = self.decoder.read(new)
         block = Block(self.rows, self.known, states)
@@ -70,8 +66,9 @@ class Group:
         """Read the rows that have not ended from now on, once they are few enough for that to pay."""
         kept = [i for i, place in enumerate(self.places) if place in running]
         if kept and len(kept) <= 0.75 * len(self.places):
-            self.decoder.keep(torch.tensor(kept, device=self.rows.device))
-            self.rows, self.places = self.rows[kept], [self.places[i] for i in kept]
+            rows = torch.tensor(kept).to(self.rows.device, non_blocking=True)
+            self.decoder.keep(rows)
+            self.rows, self.places = self.rows[rows], [self.places[i] for i in kept]
 
 
 class Turns:
@@ -80,37 +77,37 @@ class Turns:
     def __init__(
         self,
         teacher: CausalLM,
-        prompts: Tensor,
-        mask: Tensor,
+        prompts: Padded,
         uniforms: Tensor,
-        alpha: float,
+        coins: list[list[bool]],
         temperature: float,
-        vocab_size: int | None,
+        vocab_size: int,
     ) -> None:
-        """prompts, mask: [B, P], padded on the left. uniforms: [T, B, 2], the coin and the token of each position."""
-        self.teacher, self.prompts, self.mask = teacher, prompts, mask
-        self.uniforms, self.alpha, self.temperature, self.vocab_size = uniforms, alpha, temperature, vocab_size
-        self.coins = uniforms[..., 0] < alpha
-        patterns, group_of = torch.unique(self.coins.cpu(), dim=1, return_inverse=True)
-        self.groups = [
-            Group(teacher, (group_of == i).nonzero()[:, 0].to(prompts.device), patterns[:, i].tolist())
-            for i in range(patterns.shape[1])
-        ]
-        self.token_ids = prompts.new_zeros(len(prompts), len(uniforms))
+        """uniforms: [T, B, 2], the second of which draws a token. coins: B times T, whether a position is the
+        teacher's."""
+        self.teacher, self.uniforms = teacher, uniforms
+        self.temperature, self.vocab_size = temperature, vocab_size
+        alike: dict[tuple[bool, ...], list[int]] = {}
+        for place, row in enumerate(coins):
+            alike.setdefault(tuple(row), []).append(place)
+        self.groups = [Group(teacher, prompts, places, list(row)) for row, places in alike.items()]
+        self.token_ids = prompts.ids.new_zeros(len(coins), len(uniforms))
+        self.from_teacher = torch.tensor(coins).to(prompts.ids.device, non_blocking=True)
         self.blocks: list[Block] = []
 
     def draw(
-        self, position: int, rows: Tensor, student_logits: Tensor, drawn: MixedSample, running: set[int]
+        self, position: int, rows: Tensor, student_logits: Tensor, drawn: MixedSample, running: list[int]
     ) -> MixedSample:
         """What the student drew for these rows, [b], but at the teacher's positions what the teacher draws.
 
         running: the rows that have not ended.
         """
         self.token_ids[rows, position] = drawn.token_ids
-        due = [group for group in self.groups if group.coins[position] and not running.isdisjoint(group.places)]
+        going_on = set(running)
+        due = [group for group in self.groups if group.coins[position] and not going_on.isdisjoint(group.places)]
         for group in due:
-            self.blocks.append(group.read(self.prompts, self.mask, self.token_ids, position))
-            group.keep(running)
+            self.blocks.append(group.read(self.token_ids, position))
+            group.keep(going_on)
             self.token_ids[group.rows, position] = mixed_sample(
                 group.decoder.logits(),
                 None,
@@ -123,19 +120,21 @@ class Turns:
             return drawn
         token_ids = self.token_ids[rows, position]
         logprobs = token_logprobs(student_logits, token_ids, temperature=self.temperature, vocab_size=self.vocab_size)
-        return drawn._replace(token_ids=token_ids, student_logprobs=logprobs, from_teacher=self.coins[position, rows])
+        return drawn._replace(
+            token_ids=token_ids, student_logprobs=logprobs, from_teacher=self.from_teacher[rows, position]
+        )
 
-    def finish(self, lengths: Tensor) -> Tensor:
+    def finish(self, lengths: list[int]) -> Tensor:
         """[B, T, H] the teacher's states at every position of the responses, which are complete; 0 beyond."""
-        longest = lengths.tolist()
         for group in self.groups:
-            last = max(longest[place] for place in group.places) - 1
+            last = max(lengths[place] for place in group.places) - 1
             if last >= group.known:
-                self.blocks.append(group.read(self.prompts, self.mask, self.token_ids, last))
-        width = max(longest)
-        states = self.blocks[0].states.new_zeros(len(longest), width, self.blocks[0].states.shape[-1])
+                self.blocks.append(group.read(self.token_ids, last))
+        width = max(lengths)
+        states = self.blocks[0].states.new_zeros(len(lengths), width, self.blocks[0].states.shape[-1])
         for block in self.blocks:
             end = min(block.first + block.states.shape[1], width)
             states[block.rows, block.first : end] = block.states[:, : end - block.first]
-        beyond = torch.arange(width, device=lengths.device) >= lengths[:, None]
+        ends = torch.tensor(lengths).to(states.device, non_blocking=True)
+        beyond = torch.arange(width, device=states.device) >= ends[:, None]
         return states.masked_fill_(beyond[..., None], 0)

@@ -10,6 +10,7 @@ Legend: B sequences, T positions, N positions selected over the batch, H hidden,
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,10 +19,14 @@ from torch import Tensor, nn
 from minillm.config.schema import ConfigError
 from minillm.data.examples import Batch
 from minillm.model.load import cached
+from minillm.model.masks import Masks, of_batch
 from minillm_kernels import Head
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import PreTrainedModel
+
+VOCABULARY = "common_vocab_size"
+"""In a model's config.json: how many columns of its head count, where not all do."""
 
 Sums = dict[str, Tensor]
 """Named sums over tokens; "loss" is differentiated, the others are logged."""
@@ -47,13 +52,18 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = model
         self.fused = head == "fused"
+        self.takes_masks: bool | None = None  # minillm/model/masks.py tries it
         if self.fused:
             _check_head(self)
 
     @property
     def head(self) -> Head:
         """As constants where no gradient is taken: a teacher's."""
-        head = read_head(self.model) if self.fused else Head(None)
+        if not self.fused:
+            return Head(None)
+        head, count = read_head(self.model), self.vocab_size
+        if head.weight is not None and count < len(head.weight):
+            head = replace(head, weight=head.weight[:count], bias=None if head.bias is None else head.bias[:count])
         return head if torch.is_grad_enabled() else head.detach()
 
     @property
@@ -61,19 +71,25 @@ class CausalLM(nn.Module):
         return self.model.device
 
     @property
-    def vocab_size(self) -> int:
-        weight = self.head.weight
-        return self.model.config.get_text_config().vocab_size if weight is None else weight.shape[0]
+    def rows(self) -> int:
+        """All columns of its logits, which are the rows of its head."""
+        if self.fused:
+            return self.model.get_output_embeddings().weight.shape[0]
+        return self.model.config.get_text_config().vocab_size
 
-    def states(
-        self, input_ids: Tensor, attention_mask: Tensor | None, cache: "Cache | None" = None, **inputs: Any
-    ) -> Tensor:
+    @property
+    def vocab_size(self) -> int:
+        """The columns that count: the first ones, those that `share_vocabulary` left. `head` and logits have no
+        others, so that nothing is learnt, measured or sampled beyond them."""
+        return min(self.rows, getattr(self.model.config, VOCABULARY, self.rows))
+
+    def states(self, input_ids: Tensor, attention_mask: Masks, cache: Any = None, **inputs: Any) -> Tensor:
         """[B, T, H] final states, without any work on the vocabulary where the head is read apart."""
         module = self.model.base_model if self.fused else self.model
         inputs |= {"use_cache": False} if cache is None else cached(module, cache)
         with self.own_dtype():
             found = module(input_ids=input_ids, attention_mask=attention_mask, **inputs)
-        return found.last_hidden_state if self.fused else found.logits
+        return found.last_hidden_state if self.fused else found.logits[..., : self.vocab_size]
 
     def own_dtype(self) -> AbstractContextManager:
         """Without autocast for a frozen model: it is in its dtype already, and autocast, which remembers the weights
@@ -88,7 +104,8 @@ class CausalLM(nn.Module):
             return self.head.logits(states)
 
     def output(self, batch: Batch) -> Output:
-        return Output(self.states(**batch.inputs())[batch.predict], self.head)
+        states = self.states(**of_batch(self, batch))
+        return Output(states.flatten(0, 1)[batch.positions], self.head)
 
     def forward(self, batch: Batch, loss: Callable[[Output, Batch], Sums]) -> Sums:
         return loss(self.output(batch), batch)
@@ -107,9 +124,18 @@ def read_head(model: "PreTrainedModel") -> Head:
     return Head(linear.weight, getattr(linear, "bias", None), getattr(config, "final_logit_softcapping", None), scale)
 
 
-def common_vocabulary(student: CausalLM, teacher: CausalLM) -> int:
-    """The one vocabulary size used everywhere: the smaller head; the rest is padding."""
-    return min(student.vocab_size, teacher.vocab_size)
+def common_vocabulary(*models: CausalLM) -> int:
+    """The columns that all of these models have: those of the smallest head; the rest is padding."""
+    return min(lm.vocab_size for lm in models)
+
+
+def share_vocabulary(*models: CausalLM) -> None:
+    """From here on the models have their common columns alone. Their configurations say so, and tell it to whoever
+    loads the model that is saved."""
+    common = common_vocabulary(*models)
+    for lm in models:
+        if lm.vocab_size > common:
+            setattr(lm.model.config, VOCABULARY, common)
 
 
 @torch.no_grad()
@@ -123,7 +149,7 @@ def _check_head(lm: CausalLM) -> None:
         raise ConfigError(f"{type(model).__name__} has no separate base model and vocabulary head{switch}")
     ids = torch.tensor([[1, 2]], device=model.device)
     ones = torch.ones_like(ids)
-    expected = model(input_ids=ids, attention_mask=ones).logits.float()
+    expected = model(input_ids=ids, attention_mask=ones).logits[..., : lm.vocab_size].float()
     found = lm.logits(lm.states(ids, ones)).float()
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-2, atol=1e-2):
         raise ConfigError(

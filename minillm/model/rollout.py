@@ -36,11 +36,13 @@ class Rollout(NamedTuple):
     from_teacher: Tensor
     """[B, T] bool, whether the teacher's side of the mixture drew the token."""
     student_hidden: Tensor | None
-    """[B, T, H] student's final states, each predicting the token of its position; None where nobody needs them."""
+    """[B, T, H] student's final states, each predicting the token of its position; None where not asked for."""
     teacher_hidden: Tensor | None
     """[B, T, H] teacher's, likewise."""
     decoded_logprobs: Tensor | None = None
     """[B, T] log q(y_t) as decoding gave them, where `rescore` has replaced them."""
+    known: list[list[int]] | None = None
+    """What `responses` returns, where it has been read from the device."""
 
     @property
     def mask(self) -> Tensor:
@@ -48,7 +50,10 @@ class Rollout(NamedTuple):
         return torch.arange(self.token_ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
     def responses(self) -> list[list[int]]:
-        return [row[:n] for row, n in zip(self.token_ids.tolist(), self.lengths.tolist(), strict=True)]
+        """The sampled tokens of each sequence, to its end."""
+        if self.known is not None:
+            return self.known
+        return [row[:n] for *row, n in torch.cat([self.token_ids, self.lengths[:, None]], dim=1).tolist()]
 
 
 def add_teacher(
@@ -63,15 +68,14 @@ def add_teacher_logprobs(
     rollout: Rollout, teacher: CausalLM, alpha: float, temperature: float, vocab_size: int | None
 ) -> Rollout:
     """Add the log-probs of the teacher, whose states are known, and of the mixture."""
-    mask, states = rollout.mask, rollout.teacher_hidden
+    states, mask = rollout.teacher_hidden, rollout.mask
     assert states is not None
-    logprobs = torch.zeros_like(rollout.student_logprobs)
-    logprobs[mask] = fused_linear_token_logprobs(
-        states[mask], teacher.head, rollout.token_ids[mask], temperature=temperature, vocab_size=vocab_size
-    ).to(logprobs.dtype)
-    return rollout._replace(
-        teacher_logprobs=logprobs, mixture_logprobs=mixture_logprobs(rollout.student_logprobs, logprobs, alpha, mask)
-    )
+    targets = rollout.token_ids.masked_fill(~mask, -100)  # which are not read
+    logprobs = fused_linear_token_logprobs(
+        states.flatten(0, 1), teacher.head, targets.flatten(), temperature=temperature, vocab_size=vocab_size
+    ).view(mask.shape)
+    mixture = mixture_logprobs(rollout.student_logprobs, logprobs, alpha, mask)
+    return rollout._replace(teacher_logprobs=logprobs, mixture_logprobs=mixture)
 
 
 @torch.no_grad()
@@ -115,12 +119,13 @@ def _read_responses(
         logprobs.append(
             fused_linear_token_logprobs(*output, batch.targets, temperature=temperature, vocab_size=vocab_size)
         )
-    mask, states, known = rollout.mask, torch.cat(hidden), torch.cat(logprobs)
-    all_states = states.new_zeros(*mask.shape, states.shape[1])
-    all_states[mask] = states
-    all_logprobs = torch.zeros_like(rollout.student_logprobs)
-    all_logprobs[mask] = known.to(all_logprobs.dtype)
-    return all_states, all_logprobs
+    states, known, shape = torch.cat(hidden), torch.cat(logprobs), rollout.token_ids.shape
+    places = [row * shape[1] + t for row, response in enumerate(responses) for t in range(len(response))]
+    tokens = torch.tensor(places, dtype=torch.long).to(lm.device, non_blocking=True)
+    all_states = states.new_zeros(shape.numel(), states.shape[1]).index_copy_(0, tokens, states)
+    all_logprobs = torch.zeros_like(rollout.student_logprobs).flatten()
+    all_logprobs.index_copy_(0, tokens, known.to(all_logprobs.dtype))
+    return all_states.unflatten(0, shape), all_logprobs.view(shape)
 
 
 def mixture_logprobs(student: Tensor, teacher: Tensor, alpha: float, mask: Tensor) -> Tensor:
@@ -162,9 +167,9 @@ def gather_processes(rollout: Rollout, accelerator: Accelerator) -> Rollout:
         everyone = accelerator.gather(values.contiguous())
         return everyone.unflatten(0, (accelerator.num_processes, -1)).transpose(0, 1).flatten(0, 1).contiguous()
 
-    shares = gather_object([rollout.prompts])
-    prompts = [prompt for row in zip(*shares, strict=True) for prompt in row]
+    shares = gather_object([list(zip(rollout.prompts, rollout.responses(), strict=True))])
+    prompts, known = zip(*(pair for row in zip(*shares, strict=True) for pair in row), strict=True)
     tensors: dict[str, Any] = {
-        name: interleave(value) for name, value in rollout._asdict().items() if name != "prompts"
+        name: interleave(value) for name, value in rollout._asdict().items() if name not in ("prompts", "known")
     }
-    return Rollout(prompts=prompts, **tensors)
+    return Rollout(prompts=list(prompts), known=list(known), **tensors)

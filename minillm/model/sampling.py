@@ -7,19 +7,22 @@ final hidden states that predicted each token, so that nothing needs a second fo
 teacher's distribution at any position is its head applied to the state kept here. Where the teacher has no part in
 the draw (alpha = 0), it does not decode: it reads each response once, in one forward pass.
 
-Legend: B sequences, P longest prompt, T longest response, H hidden.
+A step of decoding reads once from the device: which sequences go on. Those that have ended are dropped.
+
+Legend: B sequences, b of them still decoded, T longest response, H hidden.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minillm.model.coins import Turns
-from minillm.model.decoder import Decoder, left_pad
+from minillm.model.decoder import Decoder, Padded, left_pad
 from minillm.model.head import CausalLM, common_vocabulary
+from minillm.model.masks import decodes_by_sdpa
 from minillm.model.rollout import Rollout, add_teacher, add_teacher_logprobs, in_order
 from minillm_kernels import MixedSample, mixed_sample
 
@@ -66,6 +69,7 @@ def sample(
     uniforms: Tensor | None = None,
     vocab_size: int | None = None,
     row_length: int = 0,
+    student_states: bool = True,
 ) -> Rollout:
     """Continue each prompt with tokens drawn from α p + (1-α) q, until end-of-sequence or the limit of tokens.
 
@@ -80,12 +84,13 @@ def sample(
         vocab_size: the columns of the heads that count; None takes those that both models have.
         row_length: a teacher that only reads the responses reads several of them in a row of this many tokens, as in
             `collate`.
+        student_states: keep `student_hidden`, which training does not need.
 
     Raises FloatingPointError where logits are not finite.
     """
-    device, copies = student.device, samples_per_prompt
-    if teacher is not None and vocab_size is None:
-        vocab_size = common_vocabulary(student, teacher)
+    copies = samples_per_prompt
+    models = [lm for lm in (student, teacher) if lm is not None]
+    vocab_size = vocab_size or common_vocabulary(*models)
     beside = teacher
     if alpha == 0 and decoding.top_k == 0 and decoding.top_p == 1:
         beside = None  # it has no part in the draw, and its law of a token needs no filter
@@ -94,121 +99,148 @@ def sample(
     order, at_once = list(range(len(prompts))), len(prompts)
     if decoding.chunk_size:  # neighbours in length, so that little is padding
         order, at_once = sorted(order, key=lambda i: len(prompts[i])), max(1, decoding.chunk_size // copies)
-    rows, parts = [], []
-    for start in range(0, len(order), at_once):
-        chosen = order[start : start + at_once]
-        rows += [i * copies + copy for i in chosen for copy in range(copies)]
-        mine = uniforms[:, rows[len(rows) - len(chosen) * copies :]].to(device)
-        parts.append(_decode(student, beside, [prompts[i] for i in chosen], decoding, alpha, copies, mine, vocab_size))
+    rows: list[int] = []
+    parts: list[Rollout] = []
+    with decodes_by_sdpa(*models):
+        for start in range(0, len(order), at_once):
+            chosen = order[start : start + at_once]
+            mine = [i * copies + copy for i in chosen for copy in range(copies)]
+            part = _Batch([prompts[i] for i in chosen], copies, decoding, alpha, uniforms[:, mine], vocab_size)
+            parts.append(part.decode(student, beside, student_states))
+            rows += mine
     rollout = in_order(parts, rows) if len(parts) > 1 else parts[0]
-    undrawable = rollout.mixture_logprobs.isnan().any(1)
-    if undrawable.any():
-        models = [lm for lm in (student, beside) if lm is not None]
-        raise FloatingPointError(
-            f"the logits of {' or '.join(type(lm.model).__name__ for lm in models)} are not finite in response to "
-            f"the prompt with the token ids {rollout.prompts[int(undrawable.int().argmax())][:20]}: nothing can be "
-            "sampled. Its weights are broken, or its dtype overflows"
-        )
     if teacher is None or beside is not None:
         return rollout
     return add_teacher(rollout, teacher, decoding.temperature or 1.0, vocab_size, row_length)
 
 
-def _decode(
-    student: CausalLM,
-    teacher: CausalLM | None,
-    prompts: Sequence[Sequence[int]],
-    decoding: Decoding,
-    alpha: float,
-    copies: int,
-    uniforms: Tensor,
-    vocab_size: int | None,
-) -> Rollout:
-    """Responses to some prompts, decoded together; the teacher takes part where there is one.
+@dataclass
+class _Batch:
+    """Prompts that are answered together, `copies` times each, and the law of their answers."""
 
-    Rows that have ended are dropped once they are a quarter of those that are decoded.
-    """
-    ids, mask = left_pad(prompts, student.device)
-    sampled_prompts = [list(prompt) for prompt in prompts for _ in range(copies)]
-    turns = None
-    if teacher is not None and decoding.coins_first:
-        repeated, shown = ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0)
-        turns = Turns(teacher, repeated, shown, uniforms, alpha, decoding.temperature, vocab_size)
-    decoders = [Decoder(lm) for lm in (student, teacher if turns is None else None) if lm is not None]
-    for decoder in decoders:
-        decoder.read(ids, mask)
-        if copies > 1:
-            decoder.keep(torch.arange(len(prompts), device=ids.device).repeat_interleave(copies))
+    prompts: list[Sequence[int]]
+    copies: int
+    decoding: Decoding
+    alpha: float
+    uniforms: Tensor
+    """[max_new_tokens, B, 2], where they were drawn."""
+    vocab_size: int
 
-    ends = torch.tensor(list(decoding.ends), dtype=torch.long, device=ids.device)
-    rows = torch.arange(len(sampled_prompts), device=ids.device)
-    places, padding = rows.tolist(), 0  # `rows` on the host, and the columns of padding that were dropped
-    running, lengths = torch.ones_like(rows, dtype=torch.bool), torch.zeros_like(rows)
-    alive, steps = running.tolist(), []
-    for t in range(decoding.max_new_tokens):
-        logits = [decoder.logits() for decoder in decoders]
-        states = [decoder.state for decoder in decoders]
-        drawn = mixed_sample(
-            logits[0],
-            logits[1] if len(logits) == 2 else None,
-            alpha if len(logits) == 2 else 0.0,
-            temperature=decoding.temperature,
-            top_k=decoding.top_k,
-            top_p=decoding.top_p,
-            uniforms=uniforms[t, rows],
-            vocab_size=vocab_size,
+    def decode(self, student: CausalLM, teacher: CausalLM | None, student_states: bool) -> Rollout:
+        """The answers of both models, or of the student alone. Rows that have ended are dropped once they are a
+        quarter of those that are decoded.
+        """
+        decoding, device = self.decoding, student.device
+        padded = left_pad(self.prompts, decoding.max_new_tokens, device)
+        of_prompt = torch.arange(len(self.prompts)).repeat_interleave(self.copies).to(device, non_blocking=True)
+        prompts = [list(prompt) for prompt in self.prompts for _ in range(self.copies)]
+        uniforms, turns = self.uniforms.to(device, non_blocking=True), None
+        if teacher is not None and decoding.coins_first:
+            behind = Padded(padded.ids[of_prompt], padded.exists[of_prompt], padded.any)
+            coins = (self.uniforms[..., 0] < self.alpha).T.tolist()
+            turns = Turns(teacher, behind, uniforms, coins, decoding.temperature, self.vocab_size)
+        lms = [lm for lm in (student, None if turns else teacher) if lm is not None]
+        decoders = [Decoder(lm, padded.exists, padded.any) for lm in lms]
+        for decoder in decoders:
+            decoder.read(padded.ids)
+            if self.copies > 1:
+                decoder.keep(of_prompt)
+
+        ends = torch.tensor(list(decoding.ends), dtype=torch.long).to(device, non_blocking=True)
+        lengths, alive = [0] * len(prompts), [True] * len(prompts)
+        places, padding = list(range(len(prompts))), 0  # the rows on the host, and the columns that were dropped
+        rows = torch.arange(len(prompts), device=device)
+        running = torch.ones_like(rows, dtype=torch.bool)
+        steps: list[_Drawn] = []
+        for t in range(decoding.max_new_tokens):
+            logits, states = [decoder.logits() for decoder in decoders], [decoder.state for decoder in decoders]
+            drawn = mixed_sample(
+                logits[0],
+                logits[1] if len(logits) == 2 else None,
+                self.alpha if len(logits) == 2 else 0.0,
+                temperature=decoding.temperature,
+                top_k=decoding.top_k,
+                top_p=decoding.top_p,
+                uniforms=uniforms[t, rows],
+                vocab_size=self.vocab_size,
+            )
+            on = [place for place, goes_on in zip(places, alive, strict=True) if goes_on]
+            if turns is not None:
+                drawn = turns.draw(t, rows, logits[0], drawn, on)
+            steps.append(_Drawn(rows, drawn, states if student_states else states[1:]))
+            for place in on:
+                lengths[place] += 1
+            token_ids = drawn.token_ids
+            running = running & (token_ids[:, None] != ends).all(1)
+            if t + 1 == decoding.max_new_tokens:
+                break
+            alive = running.tolist()  # the one wait for the device
+            if not any(alive):
+                break
+            if sum(alive) <= 0.75 * len(alive):
+                kept = torch.tensor([i for i, goes_on in enumerate(alive) if goes_on]).to(device, non_blocking=True)
+                places = [place for place, goes_on in zip(places, alive, strict=True) if goes_on]
+                alive = [True] * len(places)
+                spare = padded.ids.shape[1] - max(len(prompts[place]) for place in places)
+                for decoder in decoders:
+                    decoder.keep(kept, spare - padding)
+                rows, running, token_ids, padding = rows[kept], running[kept], token_ids[kept], spare
+            for decoder in decoders:
+                decoder.read(token_ids[:, None])
+
+        fields, hidden = _over_rows(steps, torch.tensor(lengths).to(device, non_blocking=True))
+        rollout = Rollout(
+            prompts=prompts,
+            **fields,
+            student_hidden=hidden.pop(0) if student_states else None,
+            teacher_hidden=hidden.pop(0) if hidden else None,
         )
         if turns is not None:
-            drawn = turns.draw(t, rows, logits[0], drawn, {p for p, on in zip(places, alive, strict=True) if on})
-        steps.append((rows, drawn, states))
-        lengths[rows] += running
-        token_ids, running = drawn.token_ids, running & ~torch.isin(drawn.token_ids, ends)
-        alive = running.tolist()  # the one wait for the device
-        if t + 1 == decoding.max_new_tokens or not any(alive):
-            break
-        if sum(alive) <= 0.75 * len(alive):
-            kept = torch.tensor([i for i, on in enumerate(alive) if on], device=ids.device)
-            places = [place for place, on in zip(places, alive, strict=True) if on]
-            alive = [True] * len(places)
-            spare = ids.shape[1] - max(len(sampled_prompts[place]) for place in places)
-            for decoder in decoders:
-                decoder.keep(kept, spare - padding)
-            rows, running, token_ids, padding = rows[kept], running[kept], token_ids[kept], spare
-        for decoder in decoders:
-            decoder.read(token_ids[:, None])
-
-    fields, kept_states = _over_rows(steps, lengths)
-    rollout = Rollout(
-        prompts=sampled_prompts,
-        lengths=lengths,
-        **fields,
-        student_hidden=kept_states[0],
-        teacher_hidden=kept_states[1] if len(kept_states) == 2 else None,
-    )
-    if turns is None:
-        return rollout
-    rollout = rollout._replace(teacher_hidden=turns.finish(lengths))
-    return add_teacher_logprobs(rollout, turns.teacher, alpha, decoding.temperature, vocab_size)
+            rollout = rollout._replace(teacher_hidden=turns.finish(lengths))
+            rollout = add_teacher_logprobs(rollout, turns.teacher, self.alpha, decoding.temperature, self.vocab_size)
+        return _read_once(rollout, lengths, [student, teacher])
 
 
-def _over_rows(
-    steps: Sequence[tuple[Tensor, MixedSample, list[Tensor]]], lengths: Tensor
-) -> tuple[dict, list[Tensor]]:
-    """[B, T] of each field that the steps of (rows, what they drew, [b, H] states) have, and [B, T, H] states of each
-    model; 0 beyond the end of a response."""
+class _Drawn(NamedTuple):
+    """One step: the rows [b], what was drawn for them, and the states [b, H] of each model that are kept."""
+
+    rows: Tensor
+    sample: MixedSample
+    states: list[Tensor]
+
+
+def _read_once(rollout: Rollout, lengths: list[int], models: Sequence[CausalLM | None]) -> Rollout:
+    """The rollout with its tokens on the host.
+
+    Raises FloatingPointError where a token was drawn from logits that are not finite.
+    """
+    undrawable = rollout.mixture_logprobs.isnan().any(1)
+    found = torch.cat([rollout.token_ids, undrawable[:, None]], dim=1).tolist()
+    broken = [i for i, (*_, nothing_drawn) in enumerate(found) if nothing_drawn]
+    if broken:
+        raise FloatingPointError(
+            f"the logits of {' or '.join(type(lm.model).__name__ for lm in models if lm is not None)} are not finite "
+            f"in response to the prompt with the token ids {rollout.prompts[broken[0]][:20]}: nothing can be sampled. "
+            "Its weights are broken, or its dtype overflows"
+        )
+    return rollout._replace(known=[row[:n] for row, n in zip(found, lengths, strict=True)])
+
+
+def _over_rows(steps: Sequence[_Drawn], lengths: Tensor) -> tuple[dict[str, Any], list[Tensor]]:
+    """The lengths and [B, T] of each field that was drawn, and the states [B, T, H] of each model that were kept; 0
+    beyond the end of a response."""
     beyond = torch.arange(len(steps), device=lengths.device) >= lengths[:, None]
 
     def over_rows(columns: Sequence[Tensor]) -> Tensor:
         values = columns[0].new_zeros(*beyond.shape, *columns[0].shape[1:])
-        for t, ((rows, _, _), column) in enumerate(zip(steps, columns, strict=True)):
-            values[rows, t] = column
-        return values.masked_fill_(beyond.reshape(*beyond.shape, *[1] * (values.dim() - 2)), 0)
+        for t, (step, column) in enumerate(zip(steps, columns, strict=True)):
+            values[step.rows, t] = column
+        return values.masked_fill_(beyond.view(*beyond.shape, *[1] * (values.dim() - 2)), 0)
 
-    fields = {
-        name: None if column[0] is None else over_rows(column)
-        for name, column in zip(MixedSample._fields, zip(*(drawn for _, drawn, _ in steps), strict=True), strict=True)
-    }
-    return fields, [over_rows(column) for column in zip(*(states for _, _, states in steps), strict=True)]
+    fields: dict[str, Any] = {"lengths": lengths}
+    for name, column in zip(MixedSample._fields, zip(*(step.sample for step in steps), strict=True), strict=True):
+        fields[name] = None if column[0] is None else over_rows(column)
+    return fields, [over_rows(column) for column in zip(*(step.states for step in steps), strict=True)]
 
 
 def greedy(
@@ -218,7 +250,8 @@ def greedy(
     decoding = Decoding(max_new_tokens, ends, temperature=0.0)
     responses: list[list[int]] = []
     for start in range(0, len(prompts), batch_size):
-        responses += sample(model, None, prompts[start : start + batch_size], decoding, alpha=0.0).responses()
+        part = prompts[start : start + batch_size]
+        responses += sample(model, None, part, decoding, alpha=0.0, student_states=False).responses()
     return responses
 
 

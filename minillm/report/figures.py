@@ -82,7 +82,10 @@ def exposure(results: Mapping[str, Evaluation]) -> "Figure | None":
         low, high = ([v + sign * e for v, e in zip(bias.exaccerr, error, strict=True)] for sign in (-1, 1))
         panel.fill_between(bias.length, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
     panel.axhline(0, color="0.6", linewidth=1)
-    panel.set(xlabel="response length l, tokens", ylabel="ExAccErr(l), %")
+    panel.set(
+        xlabel="response length l, tokens",
+        ylabel=f"{' or '.join(dict.fromkeys(bias.name for bias in found.values()))}(l), %",
+    )
     panel.legend(fontsize=9)
     return figure
 

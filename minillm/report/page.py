@@ -55,7 +55,7 @@ def html(sources: Sequence[Source], folder: Path) -> str:
         ),
     ]
     if results:
-        bias = next((r.exposure_bias.definition for r in results.values() if r.exposure_bias), "")
+        bias = ". Or: ".join(dict.fromkeys(r.exposure_bias.definition for r in results.values() if r.exposure_bias))
         note = f"{bias}. Zero: the student errs on its own text as on its teacher's. Band: ± one standard error."
         parts += _figure("Exposure bias", "exposure", figures.exposure(results), folder, note)
         note = "Along the references, ten bins; on the diagonal a model is right as often as it is sure."
@@ -95,7 +95,7 @@ def numbers(result: Evaluation) -> dict[str, str]:
         if name in means:
             row[title] = number(means[name].mean, digits)
     if (bias := result.exposure_bias) and bias.length:
-        row[f"ExAccErr({bias.length[-1]}), %"] = number(bias.exaccerr[-1], 1)
+        row[f"{bias.name}({bias.length[-1]}), %"] = number(bias.exaccerr[-1], 1)
     for what, title in (("next_token", "ECE, next token"), ("options", "ECE, options")):
         if what in result.calibration:
             row[title] = f"{result.calibration[what].ece:.3f}"

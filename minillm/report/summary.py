@@ -107,7 +107,7 @@ def evaluation_text(evaluation: Evaluation) -> str:
     if bias := evaluation.exposure_bias:
         for i in (i for i in range(len(bias.length)) if i in (3, 15, 63, len(bias.length) - 1)):
             value = f"{number(bias.exaccerr[i], 1, sign=True)} ± {number(bias.standard_error[i], 1)}"
-            rows.append([f"ExAccErr at {bias.length[i]} tokens, %", "", value])
+            rows.append([f"{bias.name} at {bias.length[i]} tokens, %", "", value])
     for name, found in evaluation.calibration.items():
         title = f"calibration, {name.replace('_', ' ')}: ECE (accuracy)"
         rows.append([title, f"{found.ece:.3f} ({found.accuracy:.3f})", ""])

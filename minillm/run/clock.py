@@ -8,11 +8,15 @@ import torch
 
 
 class Clock:
-    """Every moment belongs to one phase: the innermost one open, else `update`."""
+    """Every moment belongs to one phase: the innermost one open, else `update`.
+
+    On a GPU the moments are events in its queue of work, and nothing waits for them until `reset` is asked: the host
+    may be far ahead of the device when a phase ends.
+    """
 
     def __init__(self) -> None:
-        self.phase, self.since = "update", time.perf_counter()
-        self.seconds: dict[str, float] = {}
+        self.phase, self.begun = "update", _now()
+        self.spans: list[tuple[str, Moment, Moment]] = []
         self.peaks: dict[str, float] = {}
 
     @contextmanager
@@ -27,20 +31,40 @@ class Clock:
     def reset(self) -> dict[str, float]:
         """Seconds per phase since the last reset, as time/PHASE, and GiB at its peak, as memory/PHASE."""
         self._switch(self.phase)
-        result = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
+        if not isinstance(self.begun, float):
+            self.begun.synchronize()
+        seconds: dict[str, float] = {}
+        for phase, begun, ended in self.spans:
+            seconds[phase] = seconds.get(phase, 0.0) + _seconds(begun, ended)
+        result = {f"time/{phase}": value for phase, value in seconds.items()}
         result |= {f"memory/{phase}": peak for phase, peak in self.peaks.items()}
-        self.seconds, self.peaks = {}, {}
+        self.spans, self.peaks = [], {}
         return result
 
     def _switch(self, phase: str) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # or the work queued here would be counted where somebody waits for it
-        now = time.perf_counter()
-        self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self.since
-        peak = _peak()
+        now, peak = _now(), _peak()
+        self.spans.append((self.phase, self.begun, now))
         if peak is not None:
             self.peaks[self.phase] = max(self.peaks.get(self.phase, 0.0), peak)
-        self.phase, self.since = phase, now
+        self.phase, self.begun = phase, now
+
+
+Moment = float | torch.cuda.Event
+
+
+def _now() -> Moment:
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(begun: Moment, ended: Moment) -> float:
+    if isinstance(begun, torch.cuda.Event) and isinstance(ended, torch.cuda.Event):
+        return begun.elapsed_time(ended) / 1000
+    assert isinstance(begun, float) and isinstance(ended, float)
+    return ended - begun
 
 
 def duration(seconds: float) -> str:

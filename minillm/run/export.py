@@ -1,5 +1,6 @@
 """A plain model directory out of a run's checkpoint: for a run that was stopped, or a step that was not its last."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 from minillm.config.recipe import load_recipe
 from minillm.config.schema import ConfigError
 from minillm.model.adapters import merge_adapters
+from minillm.model.head import VOCABULARY
 from minillm.model.load import load_student, load_teacher, load_tokenizer
 from minillm.run import checkpoint
 
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 
 def write_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", target: Path) -> None:
     """What `AutoModelForCausalLM.from_pretrained` loads, replacing what was there once it is whole; adapters merged,
-    and alone in adapter/."""
+    and alone in adapter/. Of a student whose head is larger than its teacher's, config.json says under
+    `common_vocab_size` which columns were learnt."""
     partial = target.with_name(f".{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     merged = merge_adapters(model)
@@ -48,6 +51,9 @@ def export(run: Path, source: Path | None, output: Path) -> Path:
     recipe = load_recipe(run / "config.yaml")
     found, settings = checkpoint.load(source, recipe), recipe.run.model
     student = load_student(recipe.run, load_teacher(recipe.run) if settings.drop_layers is not None else None)
+    saved = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if VOCABULARY in saved:  # of the pair: the teacher is not here to tell
+        setattr(student.config, VOCABULARY, saved[VOCABULARY])
     checkpoint.restore_weights(student, found.groups[checkpoint.weights_name(student)])
     output.parent.mkdir(parents=True, exist_ok=True)
     write_model(student, load_tokenizer(settings.student or settings.teacher), output)

@@ -38,7 +38,9 @@ def metrics(study: Study, records: Mapping[Cell, Record]) -> dict[str, Metric]:
     """The columns of the tables, in order; ExAccErr at the longest response that every cell's curve reaches."""
     first, *others = study.evaluate
     curves = [r["evaluations"][first].exposure_bias for c, r in records.items() if c.name != TEACHER]
-    longest = min((len(curve.length) for curve in curves), default=0)
+    longest, names = min((len(curve.length) for curve in curves), default=0), {curve.name for curve in curves}
+    if len(names) > 1:
+        raise ConfigError(f"{study.results} holds cells of {' and '.join(sorted(names))}, which cannot be compared")
 
     def of(read: Callable[[Evaluation], float], name: str = first) -> Callable[[Record], float]:
         return lambda record: read(record["evaluations"][name])
@@ -59,7 +61,7 @@ def metrics(study: Study, records: Mapping[Cell, Record]) -> dict[str, Metric]:
         "rouge all": Metric("ROUGE-L, mean of the sets", over_sets, 2, 1),
         "rkl": Metric("reverse KL, own text", mean("reverse_kl/own_samples"), 3, -1),
         "fkl": Metric("forward KL, teacher's text", mean("forward_kl/teacher_samples"), 3, -1),
-        "exposure": Metric(f"ExAccErr({longest}), %", of(exposure), 1, -1),
+        "exposure": Metric(f"{names.pop() if names else 'ExAccErr'}({longest}), %", of(exposure), 1, -1),
         "ece": Metric("ECE", of(lambda found: found.calibration["next_token"].ece), 3, -1),
         "distinct": Metric("distinct-4, %", of(lambda found: found.distinct["4"].mean), 1, 0),
         "length": Metric("length", of(lambda found: found.length["sampled"].mean), 1, 0),

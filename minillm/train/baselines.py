@@ -80,32 +80,37 @@ class Gkd:
     def __init__(self, context: Context, folder: Path) -> None:
         self.context, self.given = context, kd(context, folder)
         self.part = self.given.part
-        share = torch.tensor(context.config.rollout.on_policy, dtype=torch.float64)
-        self.memory = {"on_policy": share, "validation_loss": torch.tensor(math.inf, dtype=torch.float64)}
+        self.share = context.config.rollout.on_policy
+        self.validation_loss = math.inf
 
     def step(self, number: int) -> Step:
         """What step `number`, from 1, learns from."""
         context = self.context
         coin = torch.rand((), generator=torch.Generator().manual_seed(context.run.seed * 1_000_003 - number))
-        if coin >= self.memory["on_policy"]:
+        if float(coin.numpy()) >= self.share:  # drawn on the host, as all that decides about a step
             return self.given.step(number)
         drawn = self.given.drawn(number)
         rollout = context.roll_out(number, drawn, teacher=None, alpha=0.0)
         pairs = zip(drawn, rollout.responses(), strict=True)
         examples = [example._replace(response=response, turns=()) for example, response in pairs]
         part = self.part(context.mine(examples))._replace(loss=partial(on_policy_loss, context))
-        return Step([part], {"completions/mean_length": float(rollout.lengths.float().mean())})
+        return Step([part], {"completions/mean_length": rollout.lengths.float().mean()})
 
     def validated(self, loss: float) -> None:
         """Let the share grow when the validation loss has risen."""
-        if loss >= self.memory["validation_loss"] + 0.1:
-            grown = self.memory["on_policy"] + self.context.config.rollout.on_policy_step
-            self.memory["on_policy"] = grown.clamp(max=1)
-        self.memory["validation_loss"] = torch.full_like(self.memory["validation_loss"], loss)
+        if loss >= self.validation_loss + 0.1:
+            self.share = min(1.0, self.share + self.context.config.rollout.on_policy_step)
+        self.validation_loss = loss
+
+    @property
+    def memory(self) -> dict[str, Tensor]:
+        """The share as it has grown, and the validation loss that it has seen last."""
+        values = {"on_policy": self.share, "validation_loss": self.validation_loss}
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
     def remember(self, memory: dict[str, Tensor], number: int) -> None:
         """Restore the memory that step `number` left."""
-        self.memory = memory
+        self.share, self.validation_loss = (float(memory[name]) for name in ("on_policy", "validation_loss"))
 
 
 # ---- losses

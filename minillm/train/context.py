@@ -12,7 +12,7 @@ from torch import Tensor
 from minillm.config.schema import RunConfig, StageConfig
 from minillm.data.examples import Batch, Example
 from minillm.model.coins import share_coins
-from minillm.model.head import CausalLM, Output, Sums, common_vocabulary
+from minillm.model.head import CausalLM, Output, Sums, share_vocabulary
 from minillm.model.load import end_tokens, packs_in_one_row
 from minillm.model.rollout import Rollout, gather_processes, rescore
 from minillm.model.sampling import Decoding, draw_uniforms, sample
@@ -47,7 +47,8 @@ class Step(NamedTuple):
     """What one optimiser step learns from, and what is known about it already."""
 
     parts: list[Part]
-    metrics: dict[str, float]
+    metrics: dict[str, Tensor]
+    """Numbers on the device, the same in every process; the loop reads them together with its own."""
 
 
 @dataclass
@@ -69,10 +70,14 @@ class Context:
     """What the data filters did, in words."""
     clock: Clock = field(default_factory=Clock)
 
+    def __post_init__(self) -> None:
+        if self.teacher is not None:
+            share_vocabulary(self.student, self.teacher)
+
     @property
-    def vocab_size(self) -> int | None:
+    def vocab_size(self) -> int:
         """The one vocabulary size that every kernel call gets."""
-        return None if self.teacher is None else common_vocabulary(self.student, self.teacher)
+        return self.student.vocab_size
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -133,6 +138,7 @@ class Context:
             uniforms=uniforms,
             vocab_size=self.vocab_size,
             row_length=self.row_length,
+            student_states=False,
         )
 
     def roll_out(self, iteration: int, examples: list[Example], teacher: CausalLM | None, alpha: float) -> Rollout:

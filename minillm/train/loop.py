@@ -4,6 +4,9 @@ A method (minillm.py, baselines.py) says, for each optimiser step, which example
 MiniLLM samples its responses there. The loop knows nothing else of the methods: it cuts a step into micro-batches and
 divides the summed losses by the number of tokens that count, over all micro-batches and processes, so that 1 × 8
 sequences, 8 × 1 and 2 processes × 4 give the same gradient.
+
+The host runs ahead of the device. It waits once a step, for the numbers that say whether the weights may be updated,
+and once more where it measures time (minillm/run/clock.py).
 """
 
 import math
@@ -11,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -29,10 +32,6 @@ from minillm.train.baselines import Given, Gkd, kd, seqkd, sft
 from minillm.train.context import Context, Part, chunks
 from minillm.train.minillm import MiniLLM
 from minillm.train.selection import Selection
-
-if TYPE_CHECKING:
-    pass
-
 
 METHODS: dict[str, Callable[[Context, Path], Given | Gkd | MiniLLM]] = {
     "sft": sft, "kd": kd, "seqkd": seqkd, "gkd": Gkd, "minillm": MiniLLM,
@@ -104,7 +103,7 @@ def train(
             step_started = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = optim.lr * lr_factor(step, optim)
-            parts, metrics = method.step(step)
+            parts, known = method.step(step)
             micros = [
                 Micro(part, part.batch(examples))
                 for part in parts
@@ -112,14 +111,17 @@ def train(
             ]
 
             # ---- loss and gradient
-            metrics |= backward(context, predictor, micros)
+            sums = backward(context, predictor, micros)
+            grad_norm = accelerator.clip_grad_norm_(checkpoint.trained(model).values(), optim.max_grad_norm)
+            seen = sum(len(example.prompt) + len(example.response) for part in parts for example in part.examples)
+            (tokens,) = over_processes(accelerator, [seen])
+            metrics = read({**known, **sums, "grad_norm": grad_norm, "tokens": tokens})
 
             # ---- update
-            grad_norm = float(accelerator.clip_grad_norm_(checkpoint.trained(model).values(), optim.max_grad_norm))
-            finite = math.isfinite(grad_norm) or accelerator.scaler is not None  # which skips such steps by itself
+            finite = math.isfinite(metrics["grad_norm"]) or accelerator.scaler is not None  # which skips such steps
             if not (math.isfinite(metrics["loss"]) and finite):
                 raise FloatingPointError(
-                    f"{stage}, step {step}: loss {metrics['loss']}, gradient norm {grad_norm}; "
+                    f"{stage}, step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; "
                     f"{blame(context, parts)}. The weights were not updated. {directory.how_to_resume()}"
                 )
             optimizer.step()
@@ -132,11 +134,10 @@ def train(
 
             # ---- log
             phases, elapsed = clock.reset(), time.perf_counter() - step_started
-            now = total(accelerator, *(micro.batch.attention_mask.sum() for micro in micros))
+            now = metrics.pop("tokens")
             progress.num_tokens += now
             phases = {"time/rollout": 0.0, "time/score": 0.0} | phases
             metrics |= {
-                "grad_norm": grad_norm,
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "step_time": elapsed,
                 "tokens_per_second": now / elapsed,
@@ -165,7 +166,7 @@ def train(
     return {"num_tokens": progress.num_tokens, **best, **{k: round(v, 2) for k, v in progress.totals.items()}}
 
 
-def backward(context: Context, predictor: torch.nn.Module, micros: list[Micro]) -> dict[str, float]:
+def backward(context: Context, predictor: torch.nn.Module, micros: list[Micro]) -> Sums:
     """Accumulate the gradient of the losses per token; returns every named sum per token, over all processes."""
     accelerator = context.accelerator
     tokens = count_targets(micros, accelerator)
@@ -181,8 +182,13 @@ def backward(context: Context, predictor: torch.nn.Module, micros: list[Micro]) 
         for name, value in sums.items():
             share = value.detach().float() / tokens[kind]
             metrics[name] = metrics[name] + share if name in metrics else share
-    reduced = accelerator.reduce(torch.stack(list(metrics.values())), "sum")  # one synchronisation for all of them
-    return dict(zip(metrics, reduced.tolist(), strict=True))
+    reduced = accelerator.reduce(torch.stack(list(metrics.values())), "sum")  # one message for all of them
+    return dict(zip(metrics, reduced, strict=True))
+
+
+def read(values: Sums) -> dict[str, float]:
+    """Numbers of the device as numbers of Python: the one place of a step where the host waits for them."""
+    return dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist(), strict=True))
 
 
 def blame(context: Context, parts: list[Part]) -> str:
@@ -206,19 +212,17 @@ def blame(context: Context, parts: list[Part]) -> str:
 # ---- helpers
 
 
-def count_targets(micros: list[Micro], accelerator: Accelerator) -> dict[str, float]:
+def count_targets(micros: list[Micro], accelerator: Accelerator) -> Sums:
     """Tokens that count, per kind, over all micro-batches and processes; at least 1."""
     kinds = dict.fromkeys(micro.part.kind for micro in micros)
-    return {
-        kind: max(1.0, total(accelerator, *(len(m.batch.targets) for m in micros if m.part.kind == kind)))
-        for kind in kinds
-    }
+    here = [sum(len(m.batch.targets) for m in micros if m.part.kind == kind) for kind in kinds]
+    return dict(zip(kinds, over_processes(accelerator, here).clamp(min=1), strict=True))
 
 
-def total(accelerator: Accelerator, *values: Tensor | float) -> float:
-    """Sum over the values and over all processes."""
-    here = torch.tensor(sum(float(value) for value in values), device=accelerator.device)
-    return float(accelerator.reduce(here, "sum"))
+def over_processes(accelerator: Accelerator, counts: list[int]) -> Tensor:
+    """Their sums over all processes, on the device."""
+    here = torch.tensor(counts, dtype=torch.float32).to(accelerator.device, non_blocking=True)
+    return accelerator.reduce(here, "sum")
 
 
 def lr_factor(step: int, optim: OptimConfig) -> float:

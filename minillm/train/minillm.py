@@ -34,9 +34,11 @@ Legend: B responses, T positions, N tokens of a batch.
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from minillm.config.schema import ObjectiveConfig
 from minillm.data.examples import Batch, Example, PolicyConstants, Record, Shuffled
@@ -57,6 +59,9 @@ class MiniLLM:
         self.text = Shuffled(len(context.text), seed + 1)
         self.minibatches = Shuffled(rollout.batch_size, seed + 2)
         self.rollout: Rollout | None = None
+        self.sampled: list[Example] = []
+        """Its responses, with all that the objective asks of their tokens."""
+        self.metrics: dict[str, Tensor] = {}
 
     def step(self, number: int) -> Step:
         """What step `number`, from 1, learns from."""
@@ -64,24 +69,16 @@ class MiniLLM:
         iteration, used = divmod(done, self.steps_per_rollout)
 
         # ---- y ~ p̃: all that the objective asks of the sampled tokens is known from here on
-        examples = self.rolled_out(iteration)
         if used == 0 or self.rollout is None:
-            rollout = context.roll_out(iteration, examples, context.teacher, config.rollout.alpha)
-            self.rollout = rollout._replace(student_hidden=None)  # computed again, with a gradient
-        rollout, responses = self.rollout, self.rollout.responses()
-        assert rollout.teacher_hidden is not None
+            examples = self.rolled_out(iteration)
+            self.learn_from(context.roll_out(iteration, examples, context.teacher, config.rollout.alpha), examples)
 
         # ---- a minibatch of the responses: R_t, log q(y_t) and w_t ride with their tokens
         rows = self.minibatches.take(done * config.optim.batch_size, config.optim.batch_size)
-        fixed = policy_constants(rollout, config.objective)
-        constants = [fixed[row] for row in rows]
+        minibatch = [self.sampled[row] for row in rows]
         if config.objective.whiten:
-            constants = whiten(constants)
-        minibatch = []
-        for row, policy in zip(rows, constants, strict=True):
-            response = responses[row]
-            states = rollout.teacher_hidden[row, : len(response)]
-            minibatch.append(examples[row]._replace(response=response, turns=(), policy=policy, teacher_states=states))
+            fixed = whiten([example.policy for example in minibatch if example.policy is not None])
+            minibatch = [example._replace(policy=each) for example, each in zip(minibatch, fixed, strict=True)]
         parts = [Part("responses", context.mine(minibatch), self.policy_loss, context.row_length)]
 
         # ---- d, plain text
@@ -89,7 +86,19 @@ class MiniLLM:
             size = config.objective.pt_batch_size
             text = [self.passage(i) for i in self.text.take(done * size, size)]
             parts.append(Part("text", context.mine(text), self.text_loss))
-        return Step(parts, describe_rollout(rollout))
+        return Step(parts, self.metrics)
+
+    def learn_from(self, rollout: Rollout, examples: list[Example]) -> None:
+        """Make this the rollout in use. What it fixes is worked out here, once, however often its tokens are used."""
+        assert rollout.teacher_hidden is not None
+        self.rollout, self.metrics = rollout, describe_rollout(rollout)
+        fixed = policy_constants(rollout, self.context.config.objective)
+        self.sampled = [
+            example._replace(response=response, turns=(), policy=policy, teacher_states=states[: len(response)])
+            for example, response, policy, states in zip(
+                examples, rollout.responses(), fixed, rollout.teacher_hidden, strict=True
+            )
+        ]
 
     def policy_loss(self, student: Output, batch: Batch) -> Sums:
         """Single + Long, from what the rollout fixed: the teacher's states and the constants of each token."""
@@ -106,7 +115,7 @@ class MiniLLM:
             clip_range=settings.clip_range or math.inf,
             single_step=float(settings.single_step),
             weight_single_step=settings.weight_single_step,
-            normalizer=1.0,  # sums: the loop divides
+            normalizer=batch.policy.advantages.new_ones(()),  # sums: the loop divides; a number would have to be moved
             vocab_size=self.context.vocab_size,
         )
         return {
@@ -149,10 +158,11 @@ class MiniLLM:
         fields = self.rollout._asdict() if self.rollout is not None else {}
         return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
 
-    def remember(self, memory: dict[str, Tensor], number: int) -> None:
+    def remember(self, memory: dict[str, Any], number: int) -> None:
         """Restore the rollout that step `number` used, from the memory it left."""
-        prompts = [example.prompt for example in self.rolled_out((number - 1) // self.steps_per_rollout)]
-        self.rollout = Rollout(prompts=prompts, student_hidden=None, **memory)
+        examples = self.rolled_out((number - 1) // self.steps_per_rollout)
+        prompts = [example.prompt for example in examples]
+        self.learn_from(Rollout(prompts=prompts, student_hidden=None, **memory), examples)
 
 
 # ---- what a rollout fixes
@@ -174,7 +184,7 @@ def policy_constants(rollout: Rollout, objective: ObjectiveConfig) -> list[Polic
         discount=objective.discount,
     )
     weights = importance_weights(rollout) if objective.importance_weights else torch.ones_like(advantages)
-    columns = zip(rollout.lengths.tolist(), advantages, rollout.student_logprobs, weights, strict=True)
+    columns = zip(map(len, rollout.responses()), advantages, rollout.student_logprobs, weights, strict=True)
     return [PolicyConstants(a[:n], q[:n], w[:n]) for n, a, q, w in columns]
 
 
@@ -190,13 +200,12 @@ def returns(
     """[B, T] R_t: the discounted mean (or, without length_norm, sum) of the rewards after each token; 0 where there
     is none. `include_current` counts the token's own reward too.
     """
-    rewards = torch.where(mask, rewards, torch.zeros_like(rewards))
-    after, columns = torch.zeros_like(rewards[:, 0]), []
-    for reward in reversed(rewards.unbind(dim=1)):
-        from_here = reward + discount * after
-        columns.append(from_here if include_current else after)
-        after = from_here
-    sums = torch.stack(columns[::-1], dim=1)
+    sums, reach = torch.where(mask, rewards, torch.zeros_like(rewards)), 1  # sums of `reach` terms each
+    while reach < sums.shape[1]:
+        sums = sums + discount**reach * pad(sums[:, reach:], (0, reach))
+        reach *= 2
+    if not include_current:
+        sums = pad(sums[:, 1:], (0, 1))
     if length_norm:
         terms = mask.to(rewards.dtype).flip(1).cumsum(1).flip(1) - (0 if include_current else 1)
         sums = sums / terms.clamp(min=1)
@@ -211,19 +220,15 @@ def importance_weights(rollout: Rollout) -> Tensor:
 def whiten(constants: Sequence[PolicyConstants]) -> list[PolicyConstants]:
     """The same with Â_t: advantages of mean 0 and variance 1 over all tokens of these responses."""
     joined = torch.cat([policy.advantages for policy in constants])
-    scale = torch.rsqrt(joined.var(correction=0) + 1e-8)
-    return [policy._replace(advantages=(policy.advantages - joined.mean()) * scale) for policy in constants]
+    scale, mean = torch.rsqrt(joined.var(correction=0) + 1e-8), joined.mean()
+    return [policy._replace(advantages=(policy.advantages - mean) * scale) for policy in constants]
 
 
-def describe_rollout(rollout: Rollout) -> dict[str, float]:
+def describe_rollout(rollout: Rollout) -> dict[str, Tensor]:
     """Means per token, and the mean length, of what all processes sampled."""
-    mask, tokens = rollout.mask, rollout.lengths.sum()
-    drift = {}
+    per_token = {"reward/mean": token_rewards(rollout), "rollout/from_teacher": rollout.from_teacher}
     if rollout.decoded_logprobs is not None:
-        apart = (rollout.student_logprobs - rollout.decoded_logprobs)[mask].abs()
-        drift = {"rollout/logprob_drift": float(apart.sum() / tokens)}
-    return drift | {
-        "reward/mean": float(token_rewards(rollout)[mask].sum() / tokens),
-        "rollout/from_teacher": float(rollout.from_teacher[mask].sum() / tokens),
-        "completions/mean_length": float(tokens / len(rollout.lengths)),
-    }
+        per_token["rollout/logprob_drift"] = (rollout.student_logprobs - rollout.decoded_logprobs).abs()
+    tokens, nothing = rollout.lengths.sum(), torch.zeros_like(rollout.student_logprobs)
+    means = {name: torch.where(rollout.mask, value, nothing).sum() / tokens for name, value in per_token.items()}
+    return means | {"completions/mean_length": tokens / len(rollout.lengths)}

@@ -6,7 +6,7 @@ sequence-level objective has no validation loss that means the same under every 
 
 import hashlib
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 
 from minillm.config.schema import ConfigError, RunConfig, StageConfig
 from minillm.data.examples import Encoded, Example, encode, read_records
+from minillm.evaluation.share import over_batches
 from minillm.evaluation.text import rouge_l
 from minillm.model.sampling import greedy_responses
 from minillm.run.checkpoint import CheckpointError, Progress, restore_weights, write_weights
 from minillm.train.baselines import Given, Gkd
-from minillm.train.context import Context, chunks
+from minillm.train.context import Context
 from minillm.train.minillm import MiniLLM
 
 if TYPE_CHECKING:
@@ -113,37 +114,31 @@ class Selection:
     def _loss(self, method: Given | Gkd) -> float:
         """The method's loss per token of the references."""
         context = self.context
-        sums = torch.zeros(2, dtype=torch.float64)
-        part = method.part(context.mine(context.validation))
-        for examples in chunks(part.examples, context.config.optim.micro_batch_size):
-            batch = part.batch(examples).to(context.accelerator.device)
+
+        def summed(start: int, examples: Sequence[Example]) -> tuple[float, int]:
+            part = method.part(list(examples))
+            batch = part.batch(part.examples).to(context.accelerator.device)
             with context.autocast():
-                value = part.loss(context.student.output(batch), batch)["loss"]
-            sums += torch.tensor([float(value), len(batch.targets)], dtype=torch.float64)
-        total, count = self._over_processes(sums)
-        return total / count
+                return float(part.loss(context.student.output(batch), batch)["loss"]), len(batch.targets)
+
+        return self._mean(summed, context.config.optim.micro_batch_size)
 
     def _rouge(self) -> float:
         """Mean ROUGE-L of greedy responses against the references."""
-        context = self.context
-        examples = context.mine(context.validation)
-        sums = torch.zeros(2, dtype=torch.float64)
-        if examples:
+        context, tokens = self.context, self.context.config.validation.greedy_tokens
+
+        def scored(start: int, examples: Sequence[Example]) -> tuple[float, int]:
+            prompts = [example.prompt for example in examples]
             with context.autocast():
                 responses = greedy_responses(
-                    context.student,
-                    context.tokenizer,
-                    [example.prompt for example in examples],
-                    context.config.validation.greedy_tokens,
-                    context.run.eval.batch_size,
-                    context.ends,
+                    context.student, context.tokenizer, prompts, tokens, len(prompts), context.ends
                 )
             scores = rouge_l(responses, [example.record.references for example in examples])
-            sums = torch.stack([scores.totals.sum(), scores.counts.sum()])
-        total, count = self._over_processes(sums)
-        return total / count
+            return float(scores.totals.sum()), len(examples)
 
-    def _over_processes(self, sums: torch.Tensor) -> list[float]:
-        device = self.context.accelerator.device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        return self.context.accelerator.reduce(sums.to(device, dtype), "sum").tolist()
+        return self._mean(scored, context.run.eval.batch_size)
+
+    def _mean(self, work: Callable[[int, Sequence[Example]], tuple[float, int]], size: int) -> float:
+        """Of sums and counts, one of each batch."""
+        sums, counts = zip(*over_batches(work, self.context.validation, size), strict=True)
+        return sum(sums) / sum(counts)

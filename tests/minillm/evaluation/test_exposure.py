@@ -44,6 +44,26 @@ def test_each_position_averages_over_the_samples_that_reach_it():
     assert found.samples_reaching == Reaching([2, 1], [1, 1])
 
 
+def test_which_prompts_go_on_is_no_exposure_bias():
+    """Each prompt has one divergence, the same along the texts of both models, which stop at different lengths."""
+    divergence = torch.tensor([1.0, 3.0, 9.0], dtype=torch.float64)[:, None, None].expand(3, 2, 6)
+    student = torch.tensor([[1, 2], [6, 3], [6, 6]])  # goes on where it errs
+    teacher = torch.tensor([[6, 6], [6, 1], [2, 3]])
+    found = excess_accumulated_error(divergence, divergence, student, teacher)
+    assert found.length == [1, 2, 3, 4, 5, 6]
+    assert found.exaccerr == pytest.approx([0.0] * 6, abs=1e-12)
+    assert found.regret == pytest.approx([13 / 3, 26 / 3, 26 / 3 + 6, 26 / 3 + 9, 26 / 3 + 12, 26 / 3 + 15])
+    assert found.samples_reaching == Reaching([6, 5, 4, 3, 3, 3], [6, 5, 4, 3, 3, 3])
+    assert found.name == "prompt-weighted ExAccErr"
+
+
+def test_every_prompt_weighs_the_same_however_many_of_its_samples_go_on():
+    student = torch.tensor([[[1.0, 2.0]] * 3, [[1.0, 8.0]] * 3])
+    lengths = torch.tensor([[2, 2, 2], [2, 1, 1]])
+    found = excess_accumulated_error(student, torch.ones_like(student), lengths, torch.full((2, 3), 2))
+    assert found.regret == pytest.approx([1, 1 + (2 + 8) / 2]) and found.expected == pytest.approx([1, 2])
+
+
 def test_the_curve_stops_where_few_samples_are_left():
     student, n = samples([[1.0] * 6] * 8)
     lengths = torch.tensor([6, 3, 3, 3, 2, 2, 2, 2])[:, None]  # 4 of 8 reach position 3, 1 reaches 4

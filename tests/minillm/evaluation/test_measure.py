@@ -63,6 +63,7 @@ def test_everything_is_measured_and_is_json(world):
     ]
     assert result["rouge_l"]["sampled"]["by_seed"] == pytest.approx(by_seed)
     assert result["rouge_l"]["sampled"]["mean"] == pytest.approx(sum(by_seed) / 3)
+    assert result["exposure_bias"]["weighting"] == "prompts"
     first = result["exposure_bias"]["exaccerr"][0]  # %, in float32: before the first token, one prefix
     assert first == pytest.approx(0, abs=1e-4)
     assert sum(part["prompts"] for part in result["by_reference_length"].values()) == len(examples)

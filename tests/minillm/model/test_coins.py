@@ -5,6 +5,7 @@ import torch
 
 from minillm.model.coins import share_coins
 from minillm.model.head import CausalLM
+from minillm.model.masks import takes_masks
 from minillm.model.sampling import Decoding, draw_uniforms, sample
 
 T = 24
@@ -63,6 +64,7 @@ def test_samples_of_one_prompt_and_unequal_heads(make_llama):
 @pytest.mark.parametrize("alpha", [0.05, 0.2, 0.5])
 def test_the_teacher_runs_once_for_each_of_its_positions_and_once_at_the_end(pair, alpha):
     calls = []
+    assert takes_masks(pair[1])  # tried once, which is not counted
     pair[1].model.base_model.register_forward_hook(lambda *_: calls.append(1))
     uniforms = share_coins(draw_uniforms(3, T, len(PROMPTS)), 1)
     sample(*pair, PROMPTS, Decoding(T, (), coins_first=True), alpha=alpha, uniforms=uniforms)

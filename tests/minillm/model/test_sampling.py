@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from minillm.model.head import CausalLM
+from minillm.model.masks import takes_masks
 from minillm.model.sampling import Decoding, decode, draw_uniforms, greedy, greedy_responses, sample
 
 PROMPTS = [[5, 9, 17, 33, 2], [7], [100, 3, 45]]
@@ -209,6 +210,7 @@ def test_tokens_do_not_depend_on_what_is_decoded_together(pair, chunk_size, copi
 def test_rows_that_have_ended_are_dropped(pair):
     """Rows that went through the student, against the tokens that exist: without dropping, all rows go to the end."""
     rows = []
+    assert takes_masks(pair[0])  # tried once, which is not counted
     pair[0].model.base_model.register_forward_hook(lambda _, __, output: rows.append(len(output.last_hidden_state)))
     rollout = roll(*pair, MANY * 4, frequent_ends(0))
     steps = rollout.token_ids.shape[1]
@@ -220,6 +222,7 @@ def test_rows_that_have_ended_are_dropped(pair):
 
 def test_a_chunk_bounds_the_rows_decoded_at_once(pair):
     rows = []
+    assert takes_masks(pair[0])  # tried once, which is not counted
     pair[0].model.base_model.register_forward_hook(lambda _, __, output: rows.append(len(output.last_hidden_state)))
     roll(*pair, MANY, replace(SIX, chunk_size=4))
     assert max(rows) == 4

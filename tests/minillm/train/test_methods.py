@@ -43,6 +43,12 @@ def learnt(step):
     return rows
 
 
+def test_a_rollout_keeps_no_states_that_nobody_reads(make):
+    context = make("minillm")
+    rollout = context.roll_out(0, context.examples[:2], context.teacher, 0.2)
+    assert rollout.student_hidden is None and rollout.teacher_hidden is not None
+
+
 def test_seqkd_learns_from_the_teachers_text_and_samples_it_once(make, tmp_path):
     context = make("seqkd")
     method = METHODS["seqkd"](context, tmp_path)
