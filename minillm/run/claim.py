@@ -180,7 +180,7 @@ def _check_space(path: Path, needed: int) -> None:
     free, there = shutil.disk_usage(path).free, size_of(path)
     if needed > free + there:
         raise ConfigError(
-            f"checkpoints and the student will take {needed / 2**30:.2f} GiB, but there is room for "
-            f"{(free + there) / 2**30:.2f} GiB at {path}: make room, give another --output, or lower "
+            f"checkpoints and the student will take {needed / 2**20:,.1f} MiB, but there is room for "
+            f"{(free + there) / 2**20:,.1f} MiB at {path}: make room, give another --output, or lower "
             "log.checkpoints_kept"
         )
