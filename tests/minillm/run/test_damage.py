@@ -1,4 +1,4 @@
-"""A checkpoint is compared with its manifest and with the student before it is used; the one before takes its place."""
+"""A checkpoint is compared with its manifest and with the student before it is used, or the one before is."""
 
 import json
 import shutil
