@@ -1,4 +1,4 @@
-"""A student that cannot be written is found before it is trained; one that could not be written leaves nothing behind."""
+"""A student that cannot be written is found before it is trained; what could not be written leaves nothing behind."""
 
 import functools
 import resource
@@ -46,7 +46,7 @@ def test_a_configuration_that_cannot_be_saved(student):
 def test_a_configuration_that_describes_another_model(student, key, value):
     model, tokenizer = student
     setattr(model.config, key, value)
-    with pytest.raises(ConfigError, match="could be trained, but not written at the end and read again .*layers"):
+    with pytest.raises(ConfigError, match=r"could be trained, but not written at the end and read again .*layers"):
         check_export(model, tokenizer)
 
 
