@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -42,6 +42,7 @@ from minillm.run.verify import (
     check_moments,
     check_progress,
     check_random,
+    crc32_of,
     verified_files,
     write_manifest,
 )
@@ -288,6 +289,9 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
     model."""
     try:
         weights = load_file(path)
+        with safe_open(path, "pt") as file:
+            if crc32_of(weights) != file.metadata().get("crc32"):
+                raise CheckpointError("its checksum differs")
         check_alike(weights, trained(model))
         check_finite(weights)
     except (OSError, SafetensorError, CheckpointError) as error:
@@ -299,7 +303,8 @@ def write_weights(model: nn.Module, path: Path) -> None:
     """The trained weights alone, as one file that is whole or absent. Raises CheckpointError."""
     try:
         with whole_or_absent(path) as partial:
-            save_file(_plain(trained(model)), partial, metadata={"format": "pt"})
+            weights = {name: value.cpu() for name, value in _plain(trained(model)).items()}
+            save_file(weights, partial, metadata={"format": "pt", "crc32": crc32_of(weights)})
             flush(partial)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(

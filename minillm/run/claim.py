@@ -18,7 +18,7 @@ from minillm.config.recipe import Recipe, load_recipe
 from minillm.config.schema import ConfigError
 from minillm.files import remove_partials, size_of, write_atomically
 from minillm.run import checkpoint
-from minillm.run.checkpoint import Checkpoint
+from minillm.run.checkpoint import Checkpoint, CheckpointError
 
 LOCK, HOLDER = "run.lock", "run.lock.json"
 
@@ -169,7 +169,10 @@ def _tidy(run: Path) -> None:
 def _resumed(run: Path, resume: str, recipe: Recipe, student: nn.Module | None) -> Checkpoint | None:
     if resume == "auto":
         return checkpoint.newest_usable(run, recipe, student)
-    found = checkpoint.load(Path(resume), recipe, student)
+    try:
+        found = checkpoint.load(Path(resume), recipe, student)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. --resume auto goes on from the newest that can be used") from error
     for later in checkpoint.later_than(found.path):
         print(f"{later} is of a later step: it is kept as {checkpoint.set_aside(later, 'later')}", flush=True)
     return found

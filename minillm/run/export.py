@@ -89,7 +89,10 @@ def export(run: Path, source: Path | None, output: Path) -> Path:
     recipe = load_recipe(run / "config.yaml")
     settings = recipe.run.model
     student = load_student(recipe.run, load_teacher(recipe.run) if settings.drop_layers is not None else None)
-    found = checkpoint.load(source, recipe, student)
+    try:
+        found = checkpoint.load(source, recipe, student)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. Name another one by --checkpoint") from error
     checkpoint.restore_weights(student, found.groups[checkpoint.weights_name(student)])
     write_model(student, load_tokenizer(settings.student or settings.teacher), output)
     return source

@@ -4,6 +4,7 @@ The checks refuse by CheckpointError, with what is wrong alone; the caller says 
 """
 
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,14 @@ def verified_files(folder: Path) -> list[str]:
         if (found := _stamp(folder / name)) != stamp:
             raise ValueError(f"{name} has {found}, {MANIFEST} says {stamp}")
     return list(stamps)
+
+
+def crc32_of(tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of tensors on the CPU, in the order of their names: for a file that has no manifest."""
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"
 
 
 def check_progress(progress: "Progress", recipe: Recipe) -> None:

@@ -19,13 +19,16 @@ class WorkerLost(RuntimeError):
     @staticmethod
     def caused(error: RuntimeError) -> bool:
         """Gloo and NCCL have no exception of their own for it."""
-        words = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe", "Connection refused")
+        words = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe")
         return any(word in str(error) for word in words)
 
     @classmethod
     def of(cls, error: RuntimeError, go_on: str) -> "WorkerLost":
-        first = str(error).strip().partition("\n")[0][:200]
-        return cls(f"another process of this run has ended ({first}); its own output says why. {go_on}")
+        return cls(f"another process of this run has ended ({_first_line(error)}); its own output says why. {go_on}")
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).strip().partition("\n")[0][:200]
 
 
 @contextmanager
@@ -38,9 +41,12 @@ def first_process_tells() -> Iterator[None]:
     import torch
     from accelerate import PartialState
 
-    with _limited(START_SECONDS):
-        # without cpu=True, several processes on a machine without accelerator would be as many runs of their own
-        state = PartialState(cpu=not torch.accelerator.is_available())
+    try:
+        with _limited(START_SECONDS):
+            # without cpu=True, several processes on a machine without accelerator would be as many runs of their own
+            state = PartialState(cpu=not torch.accelerator.is_available())
+    except torch.distributed.DistError as error:
+        raise WorkerLost(f"the processes of this run have not found each other: {_first_line(error)}") from error
     with (
         unbroken_output(),
         open(os.devnull, "w", encoding="utf-8") as nowhere,
