@@ -56,8 +56,10 @@ def distill(
         stage), `summary` (what summary.json holds) and `path` (the run directory).
 
     Raises:
-        ConfigError, DataError, PackageError: a setting, a source or a package that cannot be used; found before any
-            work that could be lost.
+        ConfigError, DataError, PackageError: a setting, a source, a package or a run directory that cannot be used;
+            found before any work that could be lost.
+        CheckpointError: a checkpoint that cannot be used, or something that could not be written; the message says
+            how to go on.
         FileNotFoundError: no such recipe, or nothing to resume from.
         FloatingPointError: the loss is not finite.
         Interrupted: a signal asked to stop (SIGTERM, Ctrl-C); everything up to that step is saved, and the message

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from minillm.terminal import print_anything, printable
+from minillm.terminal import print_anything, printable, silence, unbroken_output
 
 if TYPE_CHECKING:
     from minillm.config.recipe import Recipe
@@ -30,10 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _user_errors() as error:
         print(f"minillm: {printable(str(error))}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has had enough
+        silence(sys.stdout)
+        return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        print(f"minillm: {error}. Make room, then --resume auto goes on from the last checkpoint", file=sys.stderr)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "Make room" if full else "Name files and directories that can be read and written"
+        resume = ", then --resume auto goes on from the last checkpoint" if hasattr(options, "resume") else ""
+        print(f"minillm: {printable(str(error))}. {advice}{resume}", file=sys.stderr)
         return 2
 
 
@@ -46,15 +50,16 @@ def _run(recipe: "Recipe", options: argparse.Namespace, with_evaluation: bool = 
     from minillm.run.workers import WorkerLost, first_process_tells
 
     _quiet()
-    with first_process_tells():
-        try:
-            with exit_on_signal():
-                run_recipe(recipe, options.command_line, with_evaluation, options.resume, options.doctor)
-        except Interrupted as stop:
-            print(f"stopped. {stop}", flush=True)
-        except WorkerLost as lost:
-            print(f"minillm: {lost}", file=sys.stderr, flush=True)
-            os._exit(2)  # the usual way out waits for the process that is gone
+    try:
+        with first_process_tells():
+            try:
+                with exit_on_signal():
+                    run_recipe(recipe, options.command_line, with_evaluation, options.resume, options.doctor)
+            except Interrupted as stop:
+                print(f"stopped. {stop}", flush=True)
+    except WorkerLost as lost:
+        print(f"minillm: {lost}", file=sys.stderr, flush=True)
+        os._exit(2)  # the usual way out waits for the process that is gone
     return 0
 
 
@@ -77,9 +82,11 @@ def evaluate(options: argparse.Namespace, flags: list[str]) -> int:
 
     import minillm
     from minillm.config.recipe import parse_flags
-    from minillm.files import flatten, write_atomically
+    from minillm.files import check_writable, flatten, write_atomically
     from minillm.report.summary import evaluation_text
 
+    if options.out:
+        check_writable(Path(options.out))  # before the work
     overrides = dict(flatten(parse_flags(flags)))
     result = minillm.evaluate(options.model, options.data, teacher=options.teacher, **overrides)
     from accelerate import PartialState
@@ -128,7 +135,7 @@ def study(options: argparse.Namespace, flags: list[str]) -> int:
 
     _quiet()
     try:
-        with exit_on_signal():
+        with unbroken_output(), exit_on_signal():
             while plan.unfinished():
                 written = run_next(plan, options.command_line)
                 print(f"wrote {written}" if written else "other runs are at all cells that could run now", flush=True)

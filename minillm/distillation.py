@@ -19,10 +19,11 @@ from minillm.model.head import CausalLM
 from minillm.model.load import load_student, load_teacher, load_tokenizer
 from minillm.report.summary import card, changes, run_text
 from minillm.run.directory import RunDirectory
+from minillm.run.export import check_export
 from minillm.run.workers import WorkerLost
 from minillm.train.context import Context
 from minillm.train.loop import train
-from minillm.train.preflight import prepare
+from minillm.train.preflight import check_same_everywhere, prepare, space_needed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,25 +73,45 @@ def run_recipe(
     examples = evaluation_set(recipe.run, tokenizer, recipe.training_sources) if with_evaluation else []
     if examples:
         check_measurable(student, teacher, examples, recipe.run)
-    run = RunDirectory(recipe, resume, command)
-    if not command:
+    check_same_everywhere(recipe, trainings, examples)
+    check_export(student.model, tokenizer)
+    with RunDirectory(recipe, resume, command, student.model, space_needed(recipe, student.model)) as run:
+        return _run(run, student, teacher, tokenizer, trainings, examples, started)
+
+
+def _run(
+    run: RunDirectory,
+    student: CausalLM,
+    teacher: CausalLM | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    trainings: Mapping[str, Context],
+    examples: Sequence[Example],
+    started: float,
+) -> Run:
+    """All that follows the checks."""
+    recipe = run.recipe
+    if not run.command:
         run.command = shlex.join(["minillm", "distill" if examples else "train", str(run.path / "config.yaml")])
     seconds = {"load": time.perf_counter() - started}
     _introduce(run, student, teacher, tokenizer, trainings)
 
     evaluations: dict[str, Evaluation] = {}
-    if examples:
-        evaluations[START] = _evaluated(START, run, student, teacher, tokenizer, examples)
+
+    def evaluate(name: str, model: CausalLM, against: CausalLM | None) -> None:
+        if examples:
+            evaluations[name] = _evaluated(name, run, model, against, tokenizer, examples)
+            run.write("samples.jsonl", _samples(evaluations))
+
+    evaluate(START, student, teacher)
     step = 0
     for name, training in trainings.items():
         if name not in run.stages:  # else done before the checkpoint that was resumed from
             run.stages[name] = _trained(name, training, run, step)
             run.export(student.model, tokenizer)  # before the evaluation: what was trained is kept, whatever follows
         step += recipe.stages[name].optim.steps
-        if examples:
-            evaluations[name] = _evaluated(name, run, student, teacher, tokenizer, examples)
-    if examples and teacher is not None:
-        evaluations[TEACHER] = _evaluated(TEACHER, run, teacher, None, tokenizer, examples)
+        evaluate(name, student, teacher)
+    if teacher is not None:
+        evaluate(TEACHER, teacher, None)
 
     seconds |= _seconds(run.stages, evaluations)
     seconds["total"] = sum(seconds.values()) if run.resumed else time.perf_counter() - started
@@ -170,9 +191,15 @@ def _evaluated(
     parts = PARTS if teacher is not None else ("greedy",)
     evaluation = measure(model, teacher, tokenizer, examples, run.recipe.run, parts)
     run.write(file, evaluation.to_dict())
-    for each in evaluation.responses:
-        run.sample({"stage": name, "prompt": each.prompt, "response": each.greedy})
     return evaluation
+
+
+def _samples(evaluations: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
+    return [
+        {"stage": name, "prompt": each.prompt, "response": each.greedy}
+        for name, evaluation in evaluations.items()
+        for each in evaluation.responses
+    ]
 
 
 def _trained(name: str, training: Context, run: RunDirectory, step: int) -> dict[str, Any]:
@@ -185,7 +212,7 @@ def _trained(name: str, training: Context, run: RunDirectory, step: int) -> dict
     except RuntimeError as error:
         if not WorkerLost.caused(error):
             raise
-        raise WorkerLost.of(error, run) from error
+        raise WorkerLost.of(error, run.how_to_resume()) from error
     stage = run.recipe.stages[name]
     taken = time.perf_counter() - began + spent
     return {"method": stage.method, "steps": stage.optim.steps, "seconds": taken, **totals}

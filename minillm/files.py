@@ -1,17 +1,63 @@
-"""Files that are whole or absent, and nested data as flat keys."""
+"""Files that are whole or absent, their checksums, and nested data as flat keys."""
 
 import os
+import re
+import shutil
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
+def partial_of(path: Path) -> Path:
+    """Where this process writes a file or directory until it is whole: beside it, hidden."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a directory, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_partials(folder: Path) -> None:
+    """Delete what processes that were killed have left half-written in a folder."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.\d+", path.name):
+            remove(path)
+
+
+@contextmanager
+def whole_or_absent(path: Path) -> Iterator[Path]:
+    """Gives the name under which to write a file or a directory; it takes the place of `path` when the block has
+    ended, and is deleted when the block has failed."""
+    partial = partial_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(partial)
+        yield partial
+        if partial.is_dir():
+            remove(path)
+        os.replace(partial, path)
+    except BaseException:
+        remove(partial)
+        raise
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a file that is either absent or whole, whatever interrupts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with whole_or_absent(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError where a file could not be written, before the work whose result it is to hold."""
+    with whole_or_absent(path.with_name(f"{path.name}.tried")) as partial:
+        partial.touch()
+    path.with_name(f"{path.name}.tried").unlink()
 
 
 def read_lines(path: Path) -> list[str]:
@@ -35,6 +81,20 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def checksum(path: Path) -> str:
+    """CRC-32 of a file: it finds damage, which is all that is asked of it, at the speed of the memory."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

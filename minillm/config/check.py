@@ -1,10 +1,13 @@
 """What must hold between the values of a configuration."""
 
+import dataclasses
 import difflib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from minillm.config.schema import ConfigError, RunConfig, StageConfig
+from minillm.config.schema import ConfigError, OptimConfig, RunConfig, StageConfig
+from minillm.files import flatten
 from minillm_kernels.rows import DIVERGENCES
 
 METHODS = ("sft", "kd", "seqkd", "gkd", "minillm")
@@ -20,6 +23,7 @@ OF_TEMPLATE = (
 
 def check_run(run: RunConfig) -> None:
     """Refuse settings of a run that contradict each other; enough for evaluation, of any model."""
+    _finite(run)
     one_of("model.head", run.model.head, ("fused", "logits"))
     one_of("model.dtype", run.model.dtype, DTYPES)
     one_of("model.compute_dtype", run.model.compute_dtype, ("auto", *DTYPES))
@@ -50,6 +54,7 @@ def check_seed(path: str, seed: int) -> None:
 
 def check_stage(stage: StageConfig, run: RunConfig) -> None:
     """Refuse settings of a stage that contradict each other, the run or the method's mathematics."""
+    _finite(stage)
     one_of("method", stage.method, METHODS)
     one_of("loss.divergence", stage.loss.divergence, DIVERGENCES)
     one_of("optim.schedule", stage.optim.schedule, ("constant", "linear", "cosine"))
@@ -61,6 +66,7 @@ def check_stage(stage: StageConfig, run: RunConfig) -> None:
     _at_least_one(stage.objective, "objective", "pt_batch_size")
     _at_least_one(stage.optim, "optim", "steps", "batch_size", "micro_batch_size")
     _at_least_one(stage.validation, "validation", "prompts", "greedy_tokens")
+    _check_optim(stage.optim)
     _between_zero_and_one(stage.rollout, "rollout", "alpha", "on_policy", "on_policy_step")
     _between_zero_and_one(stage.loss, "loss", "beta")
     _between_zero_and_one(stage.objective, "objective", "pt_teacher", "discount")
@@ -87,6 +93,33 @@ def check_stage(stage: StageConfig, run: RunConfig) -> None:
         raise ConfigError(f"rollout.chunk_size is {stage.rollout.chunk_size}; give a number, or 0 for all at once")
     if stage.method == "minillm":
         _check_minillm(stage)
+
+
+def _finite(section: Any) -> None:
+    """Refuse .nan and .inf, whatever they are given for."""
+    for path, value in flatten(dataclasses.asdict(section)):
+        if not all(map(math.isfinite, _floats(value))):
+            raise ConfigError(f"{path} is {value}; expected a finite number")
+
+
+def _floats(value: Any) -> Iterator[float]:
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _floats(item)
+    elif isinstance(value, dict):
+        yield from _floats(list(value.values()))
+    elif isinstance(value, float):
+        yield value
+
+
+def _check_optim(optim: OptimConfig) -> None:
+    for key in ("lr", "weight_decay", "warmup_steps"):
+        if getattr(optim, key) < 0:
+            raise ConfigError(f"optim.{key} is {getattr(optim, key)}; it must be at least 0")
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        raise ConfigError(f"optim.betas is {list(optim.betas)}; both lie in [0, 1)")
+    if optim.max_grad_norm <= 0:
+        raise ConfigError(f"optim.max_grad_norm is {optim.max_grad_norm}; it must be above 0")
 
 
 def _at_least_one(section: Any, name: str, *keys: str) -> None:

@@ -6,37 +6,51 @@
                           memory.safetensors      rollouts still in use
                           progress.json           stage, step, counters, and the configuration of the run
                           config.json             of the model: from_pretrained loads the directory
+                          manifest.json           size and CRC-32 of every file above
                           DONE
 
 A save writes to a hidden directory beside, flushes it to the disk, DONE last, and renames: whatever interrupts, the
-checkpoint before stays. The position in the data is the step's number (minillm/train).
+checkpoint before stays. Before one is used, its files are compared with the manifest, and its tensors with the student
+that they are for. Other names in the folder, such as step-5.bak, are nobody's business here. The position in the data
+is the step's number (minillm/train).
 """
 
 import dataclasses
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minillm.config.recipe import Recipe
 from minillm.config.schema import ConfigError
-from minillm.files import flatten, flush
+from minillm.files import flatten, flush, partial_of, remove, whole_or_absent
+from minillm.run.verify import (
+    MOMENTS,
+    CheckpointError,
+    check_alike,
+    check_finite,
+    check_moments,
+    check_progress,
+    check_random,
+    crc32_of,
+    verified_files,
+    write_manifest,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written or taken up; the message names the one that is whole, and what to do."""
+STEP = re.compile(r"step-(0|[1-9]\d*)")
 
 
 @dataclass
@@ -83,35 +97,40 @@ def save(
 ) -> Path:
     """Write folder/step-N of the tensors in `groups`, then delete all but the newest `keep`.
 
-    Raises CheckpointError when it cannot be written; then the checkpoints before are untouched.
+    Raises CheckpointError when it cannot be written, FloatingPointError for weights or moments that are not finite;
+    then the checkpoints before are untouched.
     """
     target = folder / f"step-{progress.global_step}"
-    partial = folder / f".step-{progress.global_step}"
+    before = latest(folder.parent)
+    whole = f"The one before, {before}, is whole" if before else "There is none before it"
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed while saving
-        partial.mkdir(parents=True)
-        for name, tensors in groups.items():
-            if tensors:
-                save_file(_plain(tensors), partial / f"{name}.safetensors", metadata={"format": "pt"})
-        model.config.save_pretrained(partial)
-        state = {"progress": dataclasses.asdict(progress), "config": recipe.to_dict()}
-        (partial / "progress.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        (partial / "DONE").touch()
-        for path in (*partial.iterdir(), partial):
-            flush(path)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
+        _check_finite(groups)
+    except CheckpointError as error:
+        raise FloatingPointError(
+            f"{progress.stage}, step {progress.step}: {error} after the update, and no checkpoint is written of that: "
+            f"lower optim.lr. {whole}"
+        ) from error
+    try:
+        with whole_or_absent(target) as partial:
+            partial.mkdir()
+            for name, tensors in groups.items():
+                if tensors:
+                    save_file(_plain(tensors), partial / f"{name}.safetensors", metadata={"format": "pt"})
+            model.config.save_pretrained(partial)
+            state = {"progress": dataclasses.asdict(progress), "config": recipe.to_dict()}
+            (partial / "progress.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+            write_manifest(partial)
+            (partial / "DONE").touch()
+            for path in (*partial.iterdir(), partial):
+                flush(path)
         flush(folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        before = latest(folder.parent)
-        whole = f"The one before, {before}, is whole" if before else "There is none before it"
         raise CheckpointError(
             f"no checkpoint could be written at step {progress.global_step}: {error}. {whole}"
         ) from error
     for old in list(_whole(folder))[:-keep]:
-        (old / "DONE").unlink()  # first: half deleted, it must not pass for whole
-        shutil.rmtree(old)
+        os.replace(old, partial_of(old))  # half deleted, it must not pass for whole
+        shutil.rmtree(partial_of(old))
     return target
 
 
@@ -123,22 +142,78 @@ def latest(run: Path) -> Path | None:
 
 def best_steps(run: Path, stage: str) -> set[float]:
     """The steps of the best validations that the whole checkpoints of a stage know of."""
-    found = [json.loads((path / "progress.json").read_text(encoding="utf-8")) for path in _whole(run / "checkpoints")]
-    kept = [state["progress"] for state in found]
-    return {progress["best"]["step"] for progress in kept if progress["stage"] == stage and progress["best"]}
+    known = set()
+    for path in _whole(run / "checkpoints"):
+        try:
+            progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))["progress"]
+            if progress["stage"] == stage and progress["best"]:
+                known.add(progress["best"]["step"])
+        except (OSError, ValueError, KeyError, TypeError):  # damaged meanwhile: nothing will be resumed from it
+            continue
+    return known
 
 
-def load(path: Path, recipe: Recipe) -> Checkpoint:
-    """Read a checkpoint, which must be whole and of this recipe.
+def newest_usable(run: Path, recipe: Recipe, student: nn.Module | None) -> Checkpoint | None:
+    """The newest checkpoint of a run directory that `load` accepts; None where there is none at all. Newer ones that
+    are damaged are set aside, with a message.
 
-    Raises FileNotFoundError or ConfigError.
+    Raises CheckpointError when all are damaged.
     """
+    damaged: dict[Path, CheckpointError] = {}
+    for path in reversed(list(_whole(run / "checkpoints"))):
+        try:
+            found = load(path, recipe, student)
+        except CheckpointError as error:
+            damaged[path] = error
+            continue
+        for other, why in damaged.items():
+            print(f"{why}. It is kept as {set_aside(other, 'damaged')}; going on from {path}", flush=True)
+        return found
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint of {run} can be used: {'; '.join(map(str, damaged.values()))}. To start anew, delete "
+            f"{run / 'checkpoints'}"
+        )
+    return None
+
+
+def later_than(path: Path) -> list[Path]:
+    """The whole checkpoints beside one that are of later steps."""
+    found = list(_whole(path.parent))
+    return found[found.index(path) + 1 :] if path in found else []
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Rename a checkpoint to step-N.WHY, which no run reads, replaces or deletes."""
+    target = path.with_name(f"{path.name}.{why}")
+    remove(target)
+    os.replace(path, target)
+    return target
+
+
+def check_whole(path: Path) -> None:
+    """Raises FileNotFoundError where no save has ended."""
     if not (path / "DONE").exists():
         raise FileNotFoundError(
             f"no whole checkpoint at {path}: give a directory checkpoints/step-N that holds DONE, or --resume auto"
         )
-    state = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-    ours, theirs = (dict(flatten(tree)) for tree in (recipe.to_dict(), state["config"]))
+
+
+def load(path: Path, recipe: Recipe, student: nn.Module | None = None) -> Checkpoint:
+    """Read a checkpoint, which must be whole, undamaged and of this recipe; with `student`, of weights and moments
+    that fit it.
+
+    Raises FileNotFoundError, ConfigError for one of another recipe, CheckpointError for a damaged one.
+    """
+    check_whole(path)
+    try:
+        names = verified_files(path)
+        state = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+        progress, theirs = Progress(**state["progress"]), dict(flatten(state["config"]))
+        groups = {Path(name).stem: load_file(path / name) for name in names if name.endswith(".safetensors")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]})") from error
+    ours = dict(flatten(recipe.to_dict()))
     differing = [key for key in ours | theirs if ours.get(key) != theirs.get(key) and not _immaterial(key)]
     if differing:
         shown = "; ".join(f"{key} is {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differing[:3])
@@ -147,9 +222,17 @@ def load(path: Path, recipe: Recipe) -> Checkpoint:
             f"{path} is of another run: {shown}{more}. Resume that run with its own configuration: "
             f"minillm train {path.parent.parent / 'config.yaml'} --resume {path}"
         )
-    names = [file.stem for file in path.glob("*.safetensors")]
-    groups = {name: load_file(path / f"{name}.safetensors") for name in names}
-    return Checkpoint(path, Progress(**state["progress"]), groups)
+    try:
+        _check_finite(groups)
+        if student is not None:
+            parameters = trained(student)
+            check_progress(progress, recipe)
+            check_alike(groups.get(weights_name(student), {}), parameters)
+            check_moments(groups.get("optimizer", {}), parameters, progress.step)
+            check_random(groups.get("random", {}))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} cannot be used ({error})") from error
+    return Checkpoint(path, progress, groups)
 
 
 # ---- what a training consists of
@@ -182,7 +265,7 @@ def restore(model: nn.Module, optimizer: Any, accelerator: Accelerator, groups: 
     parameters = trained(model)
     restore_weights(model, groups[weights_name(model)])
     for name, parameter in parameters.items():
-        moments = {key: groups["optimizer"].get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
+        moments = {key: groups["optimizer"].get(f"{name}.{key}") for key in MOMENTS}
         optimizer.optimizer.state[parameter] = {
             key: value.to(parameter.device) for key, value in moments.items() if value is not None
         }
@@ -194,23 +277,45 @@ def restore(model: nn.Module, optimizer: Any, accelerator: Accelerator, groups: 
 
 @torch.no_grad()
 def restore_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    for name, parameter in trained(model).items():
+    """Raises CheckpointError for weights of another model."""
+    parameters = trained(model)
+    check_alike(weights, parameters)
+    for name, parameter in parameters.items():
         parameter.copy_(weights[name])
+
+
+def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """What `write_weights` wrote of this model. Raises CheckpointError for a file that is gone, damaged or of another
+    model."""
+    try:
+        weights = load_file(path)
+        with safe_open(path, "pt") as file:
+            if crc32_of(weights) != file.metadata().get("crc32"):
+                raise CheckpointError("its checksum differs")
+        check_alike(weights, trained(model))
+        check_finite(weights)
+    except (OSError, SafetensorError, CheckpointError) as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
+    return weights
 
 
 def write_weights(model: nn.Module, path: Path) -> None:
     """The trained weights alone, as one file that is whole or absent. Raises CheckpointError."""
-    partial = path.with_name(f".{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(_plain(trained(model)), partial, metadata={"format": "pt"})
-        flush(partial)
-        os.replace(partial, path)
+        with whole_or_absent(path) as partial:
+            weights = {name: value.cpu() for name, value in _plain(trained(model)).items()}
+            save_file(weights, partial, metadata={"format": "pt", "crc32": crc32_of(weights)})
+            flush(partial)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise CheckpointError(
             f"{path} could not be written: {error}. Make room, then --resume auto goes on from the last checkpoint"
         ) from error
+
+
+def _check_finite(groups: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Of the weights and the moments; a method's memory may hold infinities."""
+    for name in ("model", "adapter", "optimizer"):
+        check_finite(groups.get(name, {}))
 
 
 def _plain(tensors: Any) -> dict[str, Tensor]:
@@ -219,7 +324,7 @@ def _plain(tensors: Any) -> dict[str, Tensor]:
 
 def _whole(folder: Path) -> Iterator[Path]:
     """Whole checkpoints, oldest first."""
-    found = [path for path in folder.glob("step-*") if (path / "DONE").exists()]
+    found = [path for path in folder.glob("step-*") if STEP.fullmatch(path.name) and (path / "DONE").exists()]
     yield from sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 

@@ -1,31 +1,34 @@
 """A run directory: everything a run leaves behind, and the line it prints per log step.
 
 config.yaml        everything resolved            environment.json  versions, backends, hardware
-metrics.jsonl      one object per log step        samples.jsonl     prompts with responses, at each evaluation
+metrics.jsonl      one object per log step        samples.jsonl     prompts with responses, of each evaluation
 evaluations/       one JSON per stage             stages/NAME/      best weights, teacher's answers
 checkpoints/step-N/  minillm/run/checkpoint.py        model/            what from_pretrained loads, with tokenizer
+run.lock           held while a run writes here (minillm/run/claim.py)
 
 Under several processes the first one writes, and all know the path.
 """
 
 import json
+import math
 import platform
 import shlex
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minillm.config.recipe import Recipe, load_recipe, save
+from minillm.config.recipe import Recipe, save
 from minillm.config.schema import ConfigError
 from minillm.files import read_lines, write_atomically
 from minillm.run import checkpoint
 from minillm.run.checkpoint import Checkpoint, Progress
+from minillm.run.claim import Claim, claim
 from minillm.run.clock import duration
 from minillm.run.export import write_model
 from minillm.run.trackers import open_trackers
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "rouge-score", "minillm-kernels")
@@ -43,39 +46,59 @@ SHOWN = {
 
 
 class RunDirectory:
-    """Writer of one run directory: a new one, or the one of the run that is resumed."""
+    """Writer of one run directory: a new one, or the one of the run that is resumed. As a context it ends with the
+    lock given back."""
 
-    def __init__(self, recipe: Recipe, resume: str = "", command: str = "") -> None:
+    def __init__(
+        self, recipe: Recipe, resume: str = "", command: str = "", student: "nn.Module | None" = None, space: int = 0
+    ) -> None:
         """`resume` is empty, "auto" (the newest checkpoint of this recipe's last run, if there is one) or a path.
+        `student` is what a checkpoint must fit, `space` the bytes that will be written.
 
-        Raises ConfigError or FileNotFoundError when there is nothing to write to or to resume from.
+        Raises ConfigError, FileNotFoundError, CheckpointError or OSError when there is nothing to write to or to
+        resume from.
         """
         from accelerate import PartialState
         from accelerate.utils import broadcast_object_list
 
         state = PartialState()
         self.recipe, self.command, self.main = recipe, command, state.is_main_process
-        found: list[Any] = [None, None]
+        self.claim: Claim | None = None
+        found: list[Any] = [None, None, None]
         if self.main:
             try:
-                found[0] = _directory(recipe, resume)
-            except (ConfigError, FileNotFoundError) as error:
-                found[1] = error
+                self.claim = claim(recipe, resume, student, space)
+                resumed = self.claim.resumed
+                found = [self.claim.path, resumed.path if resumed else None, None]
+            except (ConfigError, checkpoint.CheckpointError, OSError) as error:
+                found[2] = error
         if state.num_processes > 1:
             broadcast_object_list(found)
-        if found[1]:
-            raise found[1]
-        self.path, newest = found[0]
-        self.resumed: Checkpoint | None = checkpoint.load(newest, recipe) if newest else None
+        self.path, newest, failed = found
+        if failed:
+            raise failed
+        self.resumed: Checkpoint | None = None
+        if newest:
+            self.resumed = self.claim.resumed if self.claim else checkpoint.load(newest, recipe, student)
         self.stages: dict[str, dict[str, Any]] = dict(self.resumed.progress.stages) if self.resumed else {}
         self.environment = environment()
-        self.trackers = open_trackers(recipe.run.log.trackers, self.path, recipe.to_dict())
-        if self.main:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if self.resumed is None:
-                save(recipe, self.path / "config.yaml")
-            self._forget_what_came_later()
-        self.write("environment.json", self.environment)
+        try:
+            self.trackers = open_trackers(recipe.run.log.trackers, self.path, recipe.to_dict())
+            if self.main:
+                if self.resumed is None:
+                    save(recipe, self.path / "config.yaml")
+                self._forget_what_came_later()
+            self.write("environment.json", self.environment)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.claim:
+            self.claim.release()
 
     def log(self, stage: str, step: int, steps: int, global_step: int, metrics: dict[str, float], left: float) -> None:
         """Append to metrics.jsonl and print one line. `step` of `steps` counts within the stage, `left` is seconds."""
@@ -90,19 +113,21 @@ class RunDirectory:
         for tracker in self.trackers:
             tracker.finish()
 
-    def sample(self, row: dict[str, Any]) -> None:
-        self._append("samples.jsonl", row)
-
     def write(self, name: str, value: Any) -> None:
-        """A file of the run: text as it is, anything else as JSON."""
+        """A file of the run: text as it is, anything else as JSON, a list in a .jsonl as a line each."""
+        if not self.main:
+            return
+        if name.endswith(".jsonl"):
+            value = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in value)
         text = value if isinstance(value, str) else json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-        if self.main:
-            write_atomically(self.path / name, text)
+        write_atomically(self.path / name, text)
 
     def read(self, name: str) -> Any:
-        """What `write` wrote as JSON; None where there is no such file."""
-        path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        """What `write` wrote as JSON; None where there is no such file, or a damaged one."""
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
 
     def checkpoint(
         self,
@@ -111,7 +136,8 @@ class RunDirectory:
         model: "PreTrainedModel",
         keep: int,
     ) -> None:
-        """Write checkpoints/step-N. Raises CheckpointError, which says how to go on from the one before."""
+        """Write checkpoints/step-N. Raises CheckpointError, which says how to go on from the one before, and
+        FloatingPointError."""
         try:
             checkpoint.save(self.path / "checkpoints", self.recipe, progress, groups, model, keep)
         except checkpoint.CheckpointError as error:
@@ -128,7 +154,10 @@ class RunDirectory:
     def export(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
         """Write model/, or replace the one of the stage before; adapters merged, and alone in model/adapter/."""
         if self.main:
-            write_model(model, tokenizer, self.path / "model")
+            try:
+                write_model(model, tokenizer, self.path / "model")
+            except checkpoint.CheckpointError as error:
+                raise checkpoint.CheckpointError(f"{error}. {self.how_to_resume()}") from error
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         if self.main:
@@ -136,67 +165,28 @@ class RunDirectory:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def _forget_what_came_later(self) -> None:
-        """Metrics of steps that will be run again, or of a run that left no checkpoint; and that it had ended."""
+        """Metrics of steps and evaluations of stages that will be run again, or of a run that left no checkpoint; and
+        that it had ended. samples.jsonl is written anew from the evaluations."""
         (self.path / "summary.json").unlink(missing_ok=True)
-        done = self.resumed.progress.global_step if self.resumed else 0
+        done, ended = 0, set(self.stages)
+        if self.resumed:
+            progress = self.resumed.progress
+            done = progress.global_step
+            if progress.step == self.recipe.stages[progress.stage].optim.steps:
+                ended.add(progress.stage)
+        for name in self.recipe.stages.keys() - ended:
+            (self.path / "evaluations" / f"{name}.json").unlink(missing_ok=True)
         path = self.path / "metrics.jsonl"
         if path.exists():
-            kept = []
-            for line in read_lines(path):
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:  # the process was killed while it wrote this one
-                    continue
-                if row["step"] <= done:
-                    kept.append(line + "\n")
-            write_atomically(path, "".join(kept))
+            write_atomically(path, "".join(line + "\n" for line in read_lines(path) if _step(line) <= done))
 
 
-def _directory(recipe: Recipe, resume: str) -> tuple[Path, Path | None]:
-    """The directory to write to, and the checkpoint to go on from."""
-    if resume and resume != "auto":
-        path = Path(resume)
-        checkpoint.load(path, recipe)
-        return path.resolve().parent.parent, path
-    if resume == "auto":
-        before = _last_run(recipe)
-        if before is not None:
-            return before, checkpoint.latest(before)
-    return output_directory(recipe), None
-
-
-def _last_run(recipe: Recipe) -> Path | None:
-    """The newest directory in which this very recipe has run."""
-    given = Path(recipe.run.output)
-    candidates = [given] if recipe.run.output else _numbered(recipe)
-    for path in reversed(candidates):
-        config = path / "config.yaml"
-        if config.is_file() and load_recipe(config).digest() == recipe.digest():
-            return path
-    return None
-
-
-def output_directory(recipe: Recipe) -> Path:
-    """The directory asked for, which must be new; otherwise the first free one of runs/NAME, runs/NAME-2, …"""
-    if recipe.run.output:
-        path = Path(recipe.run.output)
-        if path.exists() and any(path.iterdir()):
-            raise ConfigError(f"{path} is not empty: give another --output, delete it, or --resume auto")
-        return path
-    taken = _numbered(recipe)
-    name = recipe.name if not taken else f"{recipe.name}-{len(taken) + 1}"
-    return Path("runs") / name
-
-
-def _numbered(recipe: Recipe) -> list[Path]:
-    """runs/NAME, runs/NAME-2, … as far as they exist."""
-    paths: list[Path] = []
-    while True:
-        number = len(paths) + 1
-        path = Path("runs") / (recipe.name if number == 1 else f"{recipe.name}-{number}")
-        if not path.exists():
-            return paths
-        paths.append(path)
+def _step(line: str) -> float:
+    """Of a line of metrics; of one that was cut when the process was killed, infinite."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def environment() -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """Signals that ask a run to stop: finish the step, save, say how to go on, exit 0.
 
 SIGTERM and SIGUSR1, as schedulers send them before they take a machine away; SIGINT, which is Ctrl-C, where a second
-one stops at once; SIGHUP, when a terminal closes.
+one stops at once; SIGHUP, when a terminal closes, unless nohup has it ignored.
 """
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +17,12 @@ from accelerate import Accelerator
 SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
 ]  # Windows has two of them
+
+
+def handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Let all of them call `handler`; returns those before. In the main thread."""
+    ignored = "SIGHUP" in signal.Signals.__members__ and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return {number: signal.signal(number, handler) for number in SIGNALS if not (ignored and number == signal.SIGHUP)}
 
 
 class Interrupted(Exception):
@@ -31,7 +38,7 @@ class Interrupt:
     def __enter__(self) -> "Interrupt":
         self.ours = threading.current_thread() is threading.main_thread()  # only there are signals handled
         if self.ours:
-            self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self.before = handle(self._note)
         return self
 
     def __exit__(
@@ -62,7 +69,7 @@ def exit_on_signal() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Interrupted("Nothing was being trained; --resume auto goes on from the last checkpoint")
 
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    before = handle(stop)
     try:
         yield
     finally:

@@ -1,10 +1,16 @@
 """Several processes of one run: the first one speaks for all, and one that is lost ends the others."""
 
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 
-from minillm.run.directory import RunDirectory
+from minillm.terminal import unbroken_output
+
+START_SECONDS = 180
+"""How long the processes of a run wait for each other at the start. They are launched together, and all that comes
+before is imports."""
 
 
 class WorkerLost(RuntimeError):
@@ -17,21 +23,62 @@ class WorkerLost(RuntimeError):
         return any(word in str(error) for word in words)
 
     @classmethod
-    def of(cls, error: RuntimeError, run: RunDirectory) -> "WorkerLost":
-        first = str(error).strip().partition("\n")[0][:200]
-        return cls(f"another process of this run has ended ({first}); its own output says why. {run.how_to_resume()}")
+    def of(cls, error: RuntimeError, go_on: str) -> "WorkerLost":
+        return cls(f"another process of this run has ended ({_first_line(error)}); its own output says why. {go_on}")
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).strip().partition("\n")[0][:200]
 
 
 @contextmanager
 def first_process_tells() -> Iterator[None]:
-    """What the other processes print goes nowhere."""
+    """Join the other processes. What they print goes nowhere, and what the first one prints keeps nobody from working.
+
+    Raises WorkerLost where another process ends; one that does not appear within START_SECONDS ends this process, with
+    a message and status 2.
+    """
     import torch
     from accelerate import PartialState
 
-    # without cpu=True, several processes on a machine without accelerator would be as many runs of their own
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    try:
+        with _limited(START_SECONDS):
+            # without cpu=True, several processes on a machine without accelerator would be as many runs of their own
+            state = PartialState(cpu=not torch.accelerator.is_available())
+    except torch.distributed.DistError as error:
+        raise WorkerLost(f"the processes of this run have not found each other: {_first_line(error)}") from error
     with (
+        unbroken_output(),
         open(os.devnull, "w", encoding="utf-8") as nowhere,
         nullcontext() if state.is_main_process else redirect_stdout(nowhere),
     ):
+        try:
+            yield
+        except WorkerLost:
+            raise
+        except RuntimeError as error:
+            if state.num_processes == 1 or not WorkerLost.caused(error):
+                raise
+            raise WorkerLost.of(error, "--resume auto goes on from the last checkpoint, if there is one") from error
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """The rendezvous has a limit of its own that is as long as that of every later wait: hours, where many work."""
+
+    def give_up() -> None:
+        print(
+            f"minillm: the other processes of this run have not appeared within {seconds:g} s; their own output says "
+            "why",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
         yield
+    finally:
+        timer.cancel()

@@ -83,6 +83,7 @@ def train(
         memory = {name: value.to(accelerator.device) for name, value in resumed.groups.get("memory", {}).items()}
         method.remember(memory, progress.step)
     selection = Selection(context, method, folder)
+    selection.weights(progress)  # what the end of the stage reads must be there before its first step
 
     def save() -> None:
         groups = {**checkpoint.state_of(model, optimizer, accelerator), "memory": method.memory}

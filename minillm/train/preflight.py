@@ -1,11 +1,15 @@
 """What can be known to go wrong is found here, before the first step: the data is read, and tried on the models."""
 
+import hashlib
+from array import array
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object
 
+from minillm.config.recipe import Recipe
 from minillm.config.schema import ConfigError, RunConfig, StageConfig
 from minillm.data.examples import Example, chunk_text, encode, read_records, read_text
 from minillm.model.check import check_blocks, check_context, check_decoding, check_ids, check_packing
@@ -16,7 +20,7 @@ from minillm.train.context import Context
 from minillm.train.selection import split_validation
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def prepare(
@@ -91,3 +95,52 @@ def longest(config: StageConfig, validates: bool) -> int:
         responses += [config.validation.greedy_tokens if method == "minillm" else data.max_response_length]
     text = config.objective.pt_length if method == "minillm" and config.objective.pt_weight > 0 else 0
     return max(data.max_prompt_length + max(responses), text)
+
+
+def check_same_everywhere(recipe: Recipe, trainings: Mapping[str, Context], evaluated: Sequence[Example]) -> None:
+    """Refuse processes that were given another recipe or other data than the first: they would train on as one, each
+    on its own. Every process must call it.
+
+    Raises ConfigError, in all of them.
+    """
+    accelerators = [training.accelerator for training in trainings.values()]
+    if accelerators[0].num_processes == 1:
+        return
+    given = {"recipe": f"{recipe.digest()} {recipe.run.log}", "data.eval": _digest(evaluated)}
+    given |= {
+        f"data of {name}": _digest(each.examples, each.validation, each.text) for name, each in trainings.items()
+    }
+    first, *others = gather_object([given])
+    for number, other in enumerate(others, 1):
+        for what in first.keys() | other.keys():
+            if first.get(what) != other.get(what):
+                raise ConfigError(
+                    f"process {number} has another {what} than process 0: start all of them by the same command, on "
+                    "the same files"
+                )
+
+
+def _digest(*data: Sequence[Example | list[int]]) -> str:
+    """Of all tokens of examples and of chunks of text, in their order, and of what answers are scored against."""
+    found = hashlib.sha256()
+    for each in data:
+        for item in each:
+            parts = (item.prompt, item.response) if isinstance(item, Example) else (item,)
+            for ids in parts:
+                found.update(array("q", [len(ids), *ids]).tobytes())
+            if isinstance(item, Example):
+                found.update(repr(item.record.references).encode(errors="surrogatepass"))
+        found.update(b"|")
+    return found.hexdigest()
+
+
+def space_needed(recipe: Recipe, student: "PreTrainedModel") -> int:
+    """Bytes that a run writes at most: the checkpoints that are kept and the one that is being written, the best
+    weights that they know of, and model/, which each stage replaces."""
+    log = recipe.run.log
+    weights = sum(p.nbytes for p in student.parameters() if p.requires_grad)
+    checkpoints = log.checkpoints_kept + 1 if log.checkpoint_every else 1  # of a signal
+    validated = sum(0 < stage.validation.every < stage.optim.steps for stage in recipe.stages.values())
+    best = validated + checkpoints if validated else 0
+    exports = min(len(recipe.stages), 2)
+    return weights * (3 * checkpoints + best) + exports * sum(p.nbytes for p in student.parameters())

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file
+from torch import Tensor
 
 from minillm.config.schema import ConfigError, RunConfig, StageConfig
 from minillm.data.examples import Encoded, Example, encode, read_records
 from minillm.evaluation.share import over_batches
 from minillm.evaluation.text import rouge_l
 from minillm.model.sampling import greedy_responses
-from minillm.run.checkpoint import CheckpointError, Progress, restore_weights, write_weights
+from minillm.run.checkpoint import CheckpointError, Progress, read_weights, restore_weights, write_weights
 from minillm.train.baselines import Given, Gkd
 from minillm.train.context import Context
 from minillm.train.minillm import MiniLLM
@@ -100,16 +100,22 @@ class Selection:
                     path.unlink()
 
     def restore(self, progress: Progress) -> None:
-        """Give the student the best weights again."""
+        """Give the student the best weights again. Raises CheckpointError where they are gone or damaged."""
         if progress.best and progress.best["step"] != progress.step:
             self.context.accelerator.wait_for_everyone()
-            path = self.path(int(progress.best["step"]))
-            if not path.exists():
-                raise CheckpointError(
-                    f"the weights of the best validation are gone: no {path}. The run directory must keep the folder "
-                    "stages/; run the stage again, or set validation.every to 0"
-                )
-            restore_weights(self.context.student.model, load_file(path))
+            restore_weights(self.context.student.model, self.weights(progress))
+
+    def weights(self, progress: Progress) -> dict[str, Tensor]:
+        """The best so far; none where they are those of this step."""
+        if not progress.best or progress.best["step"] == progress.step:
+            return {}
+        path = self.path(int(progress.best["step"]))
+        if not path.exists():
+            raise CheckpointError(
+                f"the weights of the best validation are gone: no {path}. The run directory must keep the folder "
+                "stages/; run the stage again, or set validation.every to 0"
+            )
+        return read_weights(path, self.context.student.model)
 
     def _loss(self, method: Given | Gkd) -> float:
         """The method's loss per token of the references."""

@@ -1,8 +1,11 @@
+import dataclasses
+from typing import get_type_hints
+
 import pytest
 import yaml
 
 from minillm.config.recipe import load_recipe, nested, parse_flags, recipe_from, run_from, save, split, stage_from
-from minillm.config.schema import ConfigError, StageConfig
+from minillm.config.schema import ConfigError, RunConfig, StageConfig
 
 VALID = {"model": {"teacher": "t", "student": "s"}, "data": {"train": "x.jsonl", "text": "x.txt"}}
 
@@ -225,3 +228,43 @@ def test_the_section_data_is_shared_by_run_and_stage():
     run, stage = split({"data": {"eval": "e.jsonl", "train": "t.jsonl", "prompt_template": "alpaca"}, "seed": 3})
     assert run == {"data": {"eval": "e.jsonl", "prompt_template": "alpaca"}, "seed": 3}
     assert stage == {"data": {"train": "t.jsonl"}}
+
+
+def floats(cls, path=""):
+    """Dotted paths of all keys that hold numbers with a fraction."""
+    for name, kind in get_type_hints(cls).items():
+        where = f"{path}{name}"
+        if dataclasses.is_dataclass(kind):
+            yield from floats(kind, f"{where}.")
+        elif kind is float or kind == tuple[float, float]:
+            yield where
+
+
+@pytest.mark.parametrize("number", [".nan", ".inf", "-.inf", "1e999", "nan"])
+@pytest.mark.parametrize("path", [*floats(RunConfig), *floats(StageConfig)])
+def test_numbers_that_are_not_finite_are_refused(path, number):
+    value = f"[0.9, {number}]" if path == "optim.betas" else number
+    with pytest.raises(ConfigError, match=rf"^{path} is .*(nan|inf).*; expected a finite number"):
+        recipe_from("r", {**VALID, **nested({path: value})})
+
+
+def test_nor_are_they_read_by_a_template():
+    data = {**VALID["data"], "chat_template_kwargs": {"a": [{"b": [float("nan")]}]}}
+    with pytest.raises(ConfigError, match=r"^data.chat_template_kwargs.a is .*; expected a finite number"):
+        recipe_from("r", {**VALID, "data": data})
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("optim.lr=-1", "optim.lr is -1.0; it must be at least 0"),
+        ("optim.weight_decay=-0.1", "optim.weight_decay is -0.1; it must be at least 0"),
+        ("optim.warmup_steps=-1", "optim.warmup_steps is -1; it must be at least 0"),
+        ("optim.betas=[0.9, 1]", r"optim.betas is \[0.9, 1.0\]; both lie in \[0, 1\)"),
+        ("optim.max_grad_norm=-1", "optim.max_grad_norm is -1.0; it must be above 0"),
+    ],
+)
+def test_what_the_optimiser_cannot_be_given(flag, message):
+    path, _, value = flag.partition("=")
+    with pytest.raises(ConfigError, match=message):
+        recipe_from("r", {**VALID, **nested({path: value})})

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from minillm.cli import main
+from minillm.run.workers import START_SECONDS
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
@@ -100,27 +102,30 @@ def test_two_processes_are_one_for_every_other_method(files):
     same_training(files / "one", files / "two")
 
 
-def test_a_worker_that_is_killed_ends_the_other_with_an_error(files):
-    """By torch's rendezvous alone, without a launcher that would end the survivor itself."""
+def bare_workers(*commands, folders=(None, None)):
+    """Two processes by torch's rendezvous alone, without a launcher that would end the survivor itself."""
     shared = {**ENVIRONMENT, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    command = [
-        sys.executable,
-        "-m",
-        "minillm",
-        "train",
-        str(files / "recipe.yaml"),
-        "--stages.minillm.optim.steps=5000",
-    ]
-    workers = [
+    shared["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in sys.path)
+    return [
         subprocess.Popen(
-            [*command, "--log.checkpoint_every=2", f"--output={files / 'cut'}"],
+            command,
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            cwd=folder,
         )
-        for rank in range(2)
+        for rank, (command, folder) in enumerate(zip(commands, folders, strict=True))
     ]
+
+
+def training(recipe, *flags):
+    return [sys.executable, "-m", "minillm", "train", str(recipe), *flags]
+
+
+def test_a_worker_that_is_killed_ends_the_other_with_an_error(files):
+    flags = ["--stages.minillm.optim.steps=5000", "--log.checkpoint_every=2", f"--output={files / 'cut'}"]
+    workers = bare_workers(*[training(files / "recipe.yaml", *flags)] * 2)
     try:
         for line in workers[0].stdout:
             if re.search(r"minillm  3/", line):
@@ -136,3 +141,55 @@ def test_a_worker_that_is_killed_ends_the_other_with_an_error(files):
     assert "minillm: another process of this run has ended" in rest
     assert re.search(r"Resume with: minillm train \S+recipe.yaml .*--resume \S+step-\d+", rest)
     assert "Traceback" not in rest
+
+
+@pytest.mark.parametrize(
+    ("flags", "answer", "differs"),
+    [(["--log.checkpoint_every=2"], "a", "recipe"), ([], "b", "data of minillm")],
+    ids=["recipe", "data"],
+)
+def test_processes_that_were_given_something_else_do_not_start(files, flags, answer, differs):
+    """Data of one name and two contents, as on two hosts; nothing is written."""
+    tree = yaml.safe_load((files / "recipe.yaml").read_text())
+    del tree["stages"]["warm-up"], tree["smoke"]
+    tree["data"]["train"] = "train.jsonl"
+    (files / "recipe.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    folders = [files / "host0", files / "host1"]
+    for folder, text in zip(folders, ("a", answer), strict=True):
+        folder.mkdir()
+        row = json.dumps({"prompt": text, "completion": "b"}) + "\n"
+        (folder / "train.jsonl").write_text(row * 12)
+    workers = bare_workers(training(files / "recipe.yaml"), training(files / "recipe.yaml", *flags), folders=folders)
+    try:
+        for worker in workers:
+            said = worker.communicate(timeout=300)[0]
+            assert worker.returncode == 2, said[-2000:]
+            assert f"minillm: process 1 has another {differs} than process 0" in said
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert not (files / "run").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_whose_fellows_never_come_gives_up_in_the_time_stated(files, rank):
+    """Here of 3 seconds; the other process dies before it has spoken to anybody."""
+    code = (
+        "import sys\nfrom minillm import cli\nfrom minillm.run import workers\nworkers.START_SECONDS = 3\n"
+        f"sys.exit(cli.main({training(files / 'recipe.yaml')[3:]!r}))"
+    )
+    commands = [[sys.executable, "-c", "import os; os.abort()"]] * 2
+    commands[rank] = [sys.executable, "-c", code]
+    workers = bare_workers(*commands)
+    try:
+        said = workers[rank].communicate(timeout=100)[0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert workers[rank].returncode == 2, said[-2000:]
+    assert "minillm: the other processes of this run have not appeared within 3 s" in said
+
+
+def test_the_time_of_the_start_is_the_one_that_the_documentation_states():
+    text = (Path(__file__).parents[3] / "docs" / "training.md").read_text()
+    assert f"within {START_SECONDS} seconds" in text
