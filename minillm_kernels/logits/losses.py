@@ -155,7 +155,6 @@ def fused_divergence_loss(
         tvd 0.5
     """
     arguments.check_logits(student_logits, teacher_logits)
-    arguments.check_inplace(inplace, student_logits)
     arguments.check_group(group)
     temperature = arguments.check_temperature(temperature)
     name = check_divergence(divergence, beta, reduction)
@@ -172,6 +171,8 @@ def fused_divergence_loss(
         per_row = torch.ops.minillm.row_divergence(
             student_logits, teacher_logits, mask, stats, inplace, name, beta, *settings
         )[0]
+    if inplace and not torch.compiler.is_compiling():  # the operator has checked the logits; constants it does not see
+        arguments.check_inplace(student_logits, labels=labels, weights=weights)
     return _reduce(per_row, w, reduction, normalizer)
 
 
@@ -205,13 +206,14 @@ def row_weights(logits: Tensor, labels: Tensor | None, weights: Tensor | None, i
 
 def normalized(w: Tensor, reduction: str, normalizer: float | Tensor | None) -> Tensor:
     """The row weights of a scalar reduction: w over its denominator; 0 where nothing counts."""
-    if reduction == "sum":
+    if reduction == "sum" or w.numel() == 0:
         return w
     if normalizer is not None:
-        return w / normalizer
-    count = w.sum() if reduction == "mean" else (w != 0).sum()
-    nothing = count == 0
-    return torch.where(nothing, 0, w / torch.where(nothing, 1, count))
+        return w / arguments.check_normalizer(normalizer, w, w.dtype)
+    if reduction == "batchmean":
+        return w / arguments.nonzero((w != 0).sum().to(w.dtype))
+    w = w / arguments.nonzero(w.abs().amax())  # the sum of the weights themselves may be beyond their type
+    return w / arguments.nonzero(w.sum())
 
 
 def _reduce(per_row: Tensor, w: Tensor | None, reduction: str, normalizer: float | Tensor | None) -> Tensor:

@@ -147,10 +147,10 @@ def check_policy(
 
 
 def denominator(counts: Tensor, normalizer: float | Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The normalizer, by default the tokens that count (1 where none does: their sum is 0)."""
+    """The normalizer, by default the tokens that count; infinite for 0, where the sum over them is 0."""
     if normalizer is None:
-        return counts.sum().clamp(min=1).to(dtype)
-    return torch.as_tensor(normalizer, dtype=dtype, device=counts.device)
+        return arguments.nonzero(counts.sum().to(dtype))
+    return arguments.check_normalizer(normalizer, counts, dtype)
 
 
 def summarize(stats: RowStats, policy: Policy, counts: Tensor, normalizer: float | Tensor | None) -> MiniLLMLoss:
@@ -250,7 +250,6 @@ def minillm_loss(
                 [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
     arguments.check_logits(student_logits, teacher_logits)
-    arguments.check_inplace(inplace, student_logits)
     arguments.check_group(group)
     temperature = arguments.check_temperature(temperature)
     vocab_size = arguments.resolve_vocab_size(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1])
@@ -268,4 +267,7 @@ def minillm_loss(
     )
     settings = (temperature, vocab_size, choose.requested())
     stats = torch.ops.minillm.row_stats(student_logits, teacher_logits, ids, counts, inplace, *settings)
+    if inplace and not torch.compiler.is_compiling():  # the operator has checked the logits; constants it does not see
+        constants = {"advantages": advantages, "old_logprobs": old_logprobs, "importance_weights": importance_weights}
+        arguments.check_inplace(student_logits, token_ids=token_ids, **constants)
     return summarize(RowStats(*stats.unbind(0)), policy, counts, normalizer)

@@ -267,7 +267,6 @@ def distill_loss(
         tensor(True)
     """
     arguments.check_logits(student_logits, teacher_logits)
-    arguments.check_inplace(inplace, student_logits)
     arguments.check_group(group)
     temperature = arguments.check_temperature(temperature)
     sizes = [x.shape[-1] for x in (student_logits, teacher_logits) if x is not None]
@@ -278,6 +277,8 @@ def distill_loss(
     stats = torch.ops.minillm.row_stats(
         student_logits, teacher_logits, rows.token_ids, rows.counts, inplace, *settings
     )
+    if inplace and not torch.compiler.is_compiling():  # the operator has checked the logits; constants it does not see
+        arguments.check_inplace(student_logits, token_ids=token_ids, **dict(zip(DIFFERENTIABLE, given, strict=True)))
     return DistillLoss(weighted_sum(stats, rows.coefficients), DistillStats.of(RowStats(*stats.detach().unbind(0))))
 
 
