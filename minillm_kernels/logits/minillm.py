@@ -218,9 +218,9 @@ def minillm_loss(
         entropy_coef: the coefficient of an entropy bonus; the paper has none.
         normalizer: the denominator, a number or a tensor; by default the number of rows that count. Pass the global
             count under accumulation.
-        temperature: both models' logits are divided by it.
+        temperature: both models' logits are divided by it; in [1e-15, 1e37], where float32 holds the quotients.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
-        inplace: the backward pass writes the gradient over `student_logits`.
+        inplace: the backward pass writes the gradient over `student_logits`; nothing else shares their memory.
         group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
 
     Returns:
@@ -228,8 +228,10 @@ def minillm_loss(
 
     Raises:
         TypeError: an argument is no tensor, or of a type that does not fit.
-        ValueError: shapes, devices or numbers do not fit, or a constant requires a gradient.
+        ValueError: shapes, devices or numbers do not fit, a constant requires a gradient, or `inplace` would
+            overwrite what is read.
         IndexError: a token outside the vocabulary, on CPU tensors (on CUDA: NaN).
+        RuntimeError: the logits carry a forward-mode tangent (torch.func.jvp).
         NotImplementedError: `group` is given.
 
     Examples:

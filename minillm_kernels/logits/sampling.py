@@ -59,8 +59,8 @@ def mixed_sample(
         student_logits: [..., V] float32, bfloat16, float16 or float64; a constant here.
         teacher_logits: [..., V_t], likewise; None when alpha = 0.
         alpha: the teacher's share, in [0, 1]; 0 samples from the student, 1 from the teacher.
-        temperature: divides both models' logits; 0 takes the argmax of alpha p + (1 - alpha) q at T = 1, lowest index
-            first.
+        temperature: divides both models' logits, in [1e-15, 1e37]; 0 takes the argmax of alpha p + (1 - alpha) q at
+            T = 1, lowest index first.
         top_k: keep each model's `top_k` largest logits (0 = all), ties at the cut-off included.
         top_p: then keep, of each model, the tokens before which less than `top_p` of its mass lies.
         generator: torch's, for the uniforms.
