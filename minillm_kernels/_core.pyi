@@ -1,4 +1,5 @@
-"""The compiled core (csrc/python): addresses, sizes and strides in, nothing checked but the CPU's token ids."""
+"""The compiled core (csrc/python): addresses, sizes and strides in. What can be seen of them is checked
+(checks.h), and on a CPU what the token ids and uniforms are."""
 
 from collections.abc import Callable
 

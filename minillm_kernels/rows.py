@@ -88,6 +88,45 @@ def row_strides(x: Tensor) -> RowStrides:
     return RowStrides(max(sizes[-1], 1), outer_stride, strides[-1]) if sizes else RowStrides(1, 0, 0)
 
 
+def rows_overlap(x: Tensor) -> bool:
+    """Whether rows of [..., V] may share memory with each other: False where each dimension steps over all that the
+    finer ones hold, as in every tensor that nobody strided by hand."""
+    held = x.shape[-1]
+    for stride, size in sorted(zip(x.stride()[:-1], x.shape[:-1], strict=True)):
+        if size > 1 and stride < held:
+            return True
+        held += (size - 1) * stride
+    return False
+
+
+def share_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether a row of x [..., V] and a row of y [..., W] have a byte in common."""
+    if x.numel() == 0 or y.numel() == 0:
+        return False
+    (x_first, x_last, x_bytes), (y_first, y_last, y_bytes) = _extent(x), _extent(y)
+    if x_last <= y_first or y_last <= x_first:
+        return False
+    starts_x, starts_y = _row_addresses(x), _row_addresses(y).sort().values
+    begun = torch.searchsorted(starts_y, starts_x + x_bytes)
+    ended = torch.searchsorted(starts_y, starts_x - y_bytes, right=True)
+    return bool((begun > ended).any())
+
+
+def _extent(x: Tensor) -> tuple[int, int, int]:
+    """The first address, the one behind the last, and the bytes of a row."""
+    size, first = x.element_size(), x.data_ptr()
+    steps = sum((n - 1) * stride for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True))
+    row = x.shape[-1] * size
+    return first, first + steps * size + row, row
+
+
+def _row_addresses(x: Tensor) -> Tensor:
+    address = torch.tensor(x.data_ptr())
+    for n, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        address = address.unsqueeze(-1) + torch.arange(n) * (stride * x.element_size())
+    return address.flatten()
+
+
 def accumulator(*tensors: Tensor | None) -> torch.dtype:
     """The type of what is summed up over these tensors: float64 if one of them is, else float32."""
     for x in tensors:

@@ -6,10 +6,13 @@
 
 namespace minillm::cpu::MINILLM_ISA {
 
-// A column outside the support has gradient 0, in a row of NaN too.
+// A column outside the support, or that the student excludes, has gradient 0, in a row of NaN too.
 static inline void clear_outside(const float* s, const float* t, int64_t n, Scratch& out) {
-    for (int64_t i = 0; i < padded_size(n); i += LANES)
-        select(outside(F32::load(s + i), F32::load(t + i)), F32(0.0f), F32::load(out.x + i)).store(out.x + i);
+    for (int64_t i = 0; i < padded_size(n); i += LANES) {
+        const F32 a = F32::load(s + i), b = F32::load(t + i);
+        const IntVector no_gradient = outside(a, b) | (a == F32(-INFINITY));
+        select(no_gradient, F32(0.0f), F32::load(out.x + i)).store(out.x + i);
+    }
 }
 
 static inline void write_zeros(const Rows& rows, int64_t row, int64_t begin, int64_t end) {

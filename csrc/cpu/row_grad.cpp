@@ -46,6 +46,7 @@ static void grad_span(const GradArgs& a, const Span& span, const GradientRow<flo
         const float* s = widen_tile(a.student, span.row, begin, n, scratch_s);
         if constexpr (NEEDS == Needs::student) {
             for_one(s, n, g.ms, scale, [&](int64_t i, F32 x) { g.of_student(x).store(out.x + i); });
+            clear_outside(s, s, n, out);
         } else {
             const float* t = widen_tile(a.teacher, span.row, begin, n, scratch_t);
             for_pairs(s, t, n, g.ms, g.mt, scale,

@@ -130,15 +130,15 @@ static void tile_masses(const Law& law, TileMass* mass) {
     for (int64_t i = 0; i < tiles(law.V); ++i) mass[i] = tile_mass(law, i);
 }
 
-static void apply_filters(const SampleArgs& a, Law& law) {
-    Buffer<TileMass> mass(tiles(a.V));
-    tile_masses(law, mass.data);
-    normalise(law, mass.data);
+// mass: scratch memory for the law's tiles.
+static void apply_filters(const SampleArgs& a, Law& law, TileMass* mass) {
+    tile_masses(law, mass);
+    normalise(law, mass);
     if (!(law.Z > 0)) return;  // NaN or empty: nothing to filter
     if (a.top_k > 0 && a.top_k < a.V) {
         law.cutoff = cutoff_of(law, false, double(a.top_k));
-        tile_masses(law, mass.data);
-        normalise(law, mass.data);
+        tile_masses(law, mass);
+        normalise(law, mass);
     }
     if (a.top_p < 1.0) law.cutoff = cutoff_of(law, true, a.top_p * law.Z);
 }
@@ -179,7 +179,7 @@ void row_sample(const SampleArgs& a) {
     const bool filtered = a.top_p < 1.0 || (a.top_k > 0 && a.top_k < a.V);
     parallel_for(filtered ? a.threads : 1, a.N * models, [&](int64_t i) {
         laws.data[i] = {i % models ? &a.teacher : &a.student, i / models, a.V, inv_T, -INFINITY, -INFINITY, 0.0};
-        if (filtered) apply_filters(a, laws.data[i]);
+        if (filtered) apply_filters(a, laws.data[i], masses.data + i * n_tiles);
     });
     parallel_for(a.threads, a.N * models * parts, [&](int64_t unit) {
         const Span span = span_of(unit, parts, a.V);  // span.row counts laws here
@@ -194,7 +194,7 @@ void row_sample(const SampleArgs& a) {
             normalise(law[i], mass + i * n_tiles);
             drawable = drawable && law[i].Z > 0;  // neither NaN nor empty
         }
-        const bool teacher = drawable && !a.greedy && a.uniforms[2 * row] < a.alpha;
+        const bool teacher = drawable && models == 2 && !a.greedy && a.uniforms[2 * row] < a.alpha;
         int64_t token = 0;
         if (drawable && a.greedy)
             token = argmax_mixture(a.alpha, law[0], models == 2 ? &law[1] : nullptr);

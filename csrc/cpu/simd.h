@@ -38,12 +38,13 @@ struct F32 {
     MINILLM_HD F32(FloatVector x) : v(x) {}
     MINILLM_HD explicit F32(float x) : v(x - FloatVector{}) {}
 
-    static MINILLM_HD F32 load(const float* p) {
+    // Memory is void* here: rows may start at any byte, and no float or uint16_t lies at an odd one.
+    static MINILLM_HD F32 load(const void* p) {
         F32 r;
         memcpy(&r.v, p, sizeof r.v);
         return r;
     }
-    MINILLM_HD void store(float* p) const { memcpy(p, &v, sizeof v); }
+    MINILLM_HD void store(void* p) const { memcpy(p, &v, sizeof v); }
 
     friend MINILLM_HD F32 operator+(F32 a, F32 b) { return a.v + b.v; }
     friend MINILLM_HD F32 operator-(F32 a, F32 b) { return a.v - b.v; }
@@ -140,13 +141,13 @@ MINILLM_HD F32 log2_fast(F32 x) {
 
 // ---- element types -------------------------------------------------------------------------------------------------
 
-MINILLM_HD F32 widen_bf16(const uint16_t* p) {
+MINILLM_HD F32 widen_bf16(const void* p) {
     HalfVector h;
     memcpy(&h, p, sizeof h);
     return (FloatVector)(__builtin_convertvector(h, WordVector) << 16);
 }
 // To nearest, ties to even. NaN stays NaN, which only matters where the caller does not know all to be finite.
-MINILLM_HD void narrow_bf16(F32 x, uint16_t* p, bool finite) {
+MINILLM_HD void narrow_bf16(F32 x, void* p, bool finite) {
     const WordVector w = (WordVector)x.v;
     WordVector h = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
     if (!finite) h = (x == x) ? h : ((w >> 16) | 0x40);
@@ -155,21 +156,21 @@ MINILLM_HD void narrow_bf16(F32 x, uint16_t* p, bool finite) {
 }
 
 #if defined(__AVX512F__)
-MINILLM_HD F32 widen_fp16(const uint16_t* p) {
+MINILLM_HD F32 widen_fp16(const void* p) {
     return (FloatVector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
-MINILLM_HD void narrow_fp16(F32 x, uint16_t* p) {
+MINILLM_HD void narrow_fp16(F32 x, void* p) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x.v, _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__AVX2__)
-MINILLM_HD F32 widen_fp16(const uint16_t* p) {
+MINILLM_HD F32 widen_fp16(const void* p) {
     return (FloatVector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 }
-MINILLM_HD void narrow_fp16(F32 x, uint16_t* p) {
+MINILLM_HD void narrow_fp16(F32 x, void* p) {
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x.v, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
-MINILLM_HD F32 widen_fp16(const uint16_t* p) {
+MINILLM_HD F32 widen_fp16(const void* p) {
     HalfVector half;
     memcpy(&half, p, sizeof half);
     const WordVector h = __builtin_convertvector(half, WordVector);
@@ -179,7 +180,7 @@ MINILLM_HD F32 widen_fp16(const uint16_t* p) {
     const WordVector special = magnitude | 0x7f800000;
     return (FloatVector)(((magnitude >= 0x0f800000) ? special : (WordVector)scaled) | sign);
 }
-MINILLM_HD void narrow_fp16(F32 x, uint16_t* p) {
+MINILLM_HD void narrow_fp16(F32 x, void* p) {
     const WordVector w = (WordVector)x.v, sign = (w >> 16) & 0x8000, magnitude = w & 0x7fffffff;
     // Normal results: round to nearest even at bit 13, then rebias. Denormal results: adding 0.5 aligns them in fp32.
     const WordVector normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;

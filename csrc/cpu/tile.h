@@ -1,22 +1,25 @@
 // defines: Buffer, parallel_for, Scratch, load, load_two, widen_tile, store_tile, value_at, maximum_of, maxima_of, for_pairs,
 // for_one
 //
-// A tile is up to TILE columns of one row in fp32. fp32 rows are read in place; other types are widened into scratch memory
-// once, and everything after that is independent of the element type.
+// A tile is up to TILE columns of one row in fp32. fp32 rows are read in place, but for those that lie askew in memory; other
+// types are widened into scratch memory once, and everything after that is independent of the element type.
 #pragma once
 
 #include <stdlib.h>
+
+#include <new>
 
 #include "simd.h"
 
 namespace minillm::cpu::MINILLM_ISA {
 
-// Uninitialised memory of n elements.
+// Uninitialised memory of n elements; std::bad_alloc where there is not so much. Not made inside a parallel_for, which no
+// exception may leave.
 template <class T>
 struct Buffer {
     T* data;
     explicit Buffer(int64_t n) : data(static_cast<T*>(malloc((n > 0 ? n : 1) * sizeof(T)))) {
-        if (data == nullptr) abort();
+        if (data == nullptr) throw std::bad_alloc();
     }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
@@ -45,8 +48,8 @@ MINILLM_HD int64_t padded_size(int64_t n) { return (n + LANES - 1) / LANES * LAN
 // Column i of a row of that type (i counts columns), a register of them.
 template <DType D>
 MINILLM_HD F32 load(const char* row, int64_t i) {
-    if constexpr (D == DType::fp32) return F32::load(reinterpret_cast<const float*>(row) + i);
-    const uint16_t* p = reinterpret_cast<const uint16_t*>(row) + i;
+    const char* p = row + i * size_of(D);
+    if constexpr (D == DType::fp32) return F32::load(p);
     if constexpr (D == DType::bf16) return widen_bf16(p);
     return widen_fp16(p);
 }
@@ -76,25 +79,25 @@ MINILLM_HD auto with_type(DType type, const Body& body) {
     return body(TypeTag<DType::fp16>());
 }
 
-MINILLM_HD F32 widen(DType dtype, const uint16_t* p) { return dtype == DType::bf16 ? widen_bf16(p) : widen_fp16(p); }
+MINILLM_HD F32 widen(DType dtype, const void* p) { return dtype == DType::bf16 ? widen_bf16(p) : widen_fp16(p); }
 
 // The n columns of a row from `begin` on, as fp32; valid while the scratch is.
 static inline const float* widen_tile(const Rows& rows, int64_t row, int64_t begin, int64_t n, Scratch& scratch) {
     const int64_t padded = padded_size(n);
+    const char* p = rows.row(row) + begin * size_of(rows.dtype);
     if (rows.dtype == DType::fp32) {
-        const float* p = reinterpret_cast<const float*>(rows.row(row)) + begin;
-        if (n == padded) return p;
+        const bool aligned = reinterpret_cast<uintptr_t>(p) % alignof(float) == 0;
+        if (n == padded && aligned) return reinterpret_cast<const float*>(p);
         memcpy(scratch.x, p, n * sizeof(float));
     } else {
-        const uint16_t* p = reinterpret_cast<const uint16_t*>(rows.row(row)) + begin;
         const int64_t whole = n / LANES * LANES;
         if (rows.dtype == DType::bf16)
-            for (int64_t i = 0; i < whole; i += LANES) widen_bf16(p + i).store(scratch.x + i);
+            for (int64_t i = 0; i < whole; i += LANES) widen_bf16(p + 2 * i).store(scratch.x + i);
         else
-            for (int64_t i = 0; i < whole; i += LANES) widen_fp16(p + i).store(scratch.x + i);
+            for (int64_t i = 0; i < whole; i += LANES) widen_fp16(p + 2 * i).store(scratch.x + i);
         if (whole < n) {
             uint16_t tail[LANES] = {};
-            memcpy(tail, p + whole, (n - whole) * sizeof(uint16_t));
+            memcpy(tail, p + 2 * whole, (n - whole) * sizeof(uint16_t));
             widen(rows.dtype, tail).store(scratch.x + whole);
         }
     }
@@ -105,23 +108,23 @@ static inline const float* widen_tile(const Rows& rows, int64_t row, int64_t beg
 // The inverse: writes n columns of a row from `begin` on.
 static inline void store_tile(const Rows& rows, int64_t row, int64_t begin, int64_t n, const Scratch& scratch,
                               bool finite) {
+    char* p = rows.row(row) + begin * size_of(rows.dtype);
     if (rows.dtype == DType::fp32) {
-        memcpy(reinterpret_cast<float*>(rows.row(row)) + begin, scratch.x, n * sizeof(float));
+        memcpy(p, scratch.x, n * sizeof(float));
         return;
     }
-    uint16_t* p = reinterpret_cast<uint16_t*>(rows.row(row)) + begin;
     const int64_t whole = n / LANES * LANES;
     if (rows.dtype == DType::bf16 && finite)
-        for (int64_t i = 0; i < whole; i += LANES) narrow_bf16(F32::load(scratch.x + i), p + i, true);
+        for (int64_t i = 0; i < whole; i += LANES) narrow_bf16(F32::load(scratch.x + i), p + 2 * i, true);
     else if (rows.dtype == DType::bf16)
-        for (int64_t i = 0; i < whole; i += LANES) narrow_bf16(F32::load(scratch.x + i), p + i, false);
+        for (int64_t i = 0; i < whole; i += LANES) narrow_bf16(F32::load(scratch.x + i), p + 2 * i, false);
     else
-        for (int64_t i = 0; i < whole; i += LANES) narrow_fp16(F32::load(scratch.x + i), p + i);
+        for (int64_t i = 0; i < whole; i += LANES) narrow_fp16(F32::load(scratch.x + i), p + 2 * i);
     if (whole < n) {
         uint16_t tail[LANES];
         const F32 x = F32::load(scratch.x + whole);
         rows.dtype == DType::bf16 ? narrow_bf16(x, tail, false) : narrow_fp16(x, tail);
-        memcpy(p + whole, tail, (n - whole) * sizeof(uint16_t));
+        memcpy(p + 2 * whole, tail, (n - whole) * sizeof(uint16_t));
     }
 }
 

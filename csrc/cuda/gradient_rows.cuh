@@ -45,7 +45,7 @@ __device__ float masked_gradient(const GradientOrigins& o, float a, float b, con
     constexpr bool pair = !std::is_same_v<T, NoTeacher>;
     const bool out = pair ? outside(a, b) : a == -INFINITY;
     const float x = of(relative(a, o.ms, o.k, out, o.plus_s), pair ? relative(b, o.mt, o.k, out, o.plus_t) : 0.0f);
-    return out ? 0.0f : x;
+    return out || a == -INFINITY ? 0.0f : x;  // what the student excludes has gradient 0 beside any teacher
 }
 
 template <class S, class T, class C, class Of>

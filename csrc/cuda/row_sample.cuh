@@ -349,7 +349,7 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS) row_sample_draw_kernel
         const bool pair = bool(a.teacher);
         const Normaliser q = normaliser(buffers, row, a.inv_T), p = pair ? normaliser(buffers, row + a.N, a.inv_T) : q;
         const bool drawable = q.Z > 0 && p.Z > 0;  // neither NaN nor empty
-        const bool teacher = drawable && !a.greedy && a.uniforms[2 * row] < a.alpha;
+        const bool teacher = drawable && pair && !a.greedy && a.uniforms[2 * row] < a.alpha;
         int token = 0;
         if (drawable && a.greedy) {
             Best best = {-INFINITY, 0};

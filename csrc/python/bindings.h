@@ -6,7 +6,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "../args.h"
+#include "checks.h"
 
 namespace minillm::python {
 
@@ -27,7 +27,9 @@ inline Rows rows_of(py::handle x) {
 
 inline Pair pair_of(const py::tuple& x) {
     const auto [student, teacher, N, V, temperature] = x.cast<std::tuple<py::object, py::object, int64_t, int64_t, double>>();
-    return {rows_of(student), rows_of(teacher), N, V, 1.0 / temperature};
+    const Pair pair = {rows_of(student), rows_of(teacher), N, V, 1.0 / temperature};
+    require(N <= 0 || teacher.is_none() || pair.teacher, "the teacher's rows have an address");
+    return pair;
 }
 
 // name_args for each operation: its arguments from what Python passes after the pair.

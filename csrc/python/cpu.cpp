@@ -1,7 +1,8 @@
 // The module minillm_kernels._core. Memory comes as addresses, sizes and strides, so it is built against no particular
-// torch; minillm_kernels/backends/ checks types, devices and shapes before it calls.
+// torch; minillm_kernels/ checks types, devices and shapes before it calls, checks.h what is left.
 #include "bindings.h"
 
+#include <algorithm>
 #include <string>
 
 #include "../cpu/entry.h"
@@ -13,10 +14,13 @@ using namespace minillm::python;
 
 namespace {
 
-template <class Args>
-void check(const Args&) {}
+constexpr int MAX_THREADS = 1024;  // OpenMP ends the process where it cannot start as many as it was asked for
 
-void check(const StatsArgs& a) {
+// What a CPU can look at: the numbers that choose where an operation reads.
+template <class Args>
+void check_contents(const Args&) {}
+
+void check_contents(const StatsArgs& a) {
     for (int64_t i = 0; a.token_ids != nullptr && i < a.N; ++i) {
         const int64_t y = a.token_ids[i];
         if ((a.mask == nullptr || a.mask[i] != 0) && (y < 0 || y >= a.V))
@@ -26,13 +30,21 @@ void check(const StatsArgs& a) {
     }
 }
 
+void check_contents(const SampleArgs& a) {
+    for (int64_t i = 0; i < 2 * a.N; ++i)
+        if (!(0.0 <= a.uniforms[i] && a.uniforms[i] < 1.0))  // NaN fails
+            throw py::value_error("uniforms must lie in [0, 1), got " + std::to_string(a.uniforms[i]) + " in row " +
+                                  std::to_string(i / 2));
+}
+
 // operation(make(...)) as a function of the number of threads and of what `make` takes.
 template <class Args, class... P>
 auto cpu_function(Args (*make)(P...), void (*operation)(const Args&)) {
     return [make, operation](int threads, P... p) {
         Args a = make(p...);
         check(a);
-        a.threads = threads;
+        check_contents(a);
+        a.threads = std::clamp(threads, 1, MAX_THREADS);
         py::gil_scoped_release release;
         operation(a);
     };

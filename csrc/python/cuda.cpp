@@ -20,12 +20,20 @@ py::tuple versions() {
     return py::make_tuple(driver, runtime);
 }
 
+// A GPU reads no element across its own size; a CPU does.
+void check_aligned(const Rows& rows) {
+    require(reinterpret_cast<uintptr_t>(rows.data) % size_of(rows.dtype) == 0, "rows are aligned to their elements");
+}
+
 // operation(make(...)) as a function of how it is launched and of what `make` takes. How: (allocate, stream), where
 // allocate(bytes) gives the address of device memory that lives until the call returns.
 template <class Args, class... P>
 auto cuda_function(Args (*make)(P...), std::string (*operation)(const Args&, const Launch&)) {
     return [make, operation](const std::pair<py::function, Address>& how, P... p) {
         const Args a = make(p...);
+        check(a);
+        check_aligned(a.student);
+        check_aligned(a.teacher);
         const int64_t bytes = workspace(a);
         void* memory = bytes > 0 ? at<void>(how.first(bytes).template cast<Address>()) : nullptr;
         const std::string error = operation(a, Launch{memory, at<void>(how.second)});

@@ -156,6 +156,8 @@ def pointer(x: Tensor | None, dtype: torch.dtype) -> tuple[int, Tensor | None]:
     if x is None:
         return 0, None
     x = x.to(dtype).contiguous()
+    if x.data_ptr() % dtype.itemsize:  # a view of bytes
+        x = x.clone()
     return x.data_ptr(), x
 
 

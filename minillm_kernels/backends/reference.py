@@ -24,6 +24,7 @@ class _Scaled(NamedTuple):
     s: Tensor
     t: Tensor
     weight: Tensor  # 1 inside the support, 0 outside
+    excluded: Tensor  # outside the support, or -inf in the student beside NaN or +inf in the teacher: no gradient
     s_max: Tensor
     t_max: Tensor
 
@@ -49,7 +50,7 @@ def _scaled(pair: Pair) -> _Scaled:
     t_max = z_t.masked_fill(outside, -math.inf).amax(-1)
     s = _relative(z_s, s_max, outside, temperature)
     t = _relative(z_t, t_max, outside, temperature)
-    return _Scaled(s, t, (~outside).to(dtype), s_max, t_max)
+    return _Scaled(s, t, (~outside).to(dtype), outside | torch.isneginf(z_s), s_max, t_max)
 
 
 def _weighted(weight: Tensor, x: Tensor) -> Tensor:
@@ -66,9 +67,15 @@ def check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
         )
 
 
+def check_uniforms(uniforms: Tensor) -> None:
+    outside = ~((uniforms >= 0) & (uniforms < 1))  # NaN too
+    if outside.any():
+        raise ValueError(f"uniforms must lie in [0, 1), got {uniforms[outside][0].item()}")
+
+
 def _finish_gradient(grad: Tensor, x: _Scaled, rows: Tensor, student: Tensor, out: Tensor | None) -> Tensor:
     """Exactly 0 outside the support, in rows without weight, beyond vocab_size; in the student's type and width."""
-    grad = grad.masked_fill((x.weight == 0) | ~rows.unsqueeze(-1), 0)
+    grad = grad.masked_fill(x.excluded | ~rows.unsqueeze(-1), 0)
     full = torch.zeros_like(student, memory_format=torch.contiguous_format) if out is None else out.zero_()
     full[..., : grad.shape[-1]] = grad
     return full
@@ -137,9 +144,11 @@ class Reference(Backend):
                 check_token_ids(token_ids, pair.vocab_size)
             valid = (token_ids >= 0) & (token_ids < pair.vocab_size)
             y = token_ids.masked_fill(~valid, 0).unsqueeze(-1)
+            excluded = x.excluded.gather(-1, y).squeeze(-1) & ~empty
             absent = (x.weight.gather(-1, y).squeeze(-1) == 0) & ~empty
-            log_q = (x.s.gather(-1, y).squeeze(-1) - lnZs).masked_fill(absent, -math.inf).masked_fill(~valid, math.nan)
-            log_p = (x.t.gather(-1, y).squeeze(-1) - lnZt).masked_fill(absent, -math.inf).masked_fill(~valid, math.nan)
+            log_q, log_p = (z.gather(-1, y).squeeze(-1) - lnZ for z, lnZ in ((x.s, lnZs), (x.t, lnZt)))
+            log_q = log_q.masked_fill(excluded, -math.inf).masked_fill(~valid, math.nan)
+            log_p = log_p.masked_fill(absent, -math.inf).masked_fill(~valid, math.nan)
         has_teacher = pair.teacher is not None
         stats = RowStats(
             student_origin=x.s_max,
@@ -204,6 +213,8 @@ class Reference(Backend):
         self, pair: Pair, uniforms: Tensor, alpha: float, top_k: int, top_p: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         student, teacher, temperature, vocab_size = pair
+        if uniforms.device.type == "cpu":
+            check_uniforms(uniforms)
         greedy = temperature == 0
         models = [student] if teacher is None else [student, teacher]
         scaled = [m[..., :vocab_size].double() / (1.0 if greedy else temperature) for m in models]
@@ -217,7 +228,7 @@ class Reference(Backend):
             token_ids = only.argmax(-1)
             from_teacher = torch.zeros_like(undrawable)
         else:
-            from_teacher = uniforms[..., 0] < alpha
+            from_teacher = (uniforms[..., 0] < alpha) & (teacher is not None)
             # Relative to the maximum: equal logits have exact sums.
             weights = (kept - kept.amax(-1, keepdim=True)).exp()
             law = weights[0] if teacher is None else torch.where(from_teacher.unsqueeze(-1), weights[1], weights[0])

@@ -44,13 +44,15 @@ def fused_rkl_loss(
         teacher_logits: [..., V_t], any of these types, constant. The heads may differ in size: see `vocab_size`.
         labels: [...] integers. Only a mask: rows with `ignore_index` do not count. Nothing is shifted.
         weights: broadcastable to [...], constant. A row of weight 0 is not read: its loss and gradient are exactly 0.
-        temperature: both models' logits are divided by it.
+        temperature: both models' logits are divided by it; in [1e-15, 1e37], where float32 holds the quotients.
         reduction: "none" gives w * l, [...]; "sum" their sum; "mean" sum(w * l)/sum(w); "batchmean" sum(w * l) over
             the number of rows that count (label not ignored, weight not 0). Nothing that counts gives 0.
-        normalizer: replaces the denominator of "mean" and "batchmean": the global token count under accumulation.
+        normalizer: replaces the denominator of "mean" and "batchmean": the global token count under accumulation. A
+            number >= 0 or a constant tensor of one element; 0 gives 0.
         ignore_index: the label of rows that do not count; they are not read.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
-        inplace: the backward pass writes the gradient over `student_logits` (saves a tensor of their size).
+        inplace: the backward pass writes the gradient over `student_logits` (saves a tensor of their size). Their rows
+            share no memory with each other, nor with the other tensors.
         group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
 
     Returns:
@@ -58,7 +60,9 @@ def fused_rkl_loss(
 
     Raises:
         TypeError: an argument is no tensor, or of a type that does not fit.
-        ValueError: shapes, devices or numbers do not fit, or a constant requires a gradient.
+        ValueError: shapes, devices or numbers do not fit, a constant requires a gradient, or `inplace` would
+            overwrite what is read.
+        RuntimeError: the logits carry a forward-mode tangent (torch.func.jvp).
         NotImplementedError: `group` is given.
 
     Examples:
@@ -128,12 +132,12 @@ def fused_divergence_loss(
         labels: [...] integers. Only a mask: rows with `ignore_index` do not count.
         beta: the mixture's coefficient, in [0, 1]; not used by the first two and "tvd".
         weights: broadcastable to [...], constant. A row of weight 0 is not read.
-        temperature: both models' logits are divided by it.
+        temperature: both models' logits are divided by it; in [1e-15, 1e37], where float32 holds the quotients.
         reduction: "none", "sum", "mean" or "batchmean", as in `fused_rkl_loss`.
         normalizer: replaces the denominator of "mean" and "batchmean".
         ignore_index: the label of rows that do not count; they are not read.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
-        inplace: the backward pass writes the gradient over `student_logits`.
+        inplace: the backward pass writes the gradient over `student_logits`; nothing else shares their memory.
         group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
 
     Returns:
@@ -141,7 +145,9 @@ def fused_divergence_loss(
 
     Raises:
         TypeError: an argument is no tensor, or of a type that does not fit.
-        ValueError: shapes, devices, names or numbers do not fit, or a constant requires a gradient.
+        ValueError: shapes, devices, names or numbers do not fit, a constant requires a gradient, or `inplace` would
+            overwrite what is read.
+        RuntimeError: the logits carry a forward-mode tangent (torch.func.jvp).
         NotImplementedError: `group` is given.
 
     Examples:
@@ -155,7 +161,6 @@ def fused_divergence_loss(
         tvd 0.5
     """
     arguments.check_logits(student_logits, teacher_logits)
-    arguments.check_inplace(inplace, student_logits)
     arguments.check_group(group)
     temperature = arguments.check_temperature(temperature)
     name = check_divergence(divergence, beta, reduction)
@@ -172,6 +177,8 @@ def fused_divergence_loss(
         per_row = torch.ops.minillm.row_divergence(
             student_logits, teacher_logits, mask, stats, inplace, name, beta, *settings
         )[0]
+    if inplace and not torch.compiler.is_compiling():  # the operator has checked the logits; constants it does not see
+        arguments.check_inplace(student_logits, labels=labels, weights=weights)
     return _reduce(per_row, w, reduction, normalizer)
 
 
@@ -205,13 +212,14 @@ def row_weights(logits: Tensor, labels: Tensor | None, weights: Tensor | None, i
 
 def normalized(w: Tensor, reduction: str, normalizer: float | Tensor | None) -> Tensor:
     """The row weights of a scalar reduction: w over its denominator; 0 where nothing counts."""
-    if reduction == "sum":
+    if reduction == "sum" or w.numel() == 0:
         return w
     if normalizer is not None:
-        return w / normalizer
-    count = w.sum() if reduction == "mean" else (w != 0).sum()
-    nothing = count == 0
-    return torch.where(nothing, 0, w / torch.where(nothing, 1, count))
+        return w / arguments.check_normalizer(normalizer, w, w.dtype)
+    if reduction == "batchmean":
+        return w / arguments.nonzero((w != 0).sum().to(w.dtype))
+    w = w / arguments.nonzero(w.abs().amax())  # the sum of the weights themselves may be beyond their type
+    return w / arguments.nonzero(w.sum())
 
 
 def _reduce(per_row: Tensor, w: Tensor | None, reduction: str, normalizer: float | Tensor | None) -> Tensor:
@@ -226,7 +234,7 @@ class FusedRKLLoss(nn.Module):
     """`fused_rkl_loss` as a module, with its options fixed.
 
     Args:
-        temperature: both models' logits are divided by it.
+        temperature: both models' logits are divided by it; in [1e-15, 1e37], where float32 holds the quotients.
         reduction: "none", "sum", "mean" or "batchmean", as in `fused_rkl_loss`.
         ignore_index: the label of rows that do not count.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.

@@ -147,10 +147,10 @@ def check_policy(
 
 
 def denominator(counts: Tensor, normalizer: float | Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The normalizer, by default the tokens that count (1 where none does: their sum is 0)."""
+    """The normalizer, by default the tokens that count; infinite for 0, where the sum over them is 0."""
     if normalizer is None:
-        return counts.sum().clamp(min=1).to(dtype)
-    return torch.as_tensor(normalizer, dtype=dtype, device=counts.device)
+        return arguments.nonzero(counts.sum().to(dtype))
+    return arguments.check_normalizer(normalizer, counts, dtype)
 
 
 def summarize(stats: RowStats, policy: Policy, counts: Tensor, normalizer: float | Tensor | None) -> MiniLLMLoss:
@@ -218,9 +218,9 @@ def minillm_loss(
         entropy_coef: the coefficient of an entropy bonus; the paper has none.
         normalizer: the denominator, a number or a tensor; by default the number of rows that count. Pass the global
             count under accumulation.
-        temperature: both models' logits are divided by it.
+        temperature: both models' logits are divided by it; in [1e-15, 1e37], where float32 holds the quotients.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
-        inplace: the backward pass writes the gradient over `student_logits`.
+        inplace: the backward pass writes the gradient over `student_logits`; nothing else shares their memory.
         group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
 
     Returns:
@@ -228,8 +228,10 @@ def minillm_loss(
 
     Raises:
         TypeError: an argument is no tensor, or of a type that does not fit.
-        ValueError: shapes, devices or numbers do not fit, or a constant requires a gradient.
+        ValueError: shapes, devices or numbers do not fit, a constant requires a gradient, or `inplace` would
+            overwrite what is read.
         IndexError: a token outside the vocabulary, on CPU tensors (on CUDA: NaN).
+        RuntimeError: the logits carry a forward-mode tangent (torch.func.jvp).
         NotImplementedError: `group` is given.
 
     Examples:
@@ -250,7 +252,6 @@ def minillm_loss(
                 [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
     arguments.check_logits(student_logits, teacher_logits)
-    arguments.check_inplace(inplace, student_logits)
     arguments.check_group(group)
     temperature = arguments.check_temperature(temperature)
     vocab_size = arguments.resolve_vocab_size(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1])
@@ -268,4 +269,7 @@ def minillm_loss(
     )
     settings = (temperature, vocab_size, choose.requested())
     stats = torch.ops.minillm.row_stats(student_logits, teacher_logits, ids, counts, inplace, *settings)
+    if inplace and not torch.compiler.is_compiling():  # the operator has checked the logits; constants it does not see
+        constants = {"advantages": advantages, "old_logprobs": old_logprobs, "importance_weights": importance_weights}
+        arguments.check_inplace(student_logits, token_ids=token_ids, **constants)
     return summarize(RowStats(*stats.unbind(0)), policy, counts, normalizer)

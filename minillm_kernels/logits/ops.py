@@ -14,8 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..backends import choose
-from ..rows import DIFFERENTIABLE_INDEX, Pair, RowStats, accumulator
+from ..rows import DIFFERENTIABLE, DIFFERENTIABLE_INDEX, MIXTURE_DIVERGENCES, Pair, RowStats, accumulator
 
 _library = torch.library.Library("minillm", "DEF")
 
@@ -32,11 +33,23 @@ def register(
     name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"minillm::{name}", fake, lib=_library)
+    torch.library.register_fake(f"minillm::{name}", _of_one_device(fake), lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"minillm::{name}", backward, setup_context=setup_context, lib=_library)
     if "(a!)" not in schema:
         torch.library.register_vmap(f"minillm::{name}", _no_vmap, lib=_library)
+
+
+def _of_one_device(fake: Callable) -> Callable:
+    """torch asks the fake, and not the implementation, as soon as one tensor is on "meta": its results are nothing."""
+
+    def checked(*args):
+        devices = {str(x.device) for x in args if isinstance(x, Tensor)}
+        if len(devices) > 1:
+            raise ValueError(f"the tensors are on {' and '.join(sorted(devices))}: move them to one device")
+        return fake(*args)
+
+    return checked
 
 
 def _no_vmap(info, in_dims, *_args):
@@ -52,45 +65,107 @@ def no_double_backward(ctx, *_grads):
     )
 
 
+# ---- checks: the operators can be called without the public functions, and kernels take sizes on trust
+
+_IDS, _BOOL, _FLOATS = (torch.int64,), (torch.bool,), (torch.float32, torch.float64)
+
+
+def _pair(student, teacher, temperature, vocab_size, argmax_allowed=False) -> Pair:
+    arguments.check_temperature(temperature, argmax_allowed)
+    width = student.shape[-1]
+    if teacher is not None:
+        width = min(width, teacher.shape[-1])
+        if teacher.shape[:-1] != student.shape[:-1] or teacher.device != student.device:
+            arguments.check_logits(student, teacher)  # says which
+    arguments.resolve_vocab_size(vocab_size, width)
+    return Pair(student, teacher, temperature, vocab_size)
+
+
+def _check_rows(student: Tensor, name: str, x: Tensor | None, dtypes: tuple[torch.dtype, ...], *fields: int) -> None:
+    """x: numbers for each row of the student, [*fields, ...]."""
+    if x is not None:
+        shape = (*fields, *student.shape[:-1])
+        if x.shape != shape or x.dtype not in dtypes or x.device != student.device:
+            raise ValueError(
+                f"{name} must be {' or '.join(map(str, dtypes))} of shape {shape} on {student.device}, got {x.dtype} "
+                f"of shape {tuple(x.shape)} on {x.device}"
+            )
+
+
+def _check_gradient(student, token_ids, stats, coefficients) -> None:
+    _check_rows(student, "token_ids", token_ids, _IDS)
+    _check_rows(student, "stats", stats, _FLOATS, len(RowStats._fields))
+    _check_rows(student, "coefficients", coefficients, _FLOATS, len(DIFFERENTIABLE))
+
+
+def _check_divergence(student, mask, stats, divergence, beta) -> None:
+    if divergence not in MIXTURE_DIVERGENCES:
+        raise ValueError(f"unknown divergence {divergence!r}: expected one of {', '.join(MIXTURE_DIVERGENCES)}")
+    arguments.check_unit_interval("beta", beta)
+    _check_rows(student, "mask", mask, _BOOL)
+    _check_rows(student, "stats", stats, _FLOATS, len(RowStats._fields))
+
+
+def _check_divergence_gradient(student, stats, values, scale, divergence, beta) -> None:
+    _check_divergence(student, None, stats, divergence, beta)
+    _check_rows(student, "values", values, _FLOATS, 2)
+    _check_rows(student, "scale", scale, _FLOATS)
+
+
 # ---- implementations
 
 
 def _row_stats(student, teacher, token_ids, mask, inplace, temperature, vocab_size, backend):
-    pair = Pair(student, teacher, temperature, vocab_size)
+    pair = _pair(student, teacher, temperature, vocab_size)
+    _check_rows(student, "token_ids", token_ids, _IDS)
+    _check_rows(student, "mask", mask, _BOOL)
+    if inplace:  # said here, where compiled code comes by too: the gradient will be written over the student
+        arguments.check_inplace(student, teacher_logits=teacher)
     return choose.resolve(backend, student, teacher).row_stats(pair, token_ids, mask)
 
 
 def _row_grad(student, teacher, token_ids, stats, coefficients, temperature, vocab_size, backend):
-    pair = Pair(student, teacher, temperature, vocab_size)
+    pair = _pair(student, teacher, temperature, vocab_size)
+    _check_gradient(student, token_ids, stats, coefficients)
     return choose.resolve(backend, student, teacher).row_grad(pair, token_ids, stats, coefficients)
 
 
 def _row_grad_(student, teacher, token_ids, stats, coefficients, temperature, vocab_size, backend):
-    pair = Pair(student, teacher, temperature, vocab_size)
+    pair = _pair(student, teacher, temperature, vocab_size)
+    _check_gradient(student, token_ids, stats, coefficients)
+    arguments.check_inplace(student, teacher_logits=teacher)
     choose.resolve(backend, student, teacher).row_grad(pair, token_ids, stats, coefficients, out=student)
     torch.autograd.graph.increment_version(student)  # written behind torch's back
 
 
 def _row_divergence(student, teacher, mask, stats, inplace, divergence, beta, temperature, vocab_size, backend):
-    pair = Pair(student, teacher, temperature, vocab_size)
+    pair = _pair(student, teacher, temperature, vocab_size)
+    _check_divergence(student, mask, stats, divergence, beta)
+    if inplace:
+        arguments.check_inplace(student, teacher_logits=teacher)
     return choose.resolve(backend, student, teacher).row_divergence(pair, mask, stats, divergence, beta)
 
 
 def _row_divergence_grad(student, teacher, stats, values, scale, divergence, beta, temperature, vocab_size, backend):
-    pair = Pair(student, teacher, temperature, vocab_size)
+    pair = _pair(student, teacher, temperature, vocab_size)
+    _check_divergence_gradient(student, stats, values, scale, divergence, beta)
     chosen = choose.resolve(backend, student, teacher)
     return chosen.row_divergence_grad(pair, stats, values, scale, divergence, beta)
 
 
 def _row_divergence_grad_(student, teacher, stats, values, scale, divergence, beta, temperature, vocab_size, backend):
-    pair = Pair(student, teacher, temperature, vocab_size)
+    pair = _pair(student, teacher, temperature, vocab_size)
+    _check_divergence_gradient(student, stats, values, scale, divergence, beta)
+    arguments.check_inplace(student, teacher_logits=teacher)
     chosen = choose.resolve(backend, student, teacher)
     chosen.row_divergence_grad(pair, stats, values, scale, divergence, beta, out=student)
     torch.autograd.graph.increment_version(student)  # written behind torch's back
 
 
 def _row_sample(student, teacher, uniforms, alpha, temperature, top_k, top_p, vocab_size, backend):
-    pair = Pair(student, teacher, temperature, vocab_size)
+    pair = _pair(student, teacher, temperature, vocab_size, argmax_allowed=True)
+    arguments.check_law(teacher, alpha, top_k, top_p)
+    arguments.check_uniforms(uniforms, student)
     return choose.resolve(backend, student, teacher).row_sample(pair, uniforms, alpha, top_k, top_p)
 
 

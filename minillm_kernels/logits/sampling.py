@@ -59,8 +59,8 @@ def mixed_sample(
         student_logits: [..., V] float32, bfloat16, float16 or float64; a constant here.
         teacher_logits: [..., V_t], likewise; None when alpha = 0.
         alpha: the teacher's share, in [0, 1]; 0 samples from the student, 1 from the teacher.
-        temperature: divides both models' logits; 0 takes the argmax of alpha p + (1 - alpha) q at T = 1, lowest index
-            first.
+        temperature: divides both models' logits, in [1e-15, 1e37]; 0 takes the argmax of alpha p + (1 - alpha) q at
+            T = 1, lowest index first.
         top_k: keep each model's `top_k` largest logits (0 = all), ties at the cut-off included.
         top_p: then keep, of each model, the tokens before which less than `top_p` of its mass lies.
         generator: torch's, for the uniforms.
@@ -74,7 +74,9 @@ def mixed_sample(
 
     Raises:
         TypeError: an argument is no tensor, or of a type that does not fit.
-        ValueError: shapes, devices or numbers do not fit, or alpha > 0 without a teacher.
+        ValueError: shapes, devices or numbers do not fit, or alpha > 0 without a teacher; a uniform outside [0, 1), on
+            CPU tensors. On CUDA, where finding out would wait for the device, it draws some token of the model.
+        RuntimeError: the logits carry a forward-mode tangent.
 
     Examples:
         The first coin is below alpha, the second is not:
@@ -93,14 +95,9 @@ def mixed_sample(
         arguments.check_logits(student_logits, teacher_logits)
     student_logits = student_logits.detach()
     teacher_logits = None if teacher_logits is None else teacher_logits.detach()
-    alpha = arguments.check_unit_interval("alpha", alpha)
-    if teacher_logits is None and alpha > 0:
-        raise ValueError(f"alpha = {alpha} samples from the teacher too: pass teacher_logits, or alpha=0")
+    alpha = float(alpha)
+    arguments.check_law(teacher_logits, alpha, top_k, top_p)
     temperature = arguments.check_temperature(temperature, zero_allowed=True)
-    if top_k < 0 or top_k != int(top_k):
-        raise ValueError(f"top_k must be a whole number >= 0 (0 = no limit), got {top_k}")
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p must lie in (0, 1] (1 = no limit), got {top_p}")
     sizes = [x.shape[-1] for x in (student_logits, teacher_logits) if x is not None]
     vocab_size = arguments.resolve_vocab_size(vocab_size, *sizes)
     leading = student_logits.shape[:-1]
@@ -109,12 +106,7 @@ def mixed_sample(
         source: dict[str, Any] = {} if generator is None else {"generator": generator}
         uniforms = torch.rand(*leading, 2, dtype=torch.float64, device=student_logits.device, **source)
     else:
-        arguments.check_tensor("uniforms", uniforms)
-        if uniforms.shape != (*leading, 2) or uniforms.dtype != torch.float64:
-            raise ValueError(
-                f"uniforms must be float64 of shape {(*leading, 2)}, got {uniforms.dtype} of shape "
-                f"{tuple(uniforms.shape)}"
-            )
+        arguments.check_uniforms(uniforms, student_logits)
     token_ids, logprobs, from_teacher = torch.ops.minillm.row_sample(
         student_logits,
         teacher_logits,

@@ -109,7 +109,7 @@ def token_logprobs(
     Args:
         logits: [..., V] float32, bfloat16, float16 or float64; columns contiguous, leading dimensions may be strided.
         token_ids: [...] integers in [0, vocab_size).
-        temperature: the logits are divided by it.
+        temperature: the logits are divided by it; in [1e-15, 1e37], where float32 holds the quotients.
         return_entropy: also return the entropy of each row, from the same read.
         ignore_index: rows with this id are not read: 0, with gradient 0.
         vocab_size: only the first `vocab_size` columns count, by default all.
@@ -124,6 +124,7 @@ def token_logprobs(
         ValueError: shapes, devices or numbers do not fit.
         IndexError: a token outside the vocabulary, on CPU tensors. On CUDA, where finding out would wait for the
             device, its log-probability is NaN.
+        RuntimeError: the logits carry a forward-mode tangent (torch.func.jvp).
         NotImplementedError: `group` is given.
 
     Examples:
@@ -171,7 +172,7 @@ def distill_stats(
         student_logits: [..., V], differentiable, as in `fused_rkl_loss`.
         teacher_logits: [..., V_t], constant.
         token_ids: [...] integers in [0, vocab_size).
-        temperature: both models' logits are divided by it.
+        temperature: both models' logits are divided by it; in [1e-15, 1e37], where float32 holds the quotients.
         ignore_index: rows with this id are not read: all is 0, with gradient 0.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
         group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
@@ -183,6 +184,7 @@ def distill_stats(
         TypeError: an argument is no tensor, or of a type that does not fit.
         ValueError: shapes, devices or numbers do not fit, or the teacher requires a gradient.
         IndexError: a token outside the vocabulary, on CPU tensors (on CUDA: NaN).
+        RuntimeError: the logits carry a forward-mode tangent (torch.func.jvp).
         NotImplementedError: `group` is given.
 
     Examples:
@@ -238,10 +240,10 @@ def distill_loss(
         student_logprobs: of log q(token).
         student_entropy: of H(q).
         student_logsumexp: of the log-sum-exp of the student's logits, after the temperature.
-        temperature: both models' logits are divided by it.
+        temperature: both models' logits are divided by it; in [1e-15, 1e37], where float32 holds the quotients.
         ignore_index: rows with this id do not count. They are not read, nor are rows whose coefficients are all 0.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
-        inplace: the backward pass writes the gradient over `student_logits`.
+        inplace: the backward pass writes the gradient over `student_logits`; nothing else shares their memory.
         group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
 
     Returns:
@@ -252,6 +254,7 @@ def distill_loss(
         ValueError: no coefficient, a divergence without a teacher, log-probabilities without token_ids; shapes,
             devices or numbers that do not fit; a constant that requires a gradient.
         IndexError: a token outside the vocabulary, on CPU tensors (on CUDA: NaN).
+        RuntimeError: the logits carry a forward-mode tangent (torch.func.jvp).
         NotImplementedError: `group` is given.
 
     Examples:
@@ -267,7 +270,6 @@ def distill_loss(
         tensor(True)
     """
     arguments.check_logits(student_logits, teacher_logits)
-    arguments.check_inplace(inplace, student_logits)
     arguments.check_group(group)
     temperature = arguments.check_temperature(temperature)
     sizes = [x.shape[-1] for x in (student_logits, teacher_logits) if x is not None]
@@ -278,6 +280,8 @@ def distill_loss(
     stats = torch.ops.minillm.row_stats(
         student_logits, teacher_logits, rows.token_ids, rows.counts, inplace, *settings
     )
+    if inplace and not torch.compiler.is_compiling():  # the operator has checked the logits; constants it does not see
+        arguments.check_inplace(student_logits, token_ids=token_ids, **dict(zip(DIFFERENTIABLE, given, strict=True)))
     return DistillLoss(weighted_sum(stats, rows.coefficients), DistillStats.of(RowStats(*stats.detach().unbind(0))))
 
 

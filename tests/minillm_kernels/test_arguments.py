@@ -99,6 +99,17 @@ def test_temperature(temperature):
         token_logprobs(S, IDS, temperature=temperature)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-39, 9e-16, 2e37, 1e300])
+def test_temperatures_whose_quotients_float32_does_not_hold(temperature):
+    for function in PAIRS.values():
+        with pytest.raises(ValueError, match=r"temperature must lie in \[1e-15, 1e\+37\], where float32 holds"):
+            function(S, T, temperature=temperature)
+    with pytest.raises(ValueError, match="temperature must lie in"):
+        minillm_kernels.FusedRKLLoss(temperature=temperature)
+    with pytest.raises(ValueError, match="temperature must lie in"):
+        minillm_kernels.fused_linear_rkl_loss(S, S[0], S, S[0], temperature=temperature)
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
 def test_unit_intervals(value):
     with pytest.raises(ValueError, match=r"beta must lie in \[0, 1\], got"):
@@ -172,12 +183,69 @@ def test_teacher_that_requires_grad():
                 function(S, T.clone().requires_grad_())
 
 
-def test_rows_that_share_memory_cannot_be_overwritten():
-    row = torch.randn(1, 1, 60, requires_grad=True).expand(2, 3, 60)
-    fused_rkl_loss(row, T).backward()
-    for loss in (fused_rkl_loss, lambda s, t, **k: fused_divergence_loss(s, t, "jsd", **k)):
-        with pytest.raises(ValueError, match="inplace=True cannot write a gradient over student_logits of strides"):
-            loss(row, T, inplace=True)
+@pytest.mark.parametrize("name", [*PAIRS, *SINGLES, "fused_linear_token_logprobs"])
+def test_forward_mode_is_refused(name):
+    """A tangent would be dropped: the derivative would be 0 without a word."""
+    weight = torch.randn(9, 60)
+    functions = {
+        **{key: lambda s, f=f: f(s, T) for key, f in PAIRS.items()},
+        **SINGLES,
+        "fused_linear_token_logprobs": lambda s: minillm_kernels.fused_linear_token_logprobs(s, weight, IDS),
+    }
+    function = functions[name]
+    expected = {
+        "expected_exception": RuntimeError,
+        "match": "carry a tangent, but minillm_kernels has no forward-mode",
+    }
+    with pytest.raises(**expected):
+        torch.func.jvp(function, (S,), (T,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(S, T)
+        with pytest.raises(**expected), torch.no_grad():
+            function(dual)
+        function(S)
+    if name in PAIRS:
+        with pytest.raises(**expected):
+            torch.func.jvp(lambda t: PAIRS[name](S, t), (T,), (S,))
+
+
+NORMALIZED = {
+    "fused_rkl_loss": lambda n: fused_rkl_loss(S, T, normalizer=n),
+    "fused_divergence_loss": lambda n: fused_divergence_loss(S, T, "jsd", normalizer=n, reduction="mean"),
+    "minillm_loss": lambda n: minillm_loss(S, T, IDS, advantages=ZERO, old_logprobs=ZERO, normalizer=n).loss,
+    "fused_linear_rkl_loss": lambda n: minillm_kernels.fused_linear_rkl_loss(S, S[0], T, S[0], normalizer=n),
+    "fused_linear_minillm_loss": lambda n: (
+        minillm_kernels.fused_linear_minillm_loss(
+            S, S[0], T, S[0], IDS, advantages=ZERO, old_logprobs=ZERO, normalizer=n
+        ).loss
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NORMALIZED)
+def test_normalizer(name):
+    function = NORMALIZED[name]
+    for several in (torch.ones(2), torch.ones(2, 3), torch.ones(0)):
+        with pytest.raises(ValueError, match="normalizer must be a number or a tensor of one element, got shape"):
+            function(several)
+    for number in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"normalizer must be a finite number >= 0, got {number}"):
+            function(number)
+    with pytest.raises(ValueError, match="normalizer requires a gradient, but is a constant here"):
+        function(torch.ones(()).requires_grad_())
+    five = function(5.0)
+    for same in (5, torch.tensor(5), torch.tensor([5.0]), torch.tensor([[5.0]], dtype=torch.float64)):
+        assert torch.equal(function(same), five) and five.shape == ()
+    for nothing in (0, torch.tensor(0)):
+        assert function(nothing) == 0
+
+
+def test_tensors_of_zeros_without_memory():
+    """Such as forward-mode differentiation makes: the operator is given one number for all of them."""
+    zeros = torch._efficientzerotensor(3, 50)
+    for function in (lambda: fused_rkl_loss(torch.randn(3, 50), zeros), lambda: mixed_sample(zeros, None, 0.0)):
+        with pytest.raises(ValueError, match=r"logits have no memory of their own.*call .clone\(\)"):
+            function()
 
 
 GROUPED = {
@@ -228,6 +296,8 @@ def test_sampling_options():
         mixed_sample(S, T, uniforms=torch.rand(6, 2, dtype=torch.float64))
     with pytest.raises(TypeError, match="uniforms must be a tensor, got float"):
         mixed_sample(S, T, uniforms=0.5)
+    with pytest.raises(ValueError, match="uniforms are on meta, the logits on cpu: move one of them"):
+        mixed_sample(S, T, uniforms=torch.rand(2, 3, 2, dtype=torch.float64, device="meta"))
 
 
 def test_rows_of_more_than_two_strides():

@@ -65,6 +65,31 @@ def test_no_copy_is_made_of_strided_logits(core):
     assert sum(max(e.self_cpu_memory_usage, 0) for e in profile.events()) < 1 << 18
 
 
+def test_rows_at_any_byte(backend):
+    """A view of bytes: values, gradients and samples are those of the copy."""
+    for dtype in (FP32, BF16):
+        size, pair, uniforms = torch.empty(0, dtype=dtype).element_size(), [], torch.rand(3, 2, dtype=torch.float64)
+        for x in Case(2065, (3,), dtype, dtype).logits():
+            buffer = bytearray(1 + 3 * 2065 * size)
+            view = torch.frombuffer(buffer, dtype=dtype, offset=1).view(3, 2065)
+            pair.append((x, view.copy_(x)))
+            assert view.data_ptr() % size
+        ids, results = torch.tensor([0, 5, 2064]), []
+        for s, t in zip(*pair, strict=True):
+            if backend == "cuda" and s.data_ptr() % size:  # a GPU reads no element across its own size
+                with pytest.raises(ValueError, match="rows are aligned to their elements"):
+                    fused_rkl_loss(s, t)
+                return
+            s = s.requires_grad_()
+            stats, jsd = distill_stats(s, t, ids), fused_divergence_loss(s, t, "jsd")
+            drawn = mixed_sample(s, t, uniforms=uniforms, top_k=50)
+            (grad,) = torch.autograd.grad(stats.reverse_kl.sum() + jsd + stats.student_entropy.sum(), s)
+            (over,) = torch.autograd.grad(fused_rkl_loss(s, t, inplace=True), s)
+            results.append([*stats, jsd, *drawn, grad, over])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)  # Triton starts its tiles where a row is aligned
+
+
 def _far_apart(rows: int, V: int, gap: int) -> torch.Tensor:
     """[rows, V] bf16, `gap` elements from row to row. Only the rows are written, and so committed."""
     try:

@@ -28,6 +28,7 @@ TESTS = {
     "statistics": test_properties.test_statistics,
     "losses": test_properties.test_losses,
     "samples": test_properties.test_samples,
+    "linear": test_properties.test_linear_forms,
 }
 
 

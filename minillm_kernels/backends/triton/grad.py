@@ -48,7 +48,7 @@ def gradient_row(stats, coefficients, N, row, inv_T):
 
 @triton.jit
 def gradient(k, a, b, is_token, scale, PAIR: tl.constexpr):
-    """d/dz of a tile of logits a (student) and b (teacher); exactly 0 outside the support."""
+    """d/dz of a tile of logits a (student) and b (teacher); exactly 0 outside the support, or where a is -inf."""
     ms, mt, log2Zs, log2Zt, kd, ks, k1, kp, ky = k
     s = rm.relative(a, ms, scale)
     q = tl.exp2(s - log2Zs)
@@ -62,7 +62,7 @@ def gradient(k, a, b, is_token, scale, PAIR: tl.constexpr):
     if PAIR:
         g -= kp * tl.exp2(t - log2Zt)
     g = tl.where(is_token, g + ky, g)
-    return tl.where(rm.outside(a, b), 0.0, g)
+    return tl.where(rm.outside(a, b) | (a == rm.MINUS_INF), 0.0, g)
 
 
 @triton.jit(do_not_specialize=["N", "V", "width"])

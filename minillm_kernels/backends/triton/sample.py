@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...rows import Pair
+from ..reference import check_uniforms
 from . import rowmath as rm
 from .cutoff import cutoffs_of, weight
 from .launch import PROGRAMS, Rows, per_row
@@ -275,8 +276,10 @@ def row_sample(pair: Pair, uniforms: Tensor, alpha: float, top_k: int, top_p: fl
     token_ids = torch.empty(leading, dtype=torch.int64, device=device)
     logprobs = torch.empty((3, *leading), dtype=torch.float32, device=device)
     argmax = temperature == 0
+    if uniforms.device.type == "cpu":
+        check_uniforms(uniforms)
     # The coin is compared here, in fp64: a kernel's floating-point arguments are fp32.
-    from_teacher = uniforms[..., 0] < (-1.0 if argmax else alpha)
+    from_teacher = uniforms[..., 0] < (-math.inf if argmax or teacher is None else alpha)
     if N == 0:
         return token_ids, logprobs, from_teacher
     temperature = 1.0 if argmax else temperature

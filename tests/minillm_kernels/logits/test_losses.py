@@ -9,7 +9,14 @@ import torch
 from cases import BF16, FP16, FP32, Case
 from tolerance import assert_gradient, assert_values, gradient_terms
 
-from minillm_kernels import FusedRKLLoss, fused_rkl_loss
+from minillm_kernels import (
+    FusedRKLLoss,
+    fused_divergence_loss,
+    fused_linear_rkl_loss,
+    fused_rkl_loss,
+    token_logprobs,
+)
+from minillm_kernels.rows import DIVERGENCES
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
@@ -198,6 +205,47 @@ def test_gradient_is_exactly_zero_outside_the_support(implementation):
     s.requires_grad_()
     fused_rkl_loss(s, t).backward()
     assert (s.grad[out] == 0).all() and (s.grad[~out] != 0).all()
+
+
+POISONS = {
+    "teacher-inf": lambda s, t: t[0].__setitem__(3, torch.inf),
+    "teacher-nan": lambda s, t: t[0].__setitem__(3, torch.nan),
+    "student-nan": lambda s, t: s[0].__setitem__(5, torch.nan),
+}
+
+
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("loss", [*DIVERGENCES, "token_logprobs", "entropy"])
+def test_columns_that_the_student_excludes_have_gradient_zero_in_a_row_of_nan(implementation, loss, poison):
+    """Column 3, beside whatever the teacher has there; what is wrong stays in row 0."""
+    s, t = torch.randn(2, 2065), torch.randn(2, 2065)
+    s[:, [3, 40, 2060]] = -torch.inf
+    POISONS[poison](s, t)
+    s.requires_grad_()
+    if loss in DIVERGENCES:
+        per_row = fused_divergence_loss(s, t, loss, beta=0.3, reduction="none")
+        assert per_row[0].isnan()
+    else:
+        logprobs, entropy = token_logprobs(s, torch.tensor([7, 7]), return_entropy=True)
+        per_row = entropy if loss == "entropy" else logprobs
+        assert per_row[0].isnan() == (poison == "student-nan")
+    per_row.sum().backward()
+    assert (s.grad[:, [3, 40, 2060]] == 0).all()
+    assert s.grad[1].isfinite().all() and s.grad[1].any()
+
+
+@pytest.mark.parametrize("scale", [1e-45, 1e-40, 3e38])
+def test_mean_over_weights_whose_sum_float32_does_not_hold(backend, scale):
+    s, t = torch.randn(4, 60, requires_grad=True), torch.randn(4, 60)
+    weights = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    expected = fused_rkl_loss(s, t, weights=weights, reduction="mean")
+    loss = fused_rkl_loss(s, t, weights=scale * weights, reduction="mean")
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    gradients = [torch.autograd.grad(x, s)[0] for x in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
+    head = torch.randn(60, 60)
+    linear = [fused_linear_rkl_loss(s, head, t, head, weights=w, reduction="mean") for w in (weights, scale * weights)]
+    torch.testing.assert_close(*linear, rtol=1e-6, atol=0)
 
 
 def test_equal_models_have_no_divergence(implementation):

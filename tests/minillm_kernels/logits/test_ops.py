@@ -67,6 +67,71 @@ def test_opcheck_without_a_teacher(name):
     opcheck(getattr(OPS, name).default, _samples((4,), FP32, teacher=False)[name])
 
 
+def _called(name: str, **other):
+    """An operator called with other arguments than it should be."""
+    operator = getattr(OPS, name).default
+    arguments = dict(
+        zip((x.name for x in operator._schema.arguments), _samples((4,), FP32, grad=False)[name], strict=True)
+    )
+    return operator(**arguments | other)
+
+
+SHORT, META = torch.zeros(3), torch.zeros(4, device="meta")
+# What each operator is given instead: kernels would read beyond it, or something else.
+WRONG = {
+    "vocab_size": [0, -1, 65, 1 << 40],
+    "temperature": [-1.0, 1e-39, float("nan")],
+    "teacher": [*(torch.randn(*shape) for shape in ((3, 64), (4, 59), (2, 2, 64))), torch.randn(4, 64, device="meta")],
+    "backend": ["abacus"],
+    "token_ids": [SHORT.long(), torch.zeros(4), META.long()],
+    "mask": [SHORT.bool(), torch.ones(4), META.bool()],
+    "stats": [torch.zeros(11, 3), torch.zeros(10, 4), torch.zeros(44), torch.zeros(11, 4, device="meta")],
+    "coefficients": [torch.zeros(5, 3), torch.zeros(4, 4), torch.zeros(5, 4, dtype=BF16)],
+    "values": [torch.zeros(2, 3), torch.zeros(1, 4), torch.zeros(8)],
+    "scale": [SHORT, torch.zeros(1, 4), META],
+    "divergence": ["kl", "reverse_kl", ""],
+    "beta": [-0.1, 2.0, float("nan")],
+    "uniforms": [
+        torch.zeros(3, 2).double(),
+        torch.zeros(4, 1).double(),
+        torch.zeros(4, 2),
+        -torch.ones(4, 2).double(),
+    ],
+    "alpha": [-0.5, 1.5, float("nan")],
+    "top_k": [-1],
+    "top_p": [0.0, -1.0, 1.5, float("nan")],
+}
+
+
+@pytest.mark.parametrize("name", _samples((1,), FP32))
+@pytest.mark.parametrize("used", ["cpu", "reference"])
+def test_an_operator_called_with_arguments_that_do_not_fit(name, used):
+    taken = {x.name for x in getattr(OPS, name).default._schema.arguments}
+    for key, value in ((key, value) for key, values in WRONG.items() if key in taken for value in values):
+        with pytest.raises((ValueError, KeyError)):
+            _called(name, **{"backend": used, key: value})
+            pytest.fail(f"{key} = {value} was taken")
+    with pytest.raises((ValueError, IndexError)):
+        _called(name, student=torch.zeros(()), backend=used)
+    if used == "cpu":
+        columns_apart = torch.randn(4, 140)[:, ::2]
+        with pytest.raises(ValueError, match="stride 1"):
+            _called(name, student=columns_apart, backend=used)
+
+
+def test_a_sample_without_the_teacher_that_it_asks_for():
+    with pytest.raises(ValueError, match="samples from the teacher too"):
+        _called("row_sample", teacher=None)
+
+
+@pytest.mark.parametrize("name", ["row_grad_", "row_divergence_grad_"])
+def test_an_operator_that_would_overwrite_what_it_reads(name):
+    z = torch.randn(5, 70)
+    for other in ({"student": z[1:], "teacher": z[:-1]}, {"student": torch.randn(70).expand(4, 70)}):
+        with pytest.raises(ValueError, match="inplace=True cannot write a gradient"):
+            _called(name, **other)
+
+
 IDS = torch.tensor([3, -100, 59, 0])
 WEIGHTS = torch.tensor([1.0, 2.0, 0.0, 0.5])
 UNIFORMS = torch.rand(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

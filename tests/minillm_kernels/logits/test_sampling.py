@@ -1,5 +1,6 @@
 """mixed_sample: the law of its tokens, by chi-square and by the inverse CDF; log-probabilities, filters, edges."""
 
+import importlib
 import math
 
 import oracle
@@ -9,6 +10,7 @@ from cases import BF16, FP16, FP32, NAMES, Case
 from tolerance import error
 
 from minillm_kernels import mixed_sample, use_backend
+from minillm_kernels.backends import reference
 
 SETTINGS = {
     "plain": {},
@@ -103,6 +105,39 @@ def test_a_uniform_on_a_boundary_draws_the_token_after_it(implementation):
     tokens = torch.tensor([0, 1, 2047, 2048, 2049, 4095])
     uniforms = torch.stack([torch.zeros(6), tokens / 4096], -1).double()
     assert torch.equal(mixed_sample(torch.zeros(6, 4096), None, 0.0, uniforms=uniforms).token_ids, tokens)
+
+
+@pytest.mark.parametrize("number", [-1.0, -torch.inf, 1.0, 2.0**60, torch.inf, torch.nan])
+@pytest.mark.parametrize("place", [0, 1])
+def test_uniforms_outside_the_unit_interval(implementation, number, place, monkeypatch):
+    """An error where looking costs no synchronisation; elsewhere some token of the model, and never a teacher's where
+    there is none."""
+    s, uniforms = torch.randn(5, 3000), torch.full((5, 2), 0.5, dtype=torch.float64)
+    s[:, 2500:] = -torch.inf
+    uniforms[3, place] = number
+    if implementation != "cuda":
+        with pytest.raises(ValueError, match=r"uniforms must lie in \[0, 1\), got"):
+            mixed_sample(s, s, uniforms=uniforms)
+        if implementation == "cpu":  # the kernel by itself: tests/csrc/fuzz_core.cpp
+            return
+        for module in (reference, importlib.import_module("minillm_kernels.backends.triton.sample")):
+            monkeypatch.setattr(module, "check_uniforms", lambda uniforms: None)  # as on a GPU
+    expected = mixed_sample(s, None, 0.0, uniforms=torch.full_like(uniforms, 0.5)).token_ids
+    for settings in ({}, {"top_k": 40}, {"temperature": 0}):
+        x = mixed_sample(s, None, 0.0, uniforms=uniforms, **settings)
+        assert not x.from_teacher.any() and (x.token_ids < 2500).all() and x.student_logprobs.isfinite().all()
+        assert settings or torch.equal(x.token_ids[:3], expected[:3])
+    x = mixed_sample(s, s, 1.0, uniforms=uniforms)
+    assert (x.token_ids < 2500).all() and x.teacher_logprobs.isfinite().all()
+
+
+def test_uniforms_at_any_byte(implementation):
+    s, uniforms = torch.randn(5, 60), torch.rand(5, 2, dtype=torch.float64)
+    askew = torch.zeros(5 * 16 + 3, dtype=torch.uint8)
+    askew[3:].view(5, 16)[:] = uniforms.view(torch.uint8)
+    view = torch.from_numpy(askew.numpy()[3:].view("float64")).view(5, 2)
+    assert view.data_ptr() % 8
+    assert torch.equal(mixed_sample(s, s, uniforms=view).token_ids, mixed_sample(s, s, uniforms=uniforms).token_ids)
 
 
 def test_the_coin(implementation):
