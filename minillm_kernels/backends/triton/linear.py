@@ -102,11 +102,11 @@ def linear_stats_kernel(
     N,
     V,
     inv_T,
+    PAIR: tl.constexpr,  # there is a teacher
     BLOCK: tl.constexpr,
 ):
     BM: tl.constexpr = BLOCK[0]
     BN: tl.constexpr = BLOCK[1]
-    PAIR: tl.constexpr = teacher is not None
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     there = rows < N
     if mask is not None:
@@ -154,11 +154,11 @@ def linear_grad_kernel(
     V,
     start,
     inv_T,
+    PAIR: tl.constexpr,  # there is a teacher
     BLOCK: tl.constexpr,
 ):
     BM: tl.constexpr = BLOCK[0]
     BN: tl.constexpr = BLOCK[1]
-    PAIR: tl.constexpr = teacher is not None
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     inner = tl.program_id(1) * BN + tl.arange(0, BN)
     columns = start + inner
@@ -226,6 +226,7 @@ def linear_stats(student, teacher, token_ids, mask, temperature: float, vocab_si
         N,
         vocab_size,
         1.0 / temperature,
+        PAIR=teacher is not None,
         BLOCK=blocks.shape,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
@@ -254,6 +255,7 @@ def linear_grad_tile(
         vocab_size,
         start,
         1.0 / temperature,
+        PAIR=teacher is not None,
         BLOCK=blocks.shape,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
