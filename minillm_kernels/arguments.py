@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -17,6 +18,7 @@ def check_logits(student: Tensor, teacher: Tensor | None) -> None:
         if x is None:
             continue
         check_tensor(name, x)
+        check_no_tangent(name, x)
         if x.dtype not in LOGIT_DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
         if x.dim() == 0 or x.shape[-1] == 0:
@@ -44,6 +46,15 @@ def check_logits(student: Tensor, teacher: Tensor | None) -> None:
         )
 
 
+def check_no_tangent(name: str, x: Tensor) -> None:
+    """An operator without a forward-mode formula would drop a tangent without a word."""
+    if forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(
+            f"{name} carry a tangent, but minillm_kernels has no forward-mode derivatives (torch.func.jvp, "
+            "torch.autograd.forward_ad); use backward(), or the plain formula (log_softmax) where one is needed"
+        )
+
+
 def check_tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -51,6 +62,7 @@ def check_tensor(name: str, x: object) -> None:
 
 def check_floating(name: str, x: Tensor) -> None:
     check_tensor(name, x)
+    check_no_tangent(name, x)
     if not x.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
 
@@ -120,6 +132,27 @@ def check_per_row(name: str, x: Tensor, logits: Tensor) -> Tensor:
         raise ValueError(
             f"{name} must broadcast to the leading shape {tuple(logits.shape[:-1])}, got {tuple(x.shape)}"
         ) from None
+
+
+def check_normalizer(normalizer: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A denominator [] of that type, on the device of `like`; infinite for 0, so that what counts for nothing is 0."""
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(
+                f"normalizer must be a number or a tensor of one element, got shape {tuple(normalizer.shape)}"
+            )
+        if normalizer.requires_grad and torch.is_grad_enabled():
+            raise ValueError("normalizer requires a gradient, but is a constant here: pass normalizer.detach()")
+        number = normalizer.reshape(()).to(like.device, dtype)
+    elif not 0 <= normalizer < math.inf:  # NaN fails
+        raise ValueError(f"normalizer must be a finite number >= 0, got {normalizer}")
+    else:
+        number = torch.full((), normalizer, dtype=dtype, device=like.device)
+    return nonzero(number)
+
+
+def nonzero(denominator: Tensor) -> Tensor:
+    return torch.where(denominator == 0, math.inf, denominator)
 
 
 def check_group(group: object) -> None:

@@ -139,7 +139,7 @@ def _stats_backward(ctx, grad_stats: Tensor):
         coefficients = torch.where(mask, coefficients, 0)
         token_ids = None if token_ids is None else torch.where(mask, token_ids, 0)
     args = (teacher, token_ids, stats, coefficients, *ctx.settings)
-    grad = _gradient(ctx, torch.ops.minillm.row_grad, torch.ops.minillm.row_grad_, student, args)
+    grad = gradient_of_logits(ctx, "row_grad", student, args)
     return grad, *([None] * 7)
 
 
@@ -153,15 +153,16 @@ def _divergence_backward(ctx, grad_values: Tensor):
     student, teacher, mask, stats, values = ctx.saved_tensors
     scale = grad_values[0] if mask is None else torch.where(mask, grad_values[0], 0)
     args = (teacher, stats, values, scale, *ctx.settings)
-    grad = _gradient(ctx, torch.ops.minillm.row_divergence_grad, torch.ops.minillm.row_divergence_grad_, student, args)
+    grad = gradient_of_logits(ctx, "row_divergence_grad", student, args)
     return grad, *([None] * 9)
 
 
-def _gradient(ctx, out_of_place, in_place, student: Tensor, args: tuple) -> Tensor:
+def gradient_of_logits(ctx, operator: str, student: Tensor, args: tuple) -> Tensor:
+    """By the operator of that name, or where ctx.inplace says so by its namesake that overwrites the student."""
     if not ctx.inplace:
-        return out_of_place(student, *args)
+        return getattr(torch.ops.minillm, operator)(student, *args)
     logits = student.detach()  # shares memory and version counter: a second backward pass, or another user, is told
-    in_place(logits, *args)
+    getattr(torch.ops.minillm, f"{operator}_")(logits, *args)
     return logits
 
 

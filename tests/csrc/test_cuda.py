@@ -28,7 +28,10 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 needs_cuda_build = pytest.mark.skipif(_core.CUDA_ARCHITECTURES == "", reason="the core was built without nvcc")
 
 # Pairs of types (3 x 3, with "no teacher" 3 x 4, equal ones 3) times divergences; and kernels without types.
-KERNELS = {"row_stats": 12 + 1, "row_grad": 12, "row_stats_grad": 3, "row_divergence": 2 * 4 * 9 + 1, "row_sample": 37}
+KERNELS = {
+    **{"row_stats": 12 + 1, "row_grad": 12, "row_stats_grad": 3, "row_scale": 3},
+    **{"row_divergence": 2 * 4 * 9 + 1, "row_sample": 37},
+}
 REGISTERS = 128  # two blocks of 256 threads a multiprocessor
 
 

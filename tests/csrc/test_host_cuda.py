@@ -111,7 +111,7 @@ def test_nothing_outside_the_rows_is_read_or_written(cuda_on_host, dtype, offset
         m.allow(g[i].data_ptr(), (V - 5) * g.element_size())
     try:
         m.row_stats(how, pair, 0, 0, stats.data_ptr())
-        m.row_grad(how, pair, 0, stats.data_ptr(), coefficients.data_ptr(), rows[2], V - 5)
+        m.row_grad(how, pair, 0, stats.data_ptr(), coefficients.data_ptr(), rows[2], V - 5, 0)
         m.row_stats_grad(how, pair, 0, coefficients.data_ptr(), stats.data_ptr(), rows[2], V - 5)
         for kind in range(4):
             m.row_divergence(how, pair, kind, 0.5, 0, stats.data_ptr(), out.data_ptr())

@@ -85,12 +85,24 @@ class Triton(Backend):
             return row_stats(pair, token_ids, mask)
 
     def row_grad(
-        self, pair: Pair, token_ids: Tensor | None, stats: Tensor, coefficients: Tensor, out: Tensor | None = None
+        self,
+        pair: Pair,
+        token_ids: Tensor | None,
+        stats: Tensor,
+        coefficients: Tensor,
+        out: Tensor | None = None,
+        factor: Tensor | None = None,
     ) -> Tensor:
         from .grad import row_grad
 
         with _launching(pair.student):
-            return row_grad(pair, token_ids, stats, coefficients, out)
+            return row_grad(pair, token_ids, stats, coefficients, out, factor)
+
+    def row_scale(self, x: Tensor, factor: Tensor) -> None:
+        from .scale import row_scale
+
+        with _launching(x):
+            row_scale(x, factor)
 
     def row_divergence(self, pair: Pair, mask: Tensor | None, stats: Tensor, divergence: str, beta: float) -> Tensor:
         from .divergence import row_divergence

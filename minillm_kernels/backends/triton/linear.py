@@ -163,7 +163,7 @@ def linear_grad_kernel(
     inner = tl.program_id(1) * BN + tl.arange(0, BN)
     columns = start + inner
     known = tl.minimum(rows, N - 1)
-    k, wanted = gradient_row(stats, coefficients, N, known, inv_T)
+    k, wanted = gradient_row(stats, coefficients, N, known, inv_T, 1.0)
     ms, mt, log2Zs, log2Zt, kd, ks, k1, kp, ky = k
     origins = ms[:, None], mt[:, None], log2Zs[:, None], log2Zt[:, None]
     k = origins + (kd[:, None], ks[:, None], k1[:, None], kp[:, None], ky[:, None])  # noqa: RUF005
