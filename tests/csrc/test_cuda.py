@@ -83,9 +83,9 @@ def test_the_committed_counts_are_these(kernels):
 
 
 def test_the_whole_cuda_part_compiles_in_three_minutes_without_a_warning_or_a_stack():
-    """As `python -m benchmarks.gpu_static.cuda_build` recorded it, on two cores."""
+    """On two cores, as `python -m benchmarks.gpu_static.cuda_build` recorded it."""
     build = json.loads(cuda_kernels.RESULTS.read_text())["cuda_build"]
-    assert build["seconds"] < 180 and build["warnings"] == 0
+    assert build["processor_seconds"] < 2 * 180 and build["warnings"] == 0
     assert [x["architecture"] for x in build["kernels"]] == [80, 86, 89, 90, 100, 120]
     for x in build["kernels"]:
         assert x["kernels"] == sum(KERNELS.values())

@@ -110,7 +110,7 @@ def test_one_compilation_for_all_sizes():
 VARIANTS = """
 import json, torch
 from benchmarks.gpu_static.recording import recording
-from minillm_kernels.backends.triton import divergence, grad, linear, sample, stats
+from minillm_kernels.backends.triton import divergence, grad, linear, sample, scale, stats
 from minillm_kernels.hidden.operands import Projection
 from minillm_kernels.rows import Pair
 n, V = 3, 4099
@@ -123,6 +123,8 @@ with recording(90) as launches:
             pair, u = Pair(s, t, 1.0, V), torch.rand(n, 2).double()
             stats.row_stats(pair, given, mask if given is None else None)
             grad.row_grad(pair, given, r, torch.ones(5, n))
+            grad.row_grad(pair, given, r, torch.ones(5, n), s, torch.ones(()))
+            scale.row_scale(s, torch.ones(()))
             alpha = 0.0 if t is None else 0.4
             sample.row_sample(pair, u, alpha, 0, 1.0)
             sample.row_sample(pair._replace(temperature=0), u, alpha, 20, 0.9)
@@ -146,5 +148,5 @@ def test_every_variant_compiles():
     assert compiled(VARIANTS) == [
         *("argmax_kernel", "cutoff_kernel", "linear_grad_kernel", "linear_stats_kernel", "merge_parts_kernel"),
         *("pick_kernel", "row_divergence_grad_kernel", "row_divergence_kernel", "row_grad_kernel"),
-        *("row_stats_kernel", "tile_mass_kernel"),
+        *("row_scale_kernel", "row_stats_kernel", "tile_mass_kernel"),
     ]
