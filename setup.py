@@ -5,7 +5,7 @@
     MAX_JOBS=N                parallel compilations, default: the cores
 
 In a checkout, `python setup.py build_ext --inplace` builds again after a change of csrc, with what is installed and
-without network: it needs setuptools, pybind11, cmake, ninja and a C++17 compiler.
+without network: it needs setuptools 77 or newer, pybind11, cmake, ninja and a C++17 compiler.
 
 Without a C++ compiler (or when the build fails) the package installs as pure Python, and `available_backends()` says
 what is missing; MINILLM_CUDA=1 makes any failure an error.

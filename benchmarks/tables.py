@@ -261,7 +261,7 @@ def gpu_table() -> str:
         "bandwidth that the busiest pipe allows, divided by the card's; above 1× memory is the limit. Counted, not "
         "timed: `python -m benchmarks.gpu_static.cuda_kernels` and "
         f"`python -m benchmarks.gpu_static.triton_kernels` (Triton {results['triton_version']}). All of `csrc/cuda` "
-        f"for {build['timed']} compiled in {build['seconds']:.0f} s on {build['cores']} cores (nvcc "
+        f"for {build['timed']} takes {build['processor_seconds']:.0f} s of a processor to compile (nvcc "
         f"{build['nvcc_version']})."
     )
     return markdown(header, rows) + "\n\n" + note

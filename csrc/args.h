@@ -43,13 +43,15 @@ struct StatsArgs : Pair {
 };
 
 // grad: N rows of `width` >= V columns of the student's dtype; columns from V on are set to 0. May be the student itself.
-// coefficients: [COEFFICIENTS, N]; a row whose coefficients are all 0 is not read.
+// coefficients: [COEFFICIENTS, N]; a row whose coefficients are all 0 is not read. factor, unless null, is a number in memory
+// that multiplies all of them; where it is 1 nothing is done: the gradient stands there already.
 struct GradArgs : Pair {
     const int64_t* token_ids = nullptr;
     const float* stats = nullptr;
     const float* coefficients = nullptr;
     Rows grad;
     int64_t width = 0;
+    const float* factor = nullptr;
 };
 
 // Statistics and gradient at once: a row whose coefficients are all 0 is not read, and its statistics are 0.
@@ -77,6 +79,12 @@ struct DivergenceGradArgs : Pair {
     int64_t width = 0;
 };
 
+// The student's N rows of V columns, which lie one behind the other, are multiplied by a number that is in memory; where it
+// is 1 they are not touched, where it is 0 they become 0, NaN too.
+struct ScaleArgs : Pair {
+    const float* factor = nullptr;
+};
+
 // uniforms: [N, 2]. greedy: the argmax of the mixture instead of a draw. logprobs: [3, N], student, teacher, mixture.
 struct SampleArgs : Pair {
     const double* uniforms = nullptr;
@@ -88,11 +96,12 @@ struct SampleArgs : Pair {
     uint8_t* from_teacher = nullptr;
 };
 
-// The row operations, X(name, arguments): entry points, dispatch and bindings are made from this list. Beside them
-// row_stats_grad, which only CUDA has.
+// The row operations, X(name, arguments): entry points, dispatch and bindings are made from this list.
 #define MINILLM_ROW_OPERATIONS(X)               \
     X(row_stats, StatsArgs)                     \
     X(row_grad, GradArgs)                       \
+    X(row_stats_grad, StatsGradArgs)            \
+    X(row_scale, ScaleArgs)                     \
     X(row_divergence, DivergenceArgs)           \
     X(row_divergence_grad, DivergenceGradArgs)  \
     X(row_sample, SampleArgs)

@@ -13,8 +13,21 @@ class Operations:
 
     def row_stats(self, how: How, pair: PairAt, mask: int, token_ids: int, stats: int, /) -> None: ...
     def row_grad(
-        self, how: How, pair: PairAt, token_ids: int, stats: int, coefficients: int, grad: RowsAt, width: int, /
+        self,
+        how: How,
+        pair: PairAt,
+        token_ids: int,
+        stats: int,
+        coefficients: int,
+        grad: RowsAt,
+        width: int,
+        factor: int,
+        /,
     ) -> None: ...
+    def row_stats_grad(
+        self, how: How, pair: PairAt, token_ids: int, coefficients: int, stats: int, grad: RowsAt, width: int, /
+    ) -> None: ...
+    def row_scale(self, how: How, pair: PairAt, factor: int, /) -> None: ...
     def row_divergence(
         self, how: How, pair: PairAt, divergence: int, beta: float, mask: int, stats: int, out: int, /
     ) -> None: ...
@@ -47,9 +60,6 @@ class Operations:
     ) -> None: ...
 
     # Of CUDA alone.
-    def row_stats_grad(
-        self, how: How, pair: PairAt, token_ids: int, coefficients: int, stats: int, grad: RowsAt, width: int, /
-    ) -> None: ...
     def holds_rows(self, n_rows: int, vocab_size: int, dtype: int, /) -> bool: ...
 
 class CpuOperations(Operations):

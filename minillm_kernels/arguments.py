@@ -52,11 +52,6 @@ def check_logits(student: Tensor, teacher: Tensor | None) -> None:
         )
 
 
-def check_tensor(name: str, x: object) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-
-
 def check_no_tangent(name: str, x: Tensor) -> None:
     """An operator without a forward-mode formula would drop a tangent without a word."""
     if forward_ad.unpack_dual(x).tangent is not None:
@@ -64,6 +59,11 @@ def check_no_tangent(name: str, x: Tensor) -> None:
             f"{name} carry a tangent, but minillm_kernels has no forward-mode derivatives (torch.func.jvp, "
             "torch.autograd.forward_ad); use backward(), or the plain formula (log_softmax) where one is needed"
         )
+
+
+def check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
 
 
 def check_floating(name: str, x: Tensor) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from minillm_kernels.backends import triton as backend
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -16,5 +18,8 @@ def test_every_lower_bound_is_a_version_that_is_tested():
     bounds = dict(requirement.split(">=") for requirement in wanted)
     tested = re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "tests" / "oldest.txt").read_text(), re.MULTILINE)
     oldest = {name: version for name, version in reversed(tested)}  # a line for newer Pythons comes second
+    (bound,) = re.findall(r"triton>=([\d.]+);", " ".join(extras["dev"]))
+    triton = [int(x) for x in oldest.pop("triton").split(".")]
+    assert backend.OLDEST == tuple(triton[:2]) == tuple(int(x) for x in bound.split("."))
     release = {name: re.sub(r"(\.0)+$", "", version) for name, version in oldest.items()}
     assert release == {name: re.sub(r"(\.0)+$", "", version) for name, version in bounds.items()}

@@ -147,10 +147,9 @@ def traffic() -> list[dict]:
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         sys.exit("TRITON_INTERPRET is set: nothing would be compiled; unset it")
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results["triton"] = static()
-    results["triton_traffic"] = traffic()
-    results["triton_version"] = triton.__version__
+    counted = {"triton": static(), "triton_traffic": traffic(), "triton_version": triton.__version__}
+    results = {**(json.loads(RESULTS.read_text()) if RESULTS.exists() else {}), **counted}
+    results = {k: results[k] for k in sorted(results)}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     for x in results["triton"]:
         bound = f"{x['headroom']:.2f} of {x['gpu']}, {x['bound_by']}" if "headroom" in x else ""

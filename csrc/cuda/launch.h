@@ -19,7 +19,6 @@ struct Launch {
 
 #define MINILLM_DECLARE_LAUNCHER(name, Args) std::string name(const Args&, const Launch&);
 MINILLM_ROW_OPERATIONS(MINILLM_DECLARE_LAUNCHER)
-MINILLM_DECLARE_LAUNCHER(row_stats_grad, StatsGradArgs)
 
 // Whether row_stats_grad is the better way: a block of the current device can hold a row pair of that type, and there are
 // enough rows for all multiprocessors.

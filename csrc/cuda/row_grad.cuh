@@ -9,17 +9,20 @@
 
 namespace minillm::cuda {
 
-__device__ inline bool has_gradient(const GradArgs& a, int64_t row) {
+__device__ inline float coefficient(const GradArgs& a, int i, int64_t row, float factor) {
+    return factor * a.coefficients[i * a.N + row];
+}
+__device__ inline bool has_gradient(const GradArgs& a, int64_t row, float factor) {
     bool any = false;
-    for (int i = 0; i < COEFFICIENTS; ++i) any = any || a.coefficients[i * a.N + row] != 0.0f;
+    for (int i = 0; i < COEFFICIENTS; ++i) any = any || coefficient(a, i, row, factor) != 0.0f;
     return any;
 }
 
 // The columns of c that are in the part, from stat(i): the statistics of the row.
 template <class S, class T, class C, class Stat>
 __device__ void write_row_gradient(const GradArgs& a, int64_t row, const S* s, const T* t, S* g, const C& c,
-                                   const Part& part, const Stat& stat) {
-    const auto coef = [&](int i) { return a.coefficients[i * a.N + row]; };
+                                   const Part& part, float factor, const Stat& stat) {
+    const auto coef = [&](int i) { return coefficient(a, i, row, factor); };
     const auto r = GradientRow<float>::make(stat, coef, float(a.inv_T));
     const int64_t y = a.token_ids == nullptr ? -1 : a.token_ids[row];
     const int token = 0 <= y && y < a.V ? int(y) : -1;
@@ -35,6 +38,8 @@ __device__ void write_row_gradient(const GradArgs& a, int64_t row, const S* s, c
 
 template <class S, class T>
 __global__ void __launch_bounds__(THREADS, BLOCKS) row_grad_kernel(GradArgs a, int splits) {
+    const float factor = a.factor == nullptr ? 1.0f : load_one(a.factor);
+    if (a.factor != nullptr && factor == 1.0f) return;
     for (int64_t index = blockIdx.x; index < a.N * splits; index += gridDim.x) {
         const int64_t row = index / splits;
         const S* s = row_of<S>(a.student, row);
@@ -43,8 +48,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) row_grad_kernel(GradArgs a, i
         const auto c = gradient_columns<Columns<S, T>>(g, a.V);
         const Part part(c, int(index % splits), splits);
         write_zeros_behind(g, c, int(a.width), part);
-        if (has_gradient(a, row))
-            write_row_gradient(a, row, s, t, g, c, part, [&](int i) { return a.stats[i * a.N + row]; });
+        if (has_gradient(a, row, factor))
+            write_row_gradient(a, row, s, t, g, c, part, factor, [&](int i) { return a.stats[i * a.N + row]; });
         else
             write_zeros(g, c, part);
     }

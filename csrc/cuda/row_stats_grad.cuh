@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) row_stats_grad_kernel(StatsGr
         const auto columns = gradient_columns<Columns<S, T>>(g, a.V);
         const Part whole(columns, 0, 1);
         write_zeros_behind(g, columns, int(a.width), whole);
-        if (!has_gradient(a, row)) {
+        if (!has_gradient(a, row, 1.0f)) {
             write_zeros(g, columns, whole);
             if (threadIdx.x < STATISTICS) store_one(a.stats_out + threadIdx.x * a.N + row, 0.0f);
             continue;
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) row_stats_grad_kernel(StatsGr
             }
         }
         __syncthreads();
-        write_row_gradient(a, row, s.at, t.at, g, columns, whole, [&](int i) { return stats.of[i]; });
+        write_row_gradient(a, row, s.at, t.at, g, columns, whole, 1.0f, [&](int i) { return stats.of[i]; });
         __syncthreads();  // before the next row lands where this one is read
     }
 }

@@ -39,15 +39,17 @@ inline StatsArgs row_stats_args(const py::tuple& pair, Address mask, Address tok
 }
 
 inline GradArgs row_grad_args(const py::tuple& pair, Address token_ids, Address stats, Address coefficients,
-                              const py::tuple& grad, int64_t width) {
+                              const py::tuple& grad, int64_t width, Address factor) {
     return {pair_of(pair), at<const int64_t>(token_ids), at<const float>(stats), at<const float>(coefficients),
-            rows_of(grad), width};
+            rows_of(grad), width, at<const float>(factor)};
 }
 
 inline StatsGradArgs row_stats_grad_args(const py::tuple& pair, Address token_ids, Address coefficients, Address stats,
                                          const py::tuple& grad, int64_t width) {
-    return {row_grad_args(pair, token_ids, 0, coefficients, grad, width), at<float>(stats)};
+    return {row_grad_args(pair, token_ids, 0, coefficients, grad, width, 0), at<float>(stats)};
 }
+
+inline ScaleArgs row_scale_args(const py::tuple& pair, Address factor) { return {pair_of(pair), at<const float>(factor)}; }
 
 inline DivergenceArgs row_divergence_args(const py::tuple& pair, int divergence, float beta, Address mask, Address stats,
                                           Address out) {

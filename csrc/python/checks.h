@@ -67,6 +67,11 @@ inline void check(const StatsGradArgs& a) {
     check_array(a, a.stats_out, "row_stats_grad has stats to write");
 }
 
+inline void check(const ScaleArgs& a) {
+    check(static_cast<const Pair&>(a));
+    require(a.factor != nullptr, "row_scale has a factor to read");
+}
+
 inline void check(const DivergenceArgs& a) {
     check(static_cast<const Pair&>(a));
     check_divergence(a, a.divergence);

@@ -20,14 +20,25 @@ constexpr int MAX_THREADS = 1024;  // OpenMP ends the process where it cannot st
 template <class Args>
 void check_contents(const Args&) {}
 
-void check_contents(const StatsArgs& a) {
-    for (int64_t i = 0; a.token_ids != nullptr && i < a.N; ++i) {
-        const int64_t y = a.token_ids[i];
-        if ((a.mask == nullptr || a.mask[i] != 0) && (y < 0 || y >= a.V))
+template <class IsRead>
+void check_token_ids(const Pair& a, const int64_t* token_ids, const IsRead& is_read) {
+    for (int64_t i = 0; token_ids != nullptr && i < a.N; ++i) {
+        const int64_t y = token_ids[i];
+        if ((y < 0 || y >= a.V) && is_read(i))
             throw py::index_error("token id " + std::to_string(y) + " in row " + std::to_string(i) +
                                   " is outside the vocabulary [0, " + std::to_string(a.V) +
                                   "); exclude rows without a token by the mask or by ignore_index");
     }
+}
+void check_contents(const StatsArgs& a) {
+    check_token_ids(a, a.token_ids, [&](int64_t i) { return a.mask == nullptr || a.mask[i] != 0; });
+}
+void check_contents(const StatsGradArgs& a) {
+    check_token_ids(a, a.token_ids, [&](int64_t i) {
+        bool any = false;
+        for (int c = 0; c < COEFFICIENTS; ++c) any = any || a.coefficients[c * a.N + i] != 0.0f;
+        return any;
+    });
 }
 
 void check_contents(const SampleArgs& a) {

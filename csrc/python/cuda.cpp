@@ -46,7 +46,6 @@ auto cuda_function(Args (*make)(P...), std::string (*operation)(const Args&, con
 void define_cuda(py::module_& m) {
 #define MINILLM_DEFINE(name, Args) m.def(#name, cuda_function(&name##_args, &name));
     MINILLM_ROW_OPERATIONS(MINILLM_DEFINE)
-    MINILLM_DEFINE(row_stats_grad, StatsGradArgs)
     m.def("holds_rows", [](int64_t N, int64_t V, int dtype) { return holds_rows(N, V, static_cast<DType>(dtype)); });
     m.def("versions", &versions);
 }

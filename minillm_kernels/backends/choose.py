@@ -27,6 +27,7 @@ BACKENDS: dict[str, Backend] = {
 _ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _state = {"last": "none"}
 _logged: set[str] = set()
+_ready: set[Backend] = set()  # those that run on this machine, which is asked once: drivers take their time to answer
 
 
 def _known(name: str) -> str:
@@ -140,10 +141,14 @@ def _choose(name: str, tensors: tuple[Tensor | None, ...]) -> str:
 
 def _obstacle(backend: Backend, tensors: list[Tensor]) -> str | None:
     """Why that backend does not run on these tensors, or None."""
-    reason = backend.unavailable()
+    if backend not in _ready:
+        if (reason := backend.unavailable()) is not None:
+            return reason
+        _ready.add(backend)
     for x in tensors:
-        reason = reason or backend.refusal(x)
-    return reason
+        if (reason := backend.refusal(x)) is not None:
+            return reason
+    return None
 
 
 def _log_once(name: str, reason: str) -> None:

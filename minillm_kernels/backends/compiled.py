@@ -70,22 +70,28 @@ class Compiled(Backend):
         return stats
 
     def row_grad(
-        self, pair: Pair, token_ids: Tensor | None, stats: Tensor, coefficients: Tensor, out: Tensor | None = None
+        self,
+        pair: Pair,
+        token_ids: Tensor | None,
+        stats: Tensor,
+        coefficients: Tensor,
+        out: Tensor | None = None,
+        factor: Tensor | None = None,
     ) -> Tensor:
         ids_at, _ids = pointer(token_ids, torch.int64)
         stats_at, _stats = pointer(stats, torch.float32)
         coefficients_at, _coefficients = pointer(coefficients, torch.float32)
+        factor_at, _factor = pointer(factor, torch.float32)
         grad = gradient_of(pair, out)
         with self.launch(pair) as how:
             inputs = (pair_at(pair), ids_at, stats_at, coefficients_at)
-            self.operations.row_grad(how, *inputs, rows_at(grad), grad.shape[-1])
+            self.operations.row_grad(how, *inputs, rows_at(grad), grad.shape[-1], factor_at)
         return grad
 
     def row_stats_grad(
         self, pair: Pair, token_ids: Tensor | None, coefficients: Tensor, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """One launch where the device can hold a row pair: the bits of two, and zeros as the statistics of a row
-        whose coefficients are all 0."""
+        """One visit of each row where the device can hold a row pair: the bits of two."""
         if not self.holds_rows(self.operations, pair):
             return super().row_stats_grad(pair, token_ids, coefficients, out)
         ids_at, _ids = pointer(token_ids, torch.int64)
@@ -95,6 +101,12 @@ class Compiled(Backend):
             outputs = (stats.data_ptr(), rows_at(grad), grad.shape[-1])
             self.operations.row_stats_grad(how, pair_at(pair), ids_at, coefficients_at, *outputs)
         return stats, grad
+
+    def row_scale(self, x: Tensor, factor: Tensor) -> None:
+        factor_at, _factor = pointer(factor, torch.float32)
+        rows = Pair(x.reshape(-1, x.shape[-1]), None, 1.0, x.shape[-1])
+        with self.launch(rows) as how:
+            self.operations.row_scale(how, pair_at(rows), factor_at)
 
     def row_divergence(self, pair: Pair, mask: Tensor | None, stats: Tensor, divergence: str, beta: float) -> Tensor:
         mask_at, _mask = pointer(mask, torch.bool)

@@ -41,23 +41,41 @@ class Backend(Protocol):
 
     @abstractmethod
     def row_grad(
-        self, pair: Pair, token_ids: Tensor | None, stats: Tensor, coefficients: Tensor, out: Tensor | None = None
+        self,
+        pair: Pair,
+        token_ids: Tensor | None,
+        stats: Tensor,
+        coefficients: Tensor,
+        out: Tensor | None = None,
+        factor: Tensor | None = None,
     ) -> Tensor:
         """[..., V']: the gradient of sum(coefficients * differentiable statistics) in the student's logits.
 
         stats: what row_stats returned for the same pair and token_ids. coefficients: [len(DIFFERENTIABLE), ...]; a
         row whose coefficients are all 0 is not read. The formula is in csrc/rowmath/gradient.h.
+
+        factor: one element that arrived for the loss, on the same device, where the host does not look: it multiplies
+        all coefficients. `out` holds the gradient without it: where it is 1 a backend may leave that alone.
         """
 
     def row_stats_grad(
         self, pair: Pair, token_ids: Tensor | None, coefficients: Tensor, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """row_stats and row_grad at once, for coefficients that are known beforehand and not all 0 in any row.
+        """row_stats and row_grad at once, for coefficients that are known beforehand. A row whose coefficients are all
+        0 is not read: its statistics and its gradient are 0.
 
         Here one after the other; a backend that can keep a row pair between the two reads it once.
         """
-        stats = self.row_stats(pair, token_ids, None)
+        stats = self.row_stats(pair, token_ids, (coefficients != 0).any(0))
         return stats, self.row_grad(pair, token_ids, stats, coefficients, out)
+
+    @abstractmethod
+    def row_scale(self, x: Tensor, factor: Tensor) -> None:
+        """Multiplies a gradient, in place, by a number that arrived for its loss.
+
+        x: of any shape, contiguous. factor: one element on the same device, where the host does not look. 0 gives
+        zeros, also of NaN; where it is 1 a backend may leave the memory alone.
+        """
 
     @abstractmethod
     def row_divergence(self, pair: Pair, mask: Tensor | None, stats: Tensor, divergence: str, beta: float) -> Tensor:

@@ -167,10 +167,17 @@ class Reference(Backend):
         return stacked if mask is None else torch.where(mask, stacked, 0)
 
     def row_grad(
-        self, pair: Pair, token_ids: Tensor | None, stats: Tensor, coefficients: Tensor, out: Tensor | None = None
+        self,
+        pair: Pair,
+        token_ids: Tensor | None,
+        stats: Tensor,
+        coefficients: Tensor,
+        out: Tensor | None = None,
+        factor: Tensor | None = None,
     ) -> Tensor:
         x = _scaled(pair)
         r = RowStats(*stats.to(x.s.dtype).unsqueeze(-1).unbind(0))
+        coefficients = coefficients if factor is None else factor * coefficients
         c_r, c_f, c_y, c_h, c_l = coefficients.to(x.s.dtype).unsqueeze(-1).unbind(0)
         c_y = c_y.masked_fill(torch.isneginf(r.student_logprobs), 0)
         log_q = x.s - r.student_logz
@@ -184,6 +191,9 @@ class Reference(Backend):
             y = token_ids.clamp(0, pair.vocab_size - 1).unsqueeze(-1)
             grad = grad.scatter_add(-1, y, c_y)
         return _finish_gradient(grad / pair.temperature, x, (coefficients != 0).any(0), pair.student, out)
+
+    def row_scale(self, x: Tensor, factor: Tensor) -> None:
+        x.copy_(torch.where(factor == 0, 0, factor * x))
 
     def row_divergence(self, pair: Pair, mask: Tensor | None, stats: Tensor, divergence: str, beta: float) -> Tensor:
         assert divergence in MIXTURE_DIVERGENCES

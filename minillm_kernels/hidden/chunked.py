@@ -4,7 +4,11 @@ A loss that takes hidden states and heads needs the logits of a chunk of rows on
 matmul a model forms them in a reused buffer, the row operations turn the student's into their own gradient in place,
 and two matmuls send it to the hidden states and the weight. Four matmuls, none done twice; the extra memory is the two
 buffers, 2 x chunk_rows x V, whatever the number of rows (plus one more when a soft-cap needs the logits and their
-gradient at once, and their fp32 copies on a CPU for 16-bit weights). Rows of weight 0 never reach a matmul.
+gradient at once, and their fp32 copies on a CPU for 16-bit weights).
+
+Chunks are slices of a fixed size: the host looks at no tensor, so nothing waits for the device and a CUDA graph can
+hold it all. Rows that do not count take part in the matmuls as zeros, with a gradient of zeros. `gather` leaves them
+out instead, which pays where most rows do not count, and makes the host wait for their numbers.
 
 Legend: N rows, n rows of a chunk, H hidden, V vocab_size.
 """
@@ -20,10 +24,11 @@ from torch import Tensor
 from ..backends import choose
 from ..backends.cpu import advise
 from ..rows import Pair
-from .matmul import linear
+from .matmul import add_product, linear
 from .operands import Operands, Projection
 
-BUFFER_BYTES = 96 << 20  # both models' logits of a chunk together, unless chunk_rows says otherwise
+BUFFER_BYTES = 96 << 20  # both models' logits of a chunk together on a CPU, unless chunk_rows says otherwise
+CUDA_ROWS = (1024, 4096)  # of a chunk, at least and at most, unless chunk_rows says otherwise
 
 
 class Gradients(NamedTuple):
@@ -35,10 +40,10 @@ class Gradients(NamedTuple):
 
 
 class Sweep:
-    """One pass over the rows that count, a chunk at a time:
+    """One pass over the rows, a chunk at a time:
 
-        for rows in sweep:            # their numbers, [n]
-            ... sweep.pair ...        # their logits
+        for rows in sweep:            # a slice of them, or with `gather` the numbers of n that count
+            ... sweep.pair ...        # their logits; sweep.mask: which of them count, None for all
             sweep.backward()          # sweep.gradient, filled before, goes to the hidden states, weight and bias
 
     What the chunks add up to, in their order (deterministic), is sweep.gradients.
@@ -48,31 +53,40 @@ class Sweep:
         self.heads, self.student, self.teacher, self.needs = heads, heads.student, heads.teacher, needs
         self.backend = choose.resolve(heads.backend, heads.student_weight, heads.teacher_weight)
         self.gradients = empty_gradients(self.student, needs)
-        device = heads.student_hidden.device
-        rows = torch.arange(heads.n_rows, device=device) if mask is None else mask.nonzero().squeeze(1)
-        size = heads.chunk_rows or default_chunk_rows(heads)
-        self.chunks = rows.split(size) if len(rows) else ()
-        shape = (min(size, len(rows)), heads.vocab_size)
+        size, n_rows = heads.chunk_rows or default_chunk_rows(heads), heads.n_rows
+        self.chunks: Sequence[slice | Tensor]
+        if heads.gather and mask is not None:
+            counting = mask.nonzero().squeeze(1)
+            mask, n_rows = None, len(counting)
+            self.chunks = counting.split(size) if n_rows else ()
+        else:
+            self.chunks = [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
+        self._counts = mask
+        shape = (min(size, n_rows), heads.vocab_size)
         models = (self.student, self.teacher)
         self._buffers = [_buffer(shape, x.weight) for x in models if x is not None]
         self._apart = _buffer(shape, self.student.weight) if self.student.softcap and any(needs) else None
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[slice | Tensor]:
         for rows in self.chunks:
             self.rows = rows
+            self.mask = None if self._counts is None else self._counts[rows]
+            self._hidden = self.student.hidden[rows]
+            if self.mask is not None:  # 0 times the NaN of such a row would be NaN in the weight's gradient
+                self._hidden = torch.where(self.mask[:, None], self._hidden, 0)
             self.pair = Pair(
-                _logits(self.student, rows, self._buffers[0]),
-                None if self.teacher is None else _logits(self.teacher, rows, self._buffers[1]),
+                _logits(self.student, self._hidden, self._buffers[0]),
+                None if self.teacher is None else _logits(self.teacher, self.teacher.hidden[rows], self._buffers[1]),
                 self.heads.temperature,
                 self.heads.vocab_size,
             )
             yield rows
-            del self.pair  # before the next chunk's is made
+            del self.pair, self._hidden  # before the next chunk's are made
 
     @property
     def gradient(self) -> Tensor:
         """[n, V]: where the gradient of the student's logits goes. Over them, but where a soft-cap needs both."""
-        return self.pair.student if self._apart is None else self._apart[: len(self.rows)]
+        return self.pair.student if self._apart is None else self._apart[: len(self._hidden)]
 
     def outputs(self, fields: int) -> Tensor:
         """Zeros [fields, N], for values of each row."""
@@ -81,22 +95,16 @@ class Sweep:
 
     def backward(self) -> None:
         """Adds what the gradient of this chunk's logits gives. It is overwritten, and so are the logits."""
-        student, total, rows, g = self.student, self.gradients, self.rows, self.gradient
+        student, total, g = self.student, self.gradients, self.gradient
         vocab_size = self.heads.vocab_size
         if student.softcap:  # d/d(hW^T + b) from d/dz: the factor scale (1 - (z/cap)^2)
             g.mul_(self.pair.student.div_(student.softcap).square_().neg_().add_(1.0))
         if student.scale != 1.0:
             g.mul_(student.scale)
         if self.needs[0]:
-            total.hidden[rows] = linear(g, student.weight[:vocab_size].t())
+            total.hidden[self.rows] = linear(g, student.weight[:vocab_size].t())
         if self.needs[1]:
-            h, weight = student.hidden[rows], total.weight[:vocab_size]
-            if g.dtype == weight.dtype:
-                weight.addmm_(g.t(), h)
-            elif g.is_cuda:  # the matmul accumulates in fp32 by itself and rounds once a chunk
-                weight += g.t() @ h
-            else:
-                weight.addmm_(g.t().to(weight.dtype), h.to(weight.dtype))
+            add_product(total.weight[:vocab_size], g.t(), self._hidden)
         if self.needs[2]:
             total.bias[:vocab_size] += g.sum(0, dtype=total.bias.dtype)
 
@@ -105,10 +113,10 @@ def _buffer(shape: tuple[int, int], weight: Tensor) -> Tensor:
     return advise(torch.empty(shape, dtype=weight.dtype, device=weight.device))
 
 
-def _logits(model: Projection, rows: Tensor, buffer: Tensor) -> Tensor:
+def _logits(model: Projection, hidden: Tensor, buffer: Tensor) -> Tensor:
     """[n, V] in the buffer's first n rows, or in memory of the matmul's own."""
     vocab_size = buffer.shape[1]
-    z = linear(model.hidden[rows], model.weight[:vocab_size], buffer[: len(rows)])
+    z = linear(hidden, model.weight[:vocab_size], buffer[: len(hidden)])
     if model.bias is not None:
         z += model.bias[:vocab_size]
     if model.scale != 1.0:
@@ -119,10 +127,20 @@ def _logits(model: Projection, rows: Tensor, buffer: Tensor) -> Tensor:
 
 
 def default_chunk_rows(heads: Operands) -> int:
-    """As many rows as keep the logits of a chunk within BUFFER_BYTES, in whole multiples of 16, at least 16."""
+    """On a CPU as many rows as keep the logits of a chunk within BUFFER_BYTES, in whole multiples of 16."""
     models = 1 if heads.teacher_weight is None else 2
-    rows = BUFFER_BYTES // (models * heads.vocab_size * heads.student_weight.element_size())
-    return max(16, rows // 16 * 16)
+    element = heads.student_weight.element_size()
+    if heads.student_weight.is_cuda:
+        return chunk_rows_of_matmuls(heads.student_weight.shape[1], models * element)
+    return max(16, BUFFER_BYTES // (models * heads.vocab_size * element) // 16 * 16)
+
+
+def chunk_rows_of_matmuls(hidden_size: int, column_bytes: int) -> int:
+    """Each chunk's matmuls read the weights again, and the weight's gradient, in fp32, twice: few rows are bound by
+    that traffic. As many, in whole tiles, as keep the logits (column_bytes of both models) below half
+    of that gradient, within CUDA_ROWS."""
+    least, most = CUDA_ROWS
+    return min(max(2 * hidden_size // column_bytes // 256 * 256, least), most)
 
 
 def empty_gradients(student: Projection, needs: Sequence[bool]) -> Gradients:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from .. import arguments
 from ..logits import losses
-from ..rows import DIFFERENTIABLE, MIXTURE_DIVERGENCES, RowStats
+from ..logits.reduction import split_normalizer
+from ..rows import MIXTURE_DIVERGENCES, RowStats
 from . import ops  # noqa: F401  (registers torch.ops.minillm)
 from .head import Head, as_heads
 from .operands import flat, like_logits, operands
@@ -29,6 +30,7 @@ def fused_linear_rkl_loss(
     *,
     impl: str = "chunked",
     chunk_rows: int | None = None,
+    gather: bool = False,
     weights: Tensor | None = None,
     temperature: float = 1.0,
     reduction: str = "batchmean",
@@ -40,8 +42,8 @@ def fused_linear_rkl_loss(
     r"""Reverse KL divergence KL(q || p) of student q and teacher p, in nats per row, of hidden states and heads.
 
     It is `fused_rkl_loss` (Gu et al., ICLR 2024, eq. 3) of the logits that the heads make, which never exist for all
-    rows at once. A scalar reduction forms the gradients in the same sweep as the loss: four matmuls, and none for rows
-    that do not count. reduction="none" forms the logits again in the backward pass. The parameters, more than a dozen,
+    rows at once. A scalar reduction forms the gradients in the same sweep as the loss: four matmuls.
+    reduction="none" forms the logits again in the backward pass. The parameters, more than a dozen,
     are those of `fused_rkl_loss` with a head for each model and how to go about it.
 
     Args:
@@ -53,7 +55,10 @@ def fused_linear_rkl_loss(
         labels: [...] integers. Only a mask: rows with `ignore_index` do not count. Nothing is shifted.
         impl: "chunked", four matmuls on a buffer of some rows' logits; or "tiled", logits formed tile by tile on the
             tensor cores and never in memory (Triton's alone; six matmuls, reverse and forward KL only).
-        chunk_rows: rows in the buffer of "chunked"; by default both models' logits of a chunk take at most 96 MiB.
+        chunk_rows: rows in the buffer of "chunked". By default both models' logits of a chunk take at most 96 MiB on a
+            CPU; on CUDA, where few rows would leave the matmuls to wait for memory, they are 1024 to 4096 rows.
+        gather: leave rows that do not count out of the matmuls, which pays where most rows do not. The host then waits
+            for their numbers: not inside a CUDA graph. Without it no function here synchronises.
         weights: broadcastable to [...], constant. A row of weight 0 is not read: its loss and gradient are exactly 0.
         temperature: both models' logits are divided by it.
         reduction: "none" gives w * l, [...]; "sum" their sum; "mean" sum(w * l)/sum(w); "batchmean" sum(w * l) over
@@ -95,6 +100,7 @@ def fused_linear_rkl_loss(
         labels,
         impl=impl,
         chunk_rows=chunk_rows,
+        gather=gather,
         weights=weights,
         temperature=temperature,
         reduction=reduction,
@@ -116,6 +122,7 @@ def fused_linear_divergence_loss(
     beta: float = 0.5,
     impl: str = "chunked",
     chunk_rows: int | None = None,
+    gather: bool = False,
     weights: Tensor | None = None,
     temperature: float = 1.0,
     reduction: str = "batchmean",
@@ -140,6 +147,7 @@ def fused_linear_divergence_loss(
         beta: the mixture's coefficient, in [0, 1]; not used by the first two and "tvd".
         impl: "chunked", or for reverse and forward KL "tiled", as in `fused_linear_rkl_loss`.
         chunk_rows: rows in the buffer of "chunked".
+        gather: leave rows that do not count out of the matmuls, as in `fused_linear_rkl_loss`.
         weights: broadcastable to [...], constant. A row of weight 0 is not read.
         temperature: both models' logits are divided by it.
         reduction: "none", "sum", "mean" or "batchmean", as in `fused_linear_rkl_loss`.
@@ -191,7 +199,7 @@ def fused_linear_divergence_loss(
             f'impl="tiled" computes {COMPUTES}; {name}, whose mixture needs both normalisers first: use impl="chunked"'
         )
     student, teacher = (student_hidden, student_head), (teacher_hidden, teacher_head)
-    heads = operands(student, teacher, impl, chunk_rows, temperature, vocab_size)
+    heads = operands(student, teacher, impl, chunk_rows, gather, temperature, vocab_size)
     like = like_logits(heads, student_hidden.shape[:-1])
     w = losses.row_weights(like, labels, weights, ignore_index)
     if reduction == "none":
@@ -202,14 +210,8 @@ def fused_linear_divergence_loss(
             per_row = torch.ops.minillm.linear_stats(None, mask, *heads)[RowStats._fields.index(name)]
         per_row = per_row.reshape(like.shape[:-1])
         return per_row if w is None else per_row * w
-    if w is None:
-        w = like.new_ones(like.shape[:-1], dtype=torch.promote_types(like.dtype, torch.float32))
-    row_weights = losses.normalized(w, reduction, normalizer).reshape(-1)
-    if name in MIXTURE_DIVERGENCES:
-        return torch.ops.minillm.linear_divergence_loss(row_weights, name, beta, heads.needs, *heads)[0]
-    coefficients = row_weights.new_zeros(len(DIFFERENTIABLE), len(row_weights))
-    coefficients[DIFFERENTIABLE.index(name)] = row_weights
-    return torch.ops.minillm.linear_stats_loss(None, row_weights != 0, coefficients, heads.needs, *heads)[0]
+    scalar = (*split_normalizer(normalizer, student_hidden), reduction, name, beta, heads.needs)
+    return torch.ops.minillm.linear_divergence_loss(flat(w), *scalar, *heads)[0]
 
 
 class FusedLinearRKLLoss(nn.Module):
@@ -218,6 +220,7 @@ class FusedLinearRKLLoss(nn.Module):
     Args:
         impl: "chunked" or "tiled", as in `fused_linear_rkl_loss`.
         chunk_rows: rows in the buffer of "chunked".
+        gather: leave rows that do not count out of the matmuls, as in `fused_linear_rkl_loss`.
         temperature: both models' logits are divided by it.
         reduction: "none", "sum", "mean" or "batchmean".
         ignore_index: the label of rows that do not count.
@@ -240,6 +243,7 @@ class FusedLinearRKLLoss(nn.Module):
         *,
         impl: str = "chunked",
         chunk_rows: int | None = None,
+        gather: bool = False,
         temperature: float = 1.0,
         reduction: str = "batchmean",
         ignore_index: int = -100,
@@ -251,6 +255,7 @@ class FusedLinearRKLLoss(nn.Module):
         self.options: dict[str, Any] = {
             "impl": impl,
             "chunk_rows": chunk_rows,
+            "gather": gather,
             "temperature": temperature,
             "reduction": reduction,
             "ignore_index": ignore_index,

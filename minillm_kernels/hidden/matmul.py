@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_ADDS_TO_FP32 = hasattr(torch.ops.aten.addmm, "dtype_out")  # on CUDA, from torch 2.8 on
 
 
 def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
@@ -19,6 +20,22 @@ def linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     if _takes_onednn(x) and _takes_onednn(weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return torch.mm(x, weight.t(), out=out) if out is not None else x @ weight.t()
+
+
+def add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """total += x y, of x [m, n] and y [n, k] in one type and total [m, k] in that type or a wider one.
+
+    A GPU multiplies 16-bit matrices and adds to fp32 in one matmul: 8 bytes of traffic an element of `total` where
+    a product of its own, rounded to 16 bits, and its addition take 12.
+    """
+    if x.dtype == total.dtype:
+        total.addmm_(x, y)
+    elif x.is_cuda and _ADDS_TO_FP32:
+        torch.addmm(total, x, y, out_dtype=total.dtype, out=total)
+    elif x.is_cuda:
+        total += x @ y
+    else:
+        total.addmm_(x.to(total.dtype), y.to(total.dtype))
 
 
 def _takes_onednn(x: Tensor) -> bool:

@@ -31,6 +31,7 @@ def fused_linear_minillm_loss(
     normalizer: float | Tensor | None = None,
     impl: str = "chunked",
     chunk_rows: int | None = None,
+    gather: bool = False,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     group: object = None,
@@ -62,6 +63,7 @@ def fused_linear_minillm_loss(
             count under accumulation.
         impl: "chunked" or "tiled", as in `fused_linear_rkl_loss`.
         chunk_rows: rows in the buffer of "chunked".
+        gather: leave rows that do not count out of the matmuls, as in `fused_linear_rkl_loss`.
         temperature: both models' logits are divided by it.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
         group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
@@ -110,7 +112,7 @@ def fused_linear_minillm_loss(
             vocab_size=vocab_size,
         )
     student, teacher = (student_hidden, student_head), (teacher_hidden, teacher_head)
-    heads = operands(student, teacher, impl, chunk_rows, temperature, vocab_size)
+    heads = operands(student, teacher, impl, chunk_rows, gather, temperature, vocab_size)
     like = like_logits(heads, student_hidden.shape[:-1])
     ids, counts = arguments.check_token_ids(token_ids, like, ignore_index)
     policy = minillm.check_policy(

@@ -41,6 +41,7 @@ class Operands(NamedTuple):
     vocab_size: int
     impl: str
     chunk_rows: int | None
+    gather: bool
     backend: str
 
     @property
@@ -84,6 +85,7 @@ def operands(
     teacher: tuple[Tensor, Head] | None,
     impl: str,
     chunk_rows: int | None,
+    gather: bool,
     temperature: float,
     vocab_size: int | None,
 ) -> Operands:
@@ -93,7 +95,7 @@ def operands(
     if teacher is not None:
         _check_teacher(*teacher, student[0])
         models.append(_projection("teacher_hidden", "teacher_head", *teacher))
-    backend = _check_driver(impl, chunk_rows)
+    backend = _check_driver(impl, chunk_rows, gather)
     nothing: tuple[None, None, None] = (None, None, None)
     hidden, weight, bias = models[1][:3] if teacher is not None else nothing
     return Operands(
@@ -107,6 +109,7 @@ def operands(
         vocab_size=arguments.resolve_vocab_size(vocab_size, *(model.weight.shape[0] for model in models)),
         impl=impl,
         chunk_rows=chunk_rows,
+        gather=gather,
         backend=backend,
     )
 
@@ -163,7 +166,7 @@ def _check_teacher(hidden: Tensor, head: Head, student_hidden: Tensor) -> None:
         )
 
 
-def _check_driver(impl: str, chunk_rows: int | None) -> str:
+def _check_driver(impl: str, chunk_rows: int | None, gather: bool) -> str:
     """Returns the backend to ask for: the tiled kernels are Triton's alone, whatever the device's first choice is."""
     backend = choose.requested()
     if impl not in ("chunked", "tiled"):
@@ -174,6 +177,10 @@ def _check_driver(impl: str, chunk_rows: int | None) -> str:
         return backend
     if chunk_rows is not None:
         raise ValueError('chunk_rows belongs to impl="chunked"; impl="tiled" has no chunks: leave it out')
+    if gather:
+        raise ValueError(
+            'gather belongs to impl="chunked"; impl="tiled" passes over blocks of masked rows: leave it out'
+        )
     if backend not in ("auto", "triton"):
         raise RuntimeError(f'impl="tiled" runs on the triton backend, not on {backend!r}: use impl="chunked"')
     return "triton"

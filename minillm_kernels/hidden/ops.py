@@ -5,7 +5,8 @@ since what arrives is not known before. `linear_stats_loss`, `linear_divergence_
 a scalar whose coefficients are known beforehand, so the gradients are formed in the same sweep as the loss, and the
 backward pass only scales them.
 
-Each takes its own arguments first, then those of `Operands`. Legend: N rows.
+Each takes its own arguments first, then those of `Operands`. Legend: N rows; `rows` a chunk of them, as chunked.py
+makes them.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import choose
+from ..logits.loss_ops import weighted_sum
 from ..logits.minillm import Policy, loss_coefficients, loss_terms
 from ..logits.ops import no_double_backward, register
-from ..logits.statistics import weighted_sum
-from ..rows import DIFFERENTIABLE_INDEX, RowStats
+from ..logits.reduction import write_row_weights
+from ..rows import DIFFERENTIABLE, DIFFERENTIABLE_INDEX, RowStats
 from . import chunked, tiled
 from .chunked import Gradients, Sweep
 from .operands import Operands
@@ -26,8 +29,8 @@ from .operands import Operands
 STATISTICS = len(RowStats._fields)
 
 
-def _at(token_ids: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if token_ids is None else token_ids[rows]
+def _at(per_row: Tensor | None, rows: slice | Tensor) -> Tensor | None:
+    return None if per_row is None else per_row[..., rows]
 
 
 # ---- implementations
@@ -40,7 +43,7 @@ def _linear_stats(token_ids: Tensor | None, mask: Tensor | None, *operands: Any)
     sweep = Sweep(heads, mask)
     stats = sweep.outputs(STATISTICS)
     for rows in sweep:
-        stats[:, rows] = sweep.backend.row_stats(sweep.pair, _at(token_ids, rows), None)
+        stats[:, rows] = sweep.backend.row_stats(sweep.pair, _at(token_ids, rows), sweep.mask)
     return stats
 
 
@@ -61,7 +64,7 @@ def _linear_stats_grad(
 def _linear_stats_loss(
     token_ids: Tensor | None, mask: Tensor | None, coefficients: Tensor, needs: list[bool], *operands: Any
 ) -> tuple[Tensor, ...]:
-    """The coefficients are 0 in the rows that the mask leaves out, and not all 0 in any other."""
+    """The coefficients are 0 in the rows that the mask leaves out."""
     heads = Operands(*operands)
     if heads.impl == "tiled":
         stats = tiled.statistics(heads, token_ids, mask)
@@ -76,7 +79,7 @@ def _linear_stats_loss(
             stats[:, rows] = sweep.backend.row_stats_grad(*args, out=sweep.gradient)[0]
             sweep.backward()
         else:
-            stats[:, rows] = sweep.backend.row_stats(sweep.pair, ids, None)
+            stats[:, rows] = sweep.backend.row_stats(sweep.pair, ids, sweep.mask)
     return weighted_sum(stats, coefficients), stats, *sweep.gradients
 
 
@@ -84,19 +87,36 @@ def _linear_divergence(mask: Tensor | None, divergence: str, beta: float, *opera
     sweep = Sweep(Operands(*operands), mask)
     values = sweep.outputs(1)[0]
     for rows in sweep:
-        stats = sweep.backend.row_stats(sweep.pair, None, None)
-        values[rows] = sweep.backend.row_divergence(sweep.pair, None, stats, divergence, beta)[0]
+        stats = sweep.backend.row_stats(sweep.pair, None, sweep.mask)
+        values[rows] = sweep.backend.row_divergence(sweep.pair, sweep.mask, stats, divergence, beta)[0]
     return values
 
 
 def _linear_divergence_loss(
-    row_weights: Tensor, divergence: str, beta: float, needs: list[bool], *operands: Any
+    weights: Tensor | None,
+    normalizer: Tensor | None,
+    divisor: float | None,
+    reduction: str,
+    divergence: str,
+    beta: float,
+    needs: list[bool],
+    *operands: Any,
 ) -> tuple[Tensor, ...]:
-    sweep = Sweep(Operands(*operands), row_weights != 0, needs)
+    """`weights` of the rows, None where each counts once, and the reduction, as in logits/loss_ops.py."""
+    heads = Operands(*operands)
+    mask = None if weights is None else weights != 0
+    coefficients = heads.student_hidden.new_zeros((len(DIFFERENTIABLE), heads.n_rows), dtype=heads.accumulator)
+    own = (weights, reduction, normalizer, divisor)
+    if divergence in DIFFERENTIABLE:
+        write_row_weights(coefficients[DIFFERENTIABLE.index(divergence)], *own)
+        loss, _stats, *gradients = _linear_stats_loss(None, mask, coefficients, needs, *operands)
+        return loss, *gradients
+    row_weights = write_row_weights(coefficients[0], *own)
+    sweep = Sweep(heads, mask, needs)
     per_row = sweep.outputs(1)[0]
     for rows in sweep:
-        stats = sweep.backend.row_stats(sweep.pair, None, None)
-        values = sweep.backend.row_divergence(sweep.pair, None, stats, divergence, beta)
+        stats = sweep.backend.row_stats(sweep.pair, None, sweep.mask)
+        values = sweep.backend.row_divergence(sweep.pair, sweep.mask, stats, divergence, beta)
         per_row[rows] = values[0]
         if any(needs):
             args = (sweep.pair, stats, values, row_weights[rows], divergence, beta)
@@ -125,16 +145,22 @@ def _linear_minillm_loss(
         sweep = Sweep(heads, counts, needs)
         stats, gradients = sweep.outputs(STATISTICS), sweep.gradients
         for rows in sweep:
-            known = sweep.backend.row_stats(sweep.pair, token_ids[rows], None)
+            known = sweep.backend.row_stats(sweep.pair, token_ids[rows], sweep.mask)
             stats[:, rows] = known
             if any(needs):
                 policy = Policy.of(constants[:, rows], clip_range, entropy_coef)
                 coefficients = loss_coefficients(RowStats(*known.unbind(0)), policy) * loss_scale
+                coefficients = torch.where(counts[rows], coefficients, 0)
                 sweep.backend.row_grad(sweep.pair, token_ids[rows], known, coefficients, out=sweep.gradient)
                 sweep.backward()
     terms = loss_terms(RowStats(*stats.unbind(0)), everywhere)
     per_row = torch.where(counts, terms.policy + terms.single_step + terms.entropy_bonus, 0)
     return per_row.sum() * loss_scale, stats, *gradients
+
+
+def _first_derivative(gradient: Tensor, *_of: Tensor | None) -> Tensor:
+    """The same, as something that cannot be differentiated by the student: its second derivative is nowhere."""
+    return gradient.clone()
 
 
 # ---- fakes: shapes and types only
@@ -167,7 +193,7 @@ def _divergence_fake(mask, divergence, beta, *operands):
     return _fake_rows(operands)
 
 
-def _divergence_loss_fake(row_weights, divergence, beta, needs, *operands):
+def _divergence_loss_fake(weights, normalizer, divisor, reduction, divergence, beta, needs, *operands):
     return _fake_rows(operands).new_empty(()), *_fake_gradients(operands, needs)
 
 
@@ -224,29 +250,42 @@ def _divergence_context(ctx, inputs, output) -> None:
 def _divergence_backward(ctx, grad_values):
     mask, *tensors = ctx.saved_tensors
     weights = grad_values if mask is None else torch.where(mask, grad_values, 0)
-    own = (weights, ctx.divergence, ctx.beta, _needs(ctx))
+    own = (weights, None, None, "sum", ctx.divergence, ctx.beta, _needs(ctx))
     _, *gradients = torch.ops.minillm.linear_divergence_loss(*own, *tensors, *ctx.settings)
     return _input_gradients(ctx, tuple(gradients))
 
 
 def _loss_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # zeros for the other outputs would be as large as the weight
-    _remember(ctx, inputs)
+    heads = _remember(ctx, inputs)
     *_, hidden, weight, bias = output
     ctx.save_for_backward(hidden, weight, bias)
+    ctx.backend, ctx.spent = heads.settings[-1], False
+    # Named by the gradients alone, never read: they may change between the two passes.
+    ctx.student = (heads.student_hidden, heads.student_weight, heads.student_bias)
 
 
 def _loss_backward(ctx, grad_loss, *_ignored):
-    """The gradients are there already, and are scaled in place, since the weight's is as large as the weight: their
-    version counter refuses a second backward pass. While a graph is traced, out of place, which the compiler may undo.
-    """
+    """The gradients are there already. They are scaled in place, since the weight's is as large as the weight: they
+    can be had once."""
     if grad_loss is None:
         return (None,) * ctx.n_inputs
-    scaled = []
-    for g in ctx.saved_tensors:
-        scale = grad_loss.to(g.dtype)
-        scaled.append(g.mul_(scale) if type(g) is Tensor else g * scale)
-    return _input_gradients(ctx, tuple(scaled))
+    if ctx.spent:
+        raise RuntimeError(
+            "the gradients of this loss were formed with it, and a first backward pass has taken them: compute the "
+            'loss again, or take reduction="none", whose backward pass can be repeated'
+        )
+    gradients = ctx.saved_tensors
+    if any(type(g) is not Tensor for g in gradients):  # a graph is traced: out of place, which the compiler may undo
+        gradients = tuple(g * grad_loss.to(g.dtype) for g in gradients)
+    else:
+        ctx.spent = True
+        for g in gradients:
+            if g.numel() > 0:
+                choose.resolve(ctx.backend, g).row_scale(g, grad_loss)
+    if torch.is_grad_enabled():  # create_graph=True
+        gradients = tuple(torch.ops.minillm.first_derivative(g, *ctx.student) for g in gradients)
+    return _input_gradients(ctx, gradients)
 
 
 # ---- the operators
@@ -254,7 +293,8 @@ def _loss_backward(ctx, grad_loss, *_ignored):
 _OPERANDS = (
     "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
     "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
-    "float[] softcap, float[] scale, float temperature, int vocab_size, str impl, int? chunk_rows, str backend"
+    "float[] softcap, float[] scale, float temperature, int vocab_size, str impl, int? chunk_rows, "
+    "bool gather, str backend"
 )
 _GRADIENTS = "Tensor, Tensor, Tensor"
 
@@ -288,8 +328,8 @@ register(
     _divergence_context,
 )
 register(
-    f"linear_divergence_loss(Tensor row_weights, str divergence, float beta, bool[] needs, {_OPERANDS}) "
-    f"-> (Tensor, {_GRADIENTS})",
+    "linear_divergence_loss(Tensor? weights, Tensor? normalizer, float? divisor, str reduction, str divergence, "
+    f"float beta, bool[] needs, {_OPERANDS}) -> (Tensor, {_GRADIENTS})",
     _linear_divergence_loss,
     _divergence_loss_fake,
     _loss_backward,
@@ -302,4 +342,10 @@ register(
     _minillm_loss_fake,
     _loss_backward,
     _loss_context,
+)
+register(
+    "first_derivative(Tensor gradient, Tensor? hidden, Tensor? weight, Tensor? bias) -> Tensor",
+    _first_derivative,
+    lambda gradient, *_of: torch.empty_like(gradient),
+    no_double_backward,
 )

@@ -23,6 +23,7 @@ class Options(statistics.Options, total=False):
 
     impl: str
     chunk_rows: int | None
+    gather: bool
 
 
 @overload
@@ -50,6 +51,7 @@ def fused_linear_token_logprobs(
     *,
     impl: str = "chunked",
     chunk_rows: int | None = None,
+    gather: bool = False,
     temperature: float = 1.0,
     return_entropy: bool = False,
     ignore_index: int = -100,
@@ -67,6 +69,7 @@ def fused_linear_token_logprobs(
         token_ids: [...] integers in [0, vocab_size).
         impl: "chunked" or "tiled", as in `fused_linear_rkl_loss`.
         chunk_rows: rows in the buffer of "chunked".
+        gather: leave rows that do not count out of the matmuls, as in `fused_linear_rkl_loss`.
         temperature: the logits are divided by it.
         return_entropy: also return the entropy of each row, from the same sweep.
         ignore_index: rows with this id are not read: 0, with gradient 0.
@@ -98,7 +101,7 @@ def fused_linear_token_logprobs(
     if head.weight is None:
         stats = statistics.token_stats(hidden, token_ids, temperature, ignore_index, vocab_size)
     else:
-        heads = operands((hidden, head), None, impl, chunk_rows, temperature, vocab_size)
+        heads = operands((hidden, head), None, impl, chunk_rows, gather, temperature, vocab_size)
         like = like_logits(heads, hidden.shape[:-1])
         ids, counts = arguments.check_token_ids(token_ids, like, ignore_index)
         stats = named(torch.ops.minillm.linear_stats(flat(ids), flat(counts), *heads), like)
@@ -114,6 +117,7 @@ def fused_linear_distill_stats(
     *,
     impl: str = "chunked",
     chunk_rows: int | None = None,
+    gather: bool = False,
     temperature: float = 1.0,
     ignore_index: int = -100,
     vocab_size: int | None = None,
@@ -132,6 +136,7 @@ def fused_linear_distill_stats(
         token_ids: [...] integers in [0, vocab_size).
         impl: "chunked" or "tiled", as in `fused_linear_rkl_loss`.
         chunk_rows: rows in the buffer of "chunked".
+        gather: leave rows that do not count out of the matmuls, as in `fused_linear_rkl_loss`.
         temperature: both models' logits are divided by it.
         ignore_index: rows with this id are not read: all is 0, with gradient 0.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
@@ -167,7 +172,7 @@ def fused_linear_distill_stats(
             vocab_size=vocab_size,
         )
     student, teacher = (student_hidden, student_head), (teacher_hidden, teacher_head)
-    heads = operands(student, teacher, impl, chunk_rows, temperature, vocab_size)
+    heads = operands(student, teacher, impl, chunk_rows, gather, temperature, vocab_size)
     like = like_logits(heads, student_hidden.shape[:-1])
     ids, counts = arguments.check_token_ids(token_ids, like, ignore_index)
     stats = torch.ops.minillm.linear_stats(flat(ids), flat(counts), *heads)
@@ -188,6 +193,7 @@ def fused_linear_distill_loss(
     student_logsumexp: float | Tensor = 0.0,
     impl: str = "chunked",
     chunk_rows: int | None = None,
+    gather: bool = False,
     temperature: float = 1.0,
     ignore_index: int = -100,
     vocab_size: int | None = None,
@@ -214,9 +220,9 @@ def fused_linear_distill_loss(
         student_logsumexp: of the log-sum-exp of the student's logits, after the temperature.
         impl: "chunked" or "tiled", as in `fused_linear_rkl_loss`.
         chunk_rows: rows in the buffer of "chunked".
+        gather: leave rows that do not count out of the matmuls, as in `fused_linear_rkl_loss`.
         temperature: both models' logits are divided by it.
-        ignore_index: rows with this id do not count. They are left out of the matmuls, as are rows whose coefficients
-            are all 0.
+        ignore_index: rows with this id do not count. Nor do rows whose coefficients are all 0.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
         group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
 
@@ -266,7 +272,7 @@ def fused_linear_distill_loss(
             ignore_index=ignore_index,
             vocab_size=vocab_size,
         )
-    heads = operands((student_hidden, student_head), teacher, impl, chunk_rows, temperature, vocab_size)
+    heads = operands((student_hidden, student_head), teacher, impl, chunk_rows, gather, temperature, vocab_size)
     like = like_logits(heads, student_hidden.shape[:-1])
     rows = weighted_rows(given, like, teacher is not None, token_ids, ignore_index)
     loss, stats, *_gradients = torch.ops.minillm.linear_stats_loss(

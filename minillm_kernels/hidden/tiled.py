@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..backends import choose, triton
 from .chunked import Gradients
+from .matmul import add_product
 from .operands import Operands, Projection
 
 GRADIENT_BYTES = 16 << 20
@@ -61,7 +62,7 @@ def gradients(
         args = (student, teacher, token_ids, stats, coefficients, heads.temperature, vocab_size)
         triton.linear_grad_tile(*args, out=g, start=start)
         if needs[0]:
-            result.hidden.add_(g @ student.weight[start:end])
+            add_product(result.hidden, g, student.weight[start:end])
         if needs[1]:
             torch.mm(g.t(), hidden, out=result.weight[start:end])
         if needs[2]:

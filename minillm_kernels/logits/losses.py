@@ -1,7 +1,7 @@
 """Losses between two rows of logits: reverse KL, and the other divergences that distillation uses.
 
-Each function reads the logits once forward and once backward and never writes a softmax; memory beyond the gradient is
-O(rows).
+No function writes a softmax; memory beyond the gradient is O(rows). A scalar forms the gradient with the loss
+(loss_ops.py); reduction="none" reads the logits once more in the backward pass.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .. import arguments
 from ..backends import choose
 from ..rows import DIVERGENCES, RowStats
-from . import ops  # noqa: F401  (registers torch.ops.minillm)
+from .loss_ops import wants_gradient
+from .reduction import split_normalizer
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
@@ -166,8 +167,14 @@ def fused_divergence_loss(
     name = check_divergence(divergence, beta, reduction)
     vocab_size = arguments.resolve_vocab_size(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1])
     w = row_weights(student_logits, labels, weights, ignore_index)
-    mask = None if w is None else w != 0
+    if inplace and not torch.compiler.is_compiling():  # constants that the operator does not see
+        arguments.check_inplace(student_logits, teacher_logits=teacher_logits, labels=labels, weights=weights)
     settings = (temperature, vocab_size, choose.requested())
+    if reduction != "none":
+        needed = wants_gradient(student_logits)
+        scalar = (*split_normalizer(normalizer, student_logits), reduction, name, beta, inplace, needed)
+        return torch.ops.minillm.divergence_loss(student_logits, teacher_logits, w, *scalar, *settings)[0]
+    mask = None if w is None else w != 0
     if name in RowStats._fields:
         stats = torch.ops.minillm.row_stats(student_logits, teacher_logits, None, mask, inplace, *settings)
         per_row = stats[RowStats._fields.index(name)]
@@ -177,9 +184,7 @@ def fused_divergence_loss(
         per_row = torch.ops.minillm.row_divergence(
             student_logits, teacher_logits, mask, stats, inplace, name, beta, *settings
         )[0]
-    if inplace and not torch.compiler.is_compiling():  # the operator has checked the logits; constants it does not see
-        arguments.check_inplace(student_logits, labels=labels, weights=weights)
-    return _reduce(per_row, w, reduction, normalizer)
+    return per_row if w is None else per_row * w
 
 
 def check_divergence(divergence: str, beta: float, reduction: str) -> str:
@@ -208,26 +213,6 @@ def row_weights(logits: Tensor, labels: Tensor | None, weights: Tensor | None, i
         counts = arguments.rows_that_count("labels", labels, logits, ignore_index)
         w = counts.to(dtype) if w is None else torch.where(counts, w, 0)
     return w
-
-
-def normalized(w: Tensor, reduction: str, normalizer: float | Tensor | None) -> Tensor:
-    """The row weights of a scalar reduction: w over its denominator; 0 where nothing counts."""
-    if reduction == "sum" or w.numel() == 0:
-        return w
-    if normalizer is not None:
-        return w / arguments.check_normalizer(normalizer, w, w.dtype)
-    if reduction == "batchmean":
-        return w / arguments.nonzero((w != 0).sum().to(w.dtype))
-    w = w / arguments.nonzero(w.abs().amax())  # the sum of the weights themselves may be beyond their type
-    return w / arguments.nonzero(w.sum())
-
-
-def _reduce(per_row: Tensor, w: Tensor | None, reduction: str, normalizer: float | Tensor | None) -> Tensor:
-    if w is None:
-        w = torch.ones_like(per_row)
-    if reduction == "none":
-        return per_row * w
-    return (per_row * normalized(w, reduction, normalizer)).sum()
 
 
 class FusedRKLLoss(nn.Module):

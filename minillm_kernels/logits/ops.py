@@ -70,7 +70,8 @@ def no_double_backward(ctx, *_grads):
 _IDS, _BOOL, _FLOATS = (torch.int64,), (torch.bool,), (torch.float32, torch.float64)
 
 
-def _pair(student, teacher, temperature, vocab_size, argmax_allowed=False) -> Pair:
+def checked_pair(student, teacher, temperature, vocab_size, inplace=False, argmax_allowed=False) -> Pair:
+    """inplace: the gradient will be written over the student; said here, where compiled code comes by too."""
     arguments.check_temperature(temperature, argmax_allowed)
     width = student.shape[-1]
     if teacher is not None:
@@ -78,10 +79,12 @@ def _pair(student, teacher, temperature, vocab_size, argmax_allowed=False) -> Pa
         if teacher.shape[:-1] != student.shape[:-1] or teacher.device != student.device:
             arguments.check_logits(student, teacher)  # says which
     arguments.resolve_vocab_size(vocab_size, width)
+    if inplace:
+        arguments.check_inplace(student, teacher_logits=teacher)
     return Pair(student, teacher, temperature, vocab_size)
 
 
-def _check_rows(student: Tensor, name: str, x: Tensor | None, dtypes: tuple[torch.dtype, ...], *fields: int) -> None:
+def check_rows(student: Tensor, name: str, x: Tensor | None, dtypes: tuple[torch.dtype, ...], *fields: int) -> None:
     """x: numbers for each row of the student, [*fields, ...]."""
     if x is not None:
         shape = (*fields, *student.shape[:-1])
@@ -93,77 +96,71 @@ def _check_rows(student: Tensor, name: str, x: Tensor | None, dtypes: tuple[torc
 
 
 def _check_gradient(student, token_ids, stats, coefficients) -> None:
-    _check_rows(student, "token_ids", token_ids, _IDS)
-    _check_rows(student, "stats", stats, _FLOATS, len(RowStats._fields))
-    _check_rows(student, "coefficients", coefficients, _FLOATS, len(DIFFERENTIABLE))
+    check_rows(student, "token_ids", token_ids, _IDS)
+    check_rows(student, "stats", stats, _FLOATS, len(RowStats._fields))
+    check_rows(student, "coefficients", coefficients, _FLOATS, len(DIFFERENTIABLE))
 
 
-def _check_divergence(student, mask, stats, divergence, beta) -> None:
+def check_divergence(student, mask, stats, divergence, beta) -> None:
     if divergence not in MIXTURE_DIVERGENCES:
         raise ValueError(f"unknown divergence {divergence!r}: expected one of {', '.join(MIXTURE_DIVERGENCES)}")
     arguments.check_unit_interval("beta", beta)
-    _check_rows(student, "mask", mask, _BOOL)
-    _check_rows(student, "stats", stats, _FLOATS, len(RowStats._fields))
+    check_rows(student, "mask", mask, _BOOL)
+    check_rows(student, "stats", stats, _FLOATS, len(RowStats._fields))
 
 
 def _check_divergence_gradient(student, stats, values, scale, divergence, beta) -> None:
-    _check_divergence(student, None, stats, divergence, beta)
-    _check_rows(student, "values", values, _FLOATS, 2)
-    _check_rows(student, "scale", scale, _FLOATS)
+    check_divergence(student, None, stats, divergence, beta)
+    check_rows(student, "values", values, _FLOATS, 2)
+    check_rows(student, "scale", scale, _FLOATS)
 
 
 # ---- implementations
 
 
 def _row_stats(student, teacher, token_ids, mask, inplace, temperature, vocab_size, backend):
-    pair = _pair(student, teacher, temperature, vocab_size)
-    _check_rows(student, "token_ids", token_ids, _IDS)
-    _check_rows(student, "mask", mask, _BOOL)
-    if inplace:  # said here, where compiled code comes by too: the gradient will be written over the student
-        arguments.check_inplace(student, teacher_logits=teacher)
+    pair = checked_pair(student, teacher, temperature, vocab_size, inplace)
+    check_rows(student, "token_ids", token_ids, _IDS)
+    check_rows(student, "mask", mask, _BOOL)
     return choose.resolve(backend, student, teacher).row_stats(pair, token_ids, mask)
 
 
 def _row_grad(student, teacher, token_ids, stats, coefficients, temperature, vocab_size, backend):
-    pair = _pair(student, teacher, temperature, vocab_size)
+    pair = checked_pair(student, teacher, temperature, vocab_size)
     _check_gradient(student, token_ids, stats, coefficients)
     return choose.resolve(backend, student, teacher).row_grad(pair, token_ids, stats, coefficients)
 
 
 def _row_grad_(student, teacher, token_ids, stats, coefficients, temperature, vocab_size, backend):
-    pair = _pair(student, teacher, temperature, vocab_size)
+    pair = checked_pair(student, teacher, temperature, vocab_size, inplace=True)
     _check_gradient(student, token_ids, stats, coefficients)
-    arguments.check_inplace(student, teacher_logits=teacher)
     choose.resolve(backend, student, teacher).row_grad(pair, token_ids, stats, coefficients, out=student)
     torch.autograd.graph.increment_version(student)  # written behind torch's back
 
 
 def _row_divergence(student, teacher, mask, stats, inplace, divergence, beta, temperature, vocab_size, backend):
-    pair = _pair(student, teacher, temperature, vocab_size)
-    _check_divergence(student, mask, stats, divergence, beta)
-    if inplace:
-        arguments.check_inplace(student, teacher_logits=teacher)
+    pair = checked_pair(student, teacher, temperature, vocab_size, inplace)
+    check_divergence(student, mask, stats, divergence, beta)
     return choose.resolve(backend, student, teacher).row_divergence(pair, mask, stats, divergence, beta)
 
 
 def _row_divergence_grad(student, teacher, stats, values, scale, divergence, beta, temperature, vocab_size, backend):
-    pair = _pair(student, teacher, temperature, vocab_size)
+    pair = checked_pair(student, teacher, temperature, vocab_size)
     _check_divergence_gradient(student, stats, values, scale, divergence, beta)
     chosen = choose.resolve(backend, student, teacher)
     return chosen.row_divergence_grad(pair, stats, values, scale, divergence, beta)
 
 
 def _row_divergence_grad_(student, teacher, stats, values, scale, divergence, beta, temperature, vocab_size, backend):
-    pair = _pair(student, teacher, temperature, vocab_size)
+    pair = checked_pair(student, teacher, temperature, vocab_size, inplace=True)
     _check_divergence_gradient(student, stats, values, scale, divergence, beta)
-    arguments.check_inplace(student, teacher_logits=teacher)
     chosen = choose.resolve(backend, student, teacher)
     chosen.row_divergence_grad(pair, stats, values, scale, divergence, beta, out=student)
     torch.autograd.graph.increment_version(student)  # written behind torch's back
 
 
 def _row_sample(student, teacher, uniforms, alpha, temperature, top_k, top_p, vocab_size, backend):
-    pair = _pair(student, teacher, temperature, vocab_size, argmax_allowed=True)
+    pair = checked_pair(student, teacher, temperature, vocab_size, argmax_allowed=True)
     arguments.check_law(teacher, alpha, top_k, top_p)
     arguments.check_uniforms(uniforms, student)
     return choose.resolve(backend, student, teacher).row_sample(pair, uniforms, alpha, top_k, top_p)
@@ -214,7 +211,7 @@ def _stats_backward(ctx, grad_stats: Tensor):
         coefficients = torch.where(mask, coefficients, 0)
         token_ids = None if token_ids is None else torch.where(mask, token_ids, 0)
     args = (teacher, token_ids, stats, coefficients, *ctx.settings)
-    grad = _gradient(ctx, torch.ops.minillm.row_grad, torch.ops.minillm.row_grad_, student, args)
+    grad = gradient_of_logits(ctx, "row_grad", student, args)
     return grad, *([None] * 7)
 
 
@@ -228,15 +225,16 @@ def _divergence_backward(ctx, grad_values: Tensor):
     student, teacher, mask, stats, values = ctx.saved_tensors
     scale = grad_values[0] if mask is None else torch.where(mask, grad_values[0], 0)
     args = (teacher, stats, values, scale, *ctx.settings)
-    grad = _gradient(ctx, torch.ops.minillm.row_divergence_grad, torch.ops.minillm.row_divergence_grad_, student, args)
+    grad = gradient_of_logits(ctx, "row_divergence_grad", student, args)
     return grad, *([None] * 9)
 
 
-def _gradient(ctx, out_of_place, in_place, student: Tensor, args: tuple) -> Tensor:
+def gradient_of_logits(ctx, operator: str, student: Tensor, args: tuple) -> Tensor:
+    """By the operator of that name, or where ctx.inplace says so by its namesake that overwrites the student."""
     if not ctx.inplace:
-        return out_of_place(student, *args)
+        return getattr(torch.ops.minillm, operator)(student, *args)
     logits = student.detach()  # shares memory and version counter: a second backward pass, or another user, is told
-    in_place(logits, *args)
+    getattr(torch.ops.minillm, f"{operator}_")(logits, *args)
     return logits
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import arguments
 from ..backends import choose
-from ..rows import DIFFERENTIABLE, DIFFERENTIABLE_INDEX, RowStats
-from . import ops  # noqa: F401  (registers torch.ops.minillm)
+from ..rows import DIFFERENTIABLE, RowStats
+from .loss_ops import wants_gradient
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -277,12 +277,13 @@ def distill_loss(
     given = (reverse_kl, forward_kl, student_logprobs, student_entropy, student_logsumexp)
     rows = weighted_rows(given, student_logits, teacher_logits is not None, token_ids, ignore_index)
     settings = (temperature, vocab_size, choose.requested())
-    stats = torch.ops.minillm.row_stats(
-        student_logits, teacher_logits, rows.token_ids, rows.counts, inplace, *settings
+    needed = wants_gradient(student_logits)
+    loss, stats, _gradient = torch.ops.minillm.stats_loss(
+        student_logits, teacher_logits, rows.token_ids, rows.coefficients, inplace, needed, *settings
     )
     if inplace and not torch.compiler.is_compiling():  # the operator has checked the logits; constants it does not see
         arguments.check_inplace(student_logits, token_ids=token_ids, **dict(zip(DIFFERENTIABLE, given, strict=True)))
-    return DistillLoss(weighted_sum(stats, rows.coefficients), DistillStats.of(RowStats(*stats.detach().unbind(0))))
+    return DistillLoss(loss, DistillStats.of(RowStats(*stats.detach().unbind(0))))
 
 
 class WeightedRows(NamedTuple):
@@ -326,8 +327,3 @@ def weighted_rows(
         counts = (coefficients != 0).any(0)
         ids = None if ids is None else torch.where(counts, ids, 0)
     return WeightedRows(coefficients, ids, counts)
-
-
-def weighted_sum(stats: Tensor, coefficients: Tensor) -> Tensor:
-    """Of the differentiable statistics. One that nobody asked about may be infinite: 0 times it is 0."""
-    return torch.where(coefficients != 0, coefficients * stats[DIFFERENTIABLE_INDEX], 0).sum()

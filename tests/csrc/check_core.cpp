@@ -47,7 +47,6 @@ static void run(std::string (*operation)(const Args&, const cuda::Launch&), cons
 #define DEFINE(name, Args) \
     static void name(const Args& a) { run(cuda::name, a); }
 MINILLM_ROW_OPERATIONS(DEFINE)
-DEFINE(row_stats_grad, StatsGradArgs)
 #else
 using namespace minillm::cpu;
 #endif
@@ -127,8 +126,12 @@ static void check(int64_t N, int64_t V, DType student_type, DType teacher_type) 
     g.width = V;
     row_grad(g);
 
-#ifdef HOST_CUDA  // the same bits in one launch
-    if (student_type == teacher_type) {
+#ifdef HOST_CUDA
+    const bool at_once = student_type == teacher_type;
+#else
+    const bool at_once = true;
+#endif
+    if (at_once) {  // the same bits by one operation
         StatsGradArgs f;
         static_cast<GradArgs&>(f) = g;
         std::vector<char> out_at_once(out.size());
@@ -140,8 +143,23 @@ static void check(int64_t N, int64_t V, DType student_type, DType teacher_type) 
         if (memcmp(out_at_once.data(), out.data(), out.size()) != 0) expect("gradient at once", V, NAN, 0, 0);
         for (int64_t i = 0; i < N; ++i)
             if (coefficients[i] != 0.0f) expect("KL at once", V, stats_at_once[REVERSE_KL * N + i], stats[REVERSE_KL * N + i], 0);
+
+        // Twice the gradient, and once nothing.
+        const float two = 2.0f, one = 1.0f;
+        ScaleArgs x;
+        static_cast<Pair&>(x) = a;
+        x.student = f.grad;
+        x.factor = &two;
+        row_scale(x);
+        x.factor = &one;
+        row_scale(x);
+        for (size_t i = 0; i < out.size() && student_type == DType::fp32; i += 4) {
+            float once, twice;
+            memcpy(&once, out.data() + i, 4);
+            memcpy(&twice, out_at_once.data() + i, 4);
+            expect("scaled gradient", V, twice, 2.0f * once, 0);
+        }
     }
-#endif
 
     DivergenceArgs d;
     static_cast<Pair&>(d) = a;

@@ -28,7 +28,10 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 needs_cuda_build = pytest.mark.skipif(_core.CUDA_ARCHITECTURES == "", reason="the core was built without nvcc")
 
 # Pairs of types (3 x 3, with "no teacher" 3 x 4, equal ones 3) times divergences; and kernels without types.
-KERNELS = {"row_stats": 12 + 1, "row_grad": 12, "row_stats_grad": 3, "row_divergence": 2 * 4 * 9 + 1, "row_sample": 37}
+KERNELS = {
+    **{"row_stats": 12 + 1, "row_grad": 12, "row_stats_grad": 3, "row_scale": 3},
+    **{"row_divergence": 2 * 4 * 9 + 1, "row_sample": 37},
+}
 REGISTERS = 128  # two blocks of 256 threads a multiprocessor
 
 
@@ -80,9 +83,9 @@ def test_the_committed_counts_are_these(kernels):
 
 
 def test_the_whole_cuda_part_compiles_in_three_minutes_without_a_warning_or_a_stack():
-    """As `python -m benchmarks.gpu_static.cuda_build` recorded it, on two cores."""
+    """On two cores, as `python -m benchmarks.gpu_static.cuda_build` recorded it."""
     build = json.loads(cuda_kernels.RESULTS.read_text())["cuda_build"]
-    assert build["seconds"] < 180 and build["warnings"] == 0
+    assert build["processor_seconds"] < 2 * 180 and build["warnings"] == 0
     assert [x["architecture"] for x in build["kernels"]] == [80, 86, 89, 90, 100, 120]
     for x in build["kernels"]:
         assert x["kernels"] == sum(KERNELS.values())

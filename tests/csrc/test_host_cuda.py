@@ -111,7 +111,7 @@ def test_nothing_outside_the_rows_is_read_or_written(cuda_on_host, dtype, offset
         m.allow(g[i].data_ptr(), (V - 5) * g.element_size())
     try:
         m.row_stats(how, pair, 0, 0, stats.data_ptr())
-        m.row_grad(how, pair, 0, stats.data_ptr(), coefficients.data_ptr(), rows[2], V - 5)
+        m.row_grad(how, pair, 0, stats.data_ptr(), coefficients.data_ptr(), rows[2], V - 5, 0)
         m.row_stats_grad(how, pair, 0, coefficients.data_ptr(), stats.data_ptr(), rows[2], V - 5)
         for kind in range(4):
             m.row_divergence(how, pair, kind, 0.5, 0, stats.data_ptr(), out.data_ptr())
@@ -230,6 +230,20 @@ def test_rows_that_do_not_count_are_not_read(cuda_on_host):
         lambda: cuda.backend.row_divergence(Pair(s, t, 1.0, 5000), mask, stats, "tvd", 0.5),
     ):
         assert counted(cuda_on_host, operation)["loaded"] <= 1.01 * (s.nbytes + t.nbytes) / 2
+
+
+def test_where_1_arrives_for_the_loss_nothing_is_moved(cuda_on_host):
+    """Every block looks at the number, and no more; another number moves each row once."""
+    s, t = logits(4, 5000, BF16), logits(4, 5000, BF16)
+    pair, ones = Pair(s, t, 1.0, 5000), torch.ones(5, 4)
+    stats, grad = cuda.backend.row_stats(pair, None, None), torch.zeros_like(s)
+    for operation in (
+        lambda factor: cuda.backend.row_grad(pair, None, stats, ones, out=grad, factor=factor),
+        lambda factor: cuda.backend.row_scale(grad, factor),
+    ):
+        found = counted(cuda_on_host, lambda run=operation: run(torch.tensor(1.0)))
+        assert found["stored"] == 0 and found["loaded"] <= 4 * 256 * found["blocks"]
+        assert counted(cuda_on_host, lambda run=operation: run(torch.tensor(0.5)))["stored"] == grad.nbytes
 
 
 SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DHOST_CUDA", "-w"]

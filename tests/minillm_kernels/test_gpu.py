@@ -1,4 +1,5 @@
-"""What only a GPU can show of the CUDA and Triton kernels: `pytest -m gpu`. Skipped elsewhere.
+"""What only a GPU can show of the CUDA and Triton kernels: `pytest -m gpu -n 8`, and the tests that matter first,
+`pytest -m gpu_first -n 8`. Skipped elsewhere.
 
 Under NVIDIA's checker:  compute-sanitizer --tool memcheck python -m pytest -m gpu tests/minillm_kernels/test_gpu.py
 (and --tool racecheck, initcheck, synccheck; set PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that each tensor has its own
@@ -18,6 +19,9 @@ from minillm_kernels import (
     available_backends,
     distill_stats,
     fused_divergence_loss,
+    fused_linear_distill_stats,
+    fused_linear_divergence_loss,
+    fused_linear_minillm_loss,
     fused_linear_rkl_loss,
     fused_rkl_loss,
     last_backend,
@@ -33,6 +37,12 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 DIVERGENCES = ("jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
+FIRST = cases.ALL[:: max(1, len(cases.ALL) // 12)]
+
+
+def marked(found: list[Case]) -> list:
+    """The cases, those that matter first with the marker that says so."""
+    return [pytest.param(c, marks=pytest.mark.gpu_first) if c in FIRST else c for c in found]
 
 
 @pytest.fixture(autouse=True, params=["cuda", "triton"])
@@ -43,7 +53,7 @@ def on_gpu(request):
         yield request.param
 
 
-@pytest.mark.parametrize("case", cases.ALL, ids=str)
+@pytest.mark.parametrize("case", marked(cases.ALL), ids=str)
 def test_statistics_and_their_gradient(case, on_gpu):
     s, t = case.logits()
     ids, coefficients = case.token_ids(), case.coefficients(len(oracle.DIFFERENTIABLE))
@@ -88,6 +98,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.gpu_first
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=NAMES.get)
 def test_the_tokens_of_the_cpu(setting, dtype):
@@ -107,9 +118,36 @@ def _everything(s, t, ids, uniforms):
     stats = distill_stats(x, t, ids)
     jsd = fused_divergence_loss(x, t, "jsd", reduction="none")
     (grad,) = torch.autograd.grad(stats.reverse_kl.sum() + stats.student_logprobs.sum() + jsd.sum(), x)
-    return [*stats, jsd, grad, *mixed_sample(s, t, uniforms=uniforms)]
+    scalars = [fused_rkl_loss(x, t, ids), fused_divergence_loss(x, t, "forward_kl", ids, weights=ids.float())]
+    grads = [torch.autograd.grad(loss * factor, x)[0] for loss, factor in zip(scalars, (1.0, 0.3), strict=True)]
+    return [*stats, jsd, grad, *scalars, *grads, *mixed_sample(s, t, uniforms=uniforms)]
 
 
+def _everything_linear(heads, ids):
+    """Of hidden states and heads, in several chunks; a third of the rows does not count."""
+    hidden, weight, *teacher = heads
+    leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
+    models, options = (*leaves, *teacher), {"chunk_rows": 24}
+    constants = dict.fromkeys(("advantages", "old_logprobs"), torch.ones_like(ids, dtype=FP32))
+    stats = fused_linear_distill_stats(*models, ids, **options)
+    losses = [
+        fused_linear_rkl_loss(*models, **options),
+        fused_linear_rkl_loss(*models, ids, **options),
+        fused_linear_divergence_loss(*models, "jsd", ids, **options),
+        fused_linear_minillm_loss(*models, ids, **constants, **options).loss,
+        stats.reverse_kl.sum() + stats.student_logprobs.sum(),
+    ]
+    grads = [torch.autograd.grad(loss, leaves) for loss in losses]
+    return [*stats, *losses, *(g for pair in grads for g in pair)]
+
+
+def _linear_problem():
+    heads = [torch.randn(shape, device="cuda").bfloat16() for shape in ((64, 32), (5003, 32), (64, 48), (5003, 48))]
+    ids = torch.arange(64, device="cuda")
+    return heads, ids.masked_fill(ids % 3 == 0, -100)
+
+
+@pytest.mark.gpu_first
 def test_the_same_bits_every_time_and_wherever_the_rows_lie(on_gpu):
     """Triton's tiles start where a row is aligned: elsewhere in memory it adds in another order."""
     s, t = (x.cuda() for x in Case(50257, (9,), BF16, BF16).logits())  # of an odd width: each row aligned otherwise
@@ -121,6 +159,59 @@ def test_the_same_bits_every_time_and_wherever_the_rows_lie(on_gpu):
             assert torch.equal(a, b)
 
 
+@pytest.mark.gpu_first
+def test_losses_of_hidden_states_on_a_stream_that_forbids_synchronisation():
+    heads, ids = _linear_problem()
+    right = _everything_linear(heads, ids)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            results = _everything_linear(heads, ids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    for a, b in zip(right, results, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.gpu_first
+def test_losses_of_hidden_states_in_a_cuda_graph():
+    heads, ids = _linear_problem()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        _everything_linear(heads, ids)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = _everything_linear(heads, ids)
+    for x in heads:
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(outputs, _everything_linear(heads, ids), strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.gpu_first
+def test_the_weights_gradient_is_summed_in_fp32():
+    """Over chunks, each without a rounding of its own to bf16: nearer to float64 than a bf16 matmul of all rows is."""
+    heads = [
+        torch.randn(shape, device="cuda").bfloat16() for shape in ((4096, 64), (1000, 64), (4096, 64), (1000, 64))
+    ]
+    exact = [x.double().requires_grad_(i < 2) for i, x in enumerate(heads)]
+    leaves = [x.clone().requires_grad_() for x in heads[:2]]
+    fused_linear_rkl_loss(*leaves, *heads[2:], chunk_rows=256, reduction="sum").backward()
+    oracle_loss = oracle.statistics(
+        exact[0] @ exact[1].t(), exact[2] @ exact[3].t(), torch.zeros(4096, device="cuda").long()
+    )
+    oracle_loss["reverse_kl"].sum().backward()
+    error = (leaves[1].grad.double() - exact[1].grad).norm() / exact[1].grad.norm()
+    assert error < 2**-7
+
+
+@pytest.mark.gpu_first
 def test_a_stream_of_ones_own_and_no_synchronisation():
     s, t = (x.cuda() for x in Case(50257, (64,), BF16, BF16).logits())
     ids, uniforms = torch.arange(64).cuda(), torch.rand(64, 2, dtype=torch.float64).cuda()
@@ -138,6 +229,7 @@ def test_a_stream_of_ones_own_and_no_synchronisation():
         assert torch.equal(a, b)
 
 
+@pytest.mark.gpu_first
 def test_cuda_graph():
     s, t = (x.cuda() for x in Case(50257, (8,), BF16, BF16).logits())
     ids, uniforms = torch.arange(8).cuda(), torch.rand(8, 2, dtype=torch.float64).cuda()
@@ -152,6 +244,7 @@ def test_cuda_graph():
         assert torch.equal(a, b)
 
 
+@pytest.mark.gpu_first
 @pytest.mark.parametrize("V", [32000, 50257])
 def test_losses_of_hidden_states_are_those_of_the_reference(V):
     """bf16 rows that the CUDA backend reads once where shared memory holds them."""
@@ -168,6 +261,7 @@ def test_losses_of_hidden_states_are_those_of_the_reference(V):
         assert error < 2**-6
 
 
+@pytest.mark.gpu_first
 def test_statistics_and_gradient_in_one_launch_have_the_bits_of_two(on_gpu):
     if on_gpu != "cuda":
         pytest.skip("of the CUDA backend alone")
@@ -188,11 +282,13 @@ def test_another_device_than_the_current_one():
     assert fused_rkl_loss(s, t).device == s.device and torch.cuda.current_device() == 0
 
 
+@pytest.mark.gpu_first
 def test_a_token_outside_the_vocabulary_is_nan():
     s = torch.randn(3, 60).cuda()
     assert token_logprobs(s, torch.tensor([3, 60, -1]).cuda()).isnan().tolist() == [False, True, True]
 
 
+@pytest.mark.gpu_first
 def test_memory_of_the_loss_is_of_the_order_of_the_rows():
     s, t = torch.randn(64, 50257, device="cuda"), torch.randn(64, 50257, device="cuda")
     torch.cuda.reset_peak_memory_stats()

@@ -13,7 +13,7 @@ from ptxjit import Module  # type: ignore[import-not-found]
 
 from benchmarks.gpu_static.recording import Launch, recording
 from minillm_kernels.backends.reference import backend as REFERENCE
-from minillm_kernels.backends.triton import divergence, grad, linear, sample, stats
+from minillm_kernels.backends.triton import divergence, grad, linear, sample, scale, stats
 from minillm_kernels.hidden.operands import Projection
 from minillm_kernels.rows import Pair
 
@@ -68,6 +68,17 @@ def rows(n: int, V: int, s_type: torch.dtype, t_type: torch.dtype) -> None:
     c[:, 1] = 0  # the masked row
     truth = REFERENCE.row_grad(exact, ids, x, c.double())
     check(f"row_grad {label}", gradient, lambda: [grad.row_grad(pair, ids, x.float(), c)], [truth])
+    factor = torch.tensor(-2.0)
+    again = lambda: [grad.row_grad(pair, ids, x.float(), c, torch.zeros_like(s), factor)]
+    check(f"row_grad again {label}", gradient, again, [-2 * truth])
+    y = truth.to(s_type)
+
+    def scaled() -> list[torch.Tensor]:
+        z = y.clone()
+        scale.row_scale(z, factor)
+        return [z]
+
+    check(f"row_scale {label}", 0, scaled, [-2 * y.double()])
     for kind in ("jsd", "skew_forward_kl", "skew_reverse_kl", "tvd") if V == 4111 else ("jsd",):
         d = REFERENCE.row_divergence(exact, mask, x, kind, 0.3)
         args = (pair, mask, x.float(), kind, 0.3)

@@ -18,7 +18,7 @@ from ..protocol import Backend
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MINIMUM = (8, 0)  # compute capability: what the kernels are compiled for and counted on
-_OLDEST = (3, 8)  # Triton that compiles every kernel; 3.7 does not
+OLDEST = (3, 6)  # Triton whose compiler takes every kernel: .ci/run compiles with it and with the newest
 
 
 def interpreted() -> bool:
@@ -55,8 +55,8 @@ class Triton(Backend):
         found = version()
         if found is None:
             return "Triton is not installed; `pip install triton` (Linux)"
-        if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < _OLDEST:
-            return f"it needs Triton {_OLDEST[0]}.{_OLDEST[1]} or newer, installed is {found}; `pip install -U triton`"
+        if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < OLDEST:
+            return f"it needs Triton {OLDEST[0]}.{OLDEST[1]} or newer, installed is {found}; `pip install -U triton`"
         if interpreted():
             return None
         if torch.version.hip:
@@ -85,12 +85,24 @@ class Triton(Backend):
             return row_stats(pair, token_ids, mask)
 
     def row_grad(
-        self, pair: Pair, token_ids: Tensor | None, stats: Tensor, coefficients: Tensor, out: Tensor | None = None
+        self,
+        pair: Pair,
+        token_ids: Tensor | None,
+        stats: Tensor,
+        coefficients: Tensor,
+        out: Tensor | None = None,
+        factor: Tensor | None = None,
     ) -> Tensor:
         from .grad import row_grad
 
         with _launching(pair.student):
-            return row_grad(pair, token_ids, stats, coefficients, out)
+            return row_grad(pair, token_ids, stats, coefficients, out, factor)
+
+    def row_scale(self, x: Tensor, factor: Tensor) -> None:
+        from .scale import row_scale
+
+        with _launching(x):
+            row_scale(x, factor)
 
     def row_divergence(self, pair: Pair, mask: Tensor | None, stats: Tensor, divergence: str, beta: float) -> Tensor:
         from .divergence import row_divergence

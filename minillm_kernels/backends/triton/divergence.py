@@ -106,6 +106,7 @@ def row_divergence_kernel(
     SHAPE: tl.constexpr,
 ):
     SIZE: tl.constexpr = SHAPE[0] * SHAPE[1] * SHAPE[2]
+    LANES: tl.constexpr = SHAPE[1]
     row = tl.program_id(0)
     scale = inv_T * rm.LOG2E
     if mask is not None:
@@ -114,8 +115,8 @@ def row_divergence_kernel(
     pointers = rm.row_pair(student, teacher, row, lead, ALIGNED, SHAPE)
     columns = rm.tile_columns(SHAPE)
     origins = normalisers(stats, N, row)
-    total = tl.zeros([SHAPE[1]], tl.float32)
-    centre = tl.zeros([SHAPE[1]], tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    centre = tl.zeros([LANES], tl.float32)
     first, inner, outer, last = rm.tile_span(V, V, lead, SHAPE)
     for tile in range(inner, outer):
         a, b = rm.load_pair(pointers, tile * SIZE + columns, lead, V, True, False)

@@ -21,15 +21,15 @@ from .launch import Rows, per_row, tiles_of
 
 
 @triton.jit
-def gradient_row(stats, coefficients, N, row, inv_T):
+def gradient_row(stats, coefficients, N, row, inv_T, factor):
     """The constants of a row, (ms, mt, log2 Zs, log2 Zt, kd, ks, k1, kp, ky), and whether it has any coefficient."""
     stats += row
     c = coefficients + row
-    cr = tl.load(c + rm.C_REVERSE_KL * N)
-    cf = tl.load(c + rm.C_FORWARD_KL * N)
-    cy = tl.load(c + rm.C_STUDENT_LOGPROBS * N)
-    ch = tl.load(c + rm.C_STUDENT_ENTROPY * N)
-    cl = tl.load(c + rm.C_STUDENT_LOGSUMEXP * N)
+    cr = factor * tl.load(c + rm.C_REVERSE_KL * N)
+    cf = factor * tl.load(c + rm.C_FORWARD_KL * N)
+    cy = factor * tl.load(c + rm.C_STUDENT_LOGPROBS * N)
+    ch = factor * tl.load(c + rm.C_STUDENT_ENTROPY * N)
+    cl = factor * tl.load(c + rm.C_STUDENT_LOGSUMEXP * N)
     wanted = (cr != 0.0) | (cf != 0.0) | (cy != 0.0) | (ch != 0.0) | (cl != 0.0)
     lnZs = tl.load(stats + rm.STUDENT_LOGZ * N)
     lnZt = tl.load(stats + rm.TEACHER_LOGZ * N)
@@ -72,6 +72,7 @@ def row_grad_kernel(
     token_ids,
     stats,  # [STATISTICS, N]
     coefficients,  # [COEFFICIENTS, N]
+    factor,  # of the coefficients, where they are those of the gradient that stands there already; or None
     grad,  # Rows of that width: 0 from V on
     N,
     V,
@@ -91,7 +92,12 @@ def row_grad_kernel(
     token = -1
     if token_ids is not None:
         token = tl.load(token_ids + row) + lead
-    k, wanted = gradient_row(stats, coefficients, N, row, inv_T)
+    f = 1.0
+    if factor is not None:
+        f = tl.load(factor)
+        if f == 1.0:
+            return
+    k, wanted = gradient_row(stats, coefficients, N, row, inv_T, f)
     if wanted:
         first, inner, outer, last = rm.tile_span(V, width, lead, SHAPE)
         for tile in range(inner, outer):
@@ -109,7 +115,12 @@ def row_grad_kernel(
 
 
 def row_grad(
-    pair: Pair, token_ids: Tensor | None, stats: Tensor, coefficients: Tensor, out: Tensor | None = None
+    pair: Pair,
+    token_ids: Tensor | None,
+    stats: Tensor,
+    coefficients: Tensor,
+    out: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
     student, teacher, temperature, vocab_size = pair
     grad = torch.empty(student.shape, dtype=student.dtype, device=student.device) if out is None else out
@@ -123,6 +134,7 @@ def row_grad(
         per_row(token_ids, torch.int64),
         per_row(stats, torch.float32),
         per_row(coefficients, torch.float32),
+        per_row(factor, torch.float32),
         Rows.of(grad),
         n_rows,
         vocab_size,

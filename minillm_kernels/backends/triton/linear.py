@@ -102,11 +102,11 @@ def linear_stats_kernel(
     N,
     V,
     inv_T,
+    PAIR: tl.constexpr,  # there is a teacher
     BLOCK: tl.constexpr,
 ):
     BM: tl.constexpr = BLOCK[0]
     BN: tl.constexpr = BLOCK[1]
-    PAIR: tl.constexpr = teacher is not None
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     there = rows < N
     if mask is not None:
@@ -154,16 +154,16 @@ def linear_grad_kernel(
     V,
     start,
     inv_T,
+    PAIR: tl.constexpr,  # there is a teacher
     BLOCK: tl.constexpr,
 ):
     BM: tl.constexpr = BLOCK[0]
     BN: tl.constexpr = BLOCK[1]
-    PAIR: tl.constexpr = teacher is not None
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     inner = tl.program_id(1) * BN + tl.arange(0, BN)
     columns = start + inner
     known = tl.minimum(rows, N - 1)
-    k, wanted = gradient_row(stats, coefficients, N, known, inv_T)
+    k, wanted = gradient_row(stats, coefficients, N, known, inv_T, 1.0)
     ms, mt, log2Zs, log2Zt, kd, ks, k1, kp, ky = k
     origins = ms[:, None], mt[:, None], log2Zs[:, None], log2Zt[:, None]
     k = origins + (kd[:, None], ks[:, None], k1[:, None], kp[:, None], ky[:, None])  # noqa: RUF005
@@ -226,6 +226,7 @@ def linear_stats(student, teacher, token_ids, mask, temperature: float, vocab_si
         N,
         vocab_size,
         1.0 / temperature,
+        PAIR=teacher is not None,
         BLOCK=blocks.shape,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
@@ -254,6 +255,7 @@ def linear_grad_tile(
         vocab_size,
         start,
         1.0 / temperature,
+        PAIR=teacher is not None,
         BLOCK=blocks.shape,
         num_warps=blocks.warps,
         num_stages=blocks.stages,

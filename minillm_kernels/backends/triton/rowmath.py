@@ -6,6 +6,10 @@ fields of a state are [LANES]) and the main loops have neither a barrier nor a s
 the end. Rows start anywhere, but tiles start on multiples of VEC elements: the first tile of a row may begin up to
 VEC - 1 columns before it (`lead`), under a mask, so that one compiled kernel serves every row width.
 
+An element of a constexpr tuple is a plain integer in Triton 3.6: what a function of Triton takes as a constexpr gets
+a name with that annotation first. And a tuple that holds a None cannot be compared with None there: kernels that take
+such a tuple, or None in its place, are told which by an argument PAIR.
+
 A state is (ms, mt, Zs, Zt, A, B, C), in the order of state.h. Merging any number of states is `rescale` to their
 common origins, then addition. Origins start at -FLT_MAX rather than -inf, so that no difference of them is NaN.
 """
@@ -80,9 +84,10 @@ def tile_columns(SHAPE: tl.constexpr):
 @triton.jit
 def aligned_start(rows, row, lead, ALIGNED: tl.constexpr, SHAPE: tl.constexpr):
     """The pointer to the first tile of a row, `lead` columns before the row."""
+    VEC: tl.constexpr = SHAPE[2]
     offset = row_offset(rows, row) - lead
     if ALIGNED:
-        offset = tl.multiple_of(offset, SHAPE[2])
+        offset = tl.multiple_of(offset, VEC)
     return rows.pointer + offset
 
 
@@ -123,7 +128,7 @@ def zero_row(out, width, lead, SHAPE: tl.constexpr):
     """Zeros over this program's part of a row of a gradient."""
     SIZE: tl.constexpr = SHAPE[0] * SHAPE[1] * SHAPE[2]
     columns = tile_columns(SHAPE)
-    zero = tl.zeros([SHAPE[0], SHAPE[1], SHAPE[2]], out.dtype.element_ty)
+    zero = tl.zeros(columns.shape, out.dtype.element_ty)
     first, inner, outer, last = tile_span(width, width, lead, SHAPE)
     for tile in range(inner, outer):
         tl.store(out + tile * SIZE + columns, zero)

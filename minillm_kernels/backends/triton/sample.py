@@ -167,14 +167,14 @@ def logprob(model, row, token, row_max, Z, inv_T):
 
 
 @triton.jit(do_not_specialize=["N", "V", "tiles"])
-def argmax_kernel(student, teacher, values, tokens, N, V, tiles, alpha, inv_T):
+def argmax_kernel(student, teacher, values, tokens, N, V, tiles, alpha, inv_T, PAIR: tl.constexpr):
     """The largest alpha p + (1 - alpha) q of this program's part of a row, and the lowest token that has it: both
     [N, parts]. Without a teacher the student's logits alone decide."""
     row = tl.program_id(0)
     scale = inv_T * rm.LOG2E
     lead, s = first_tile(student, row)
     first, _, _, last = rm.tile_span(V, V, lead, (LOADS, LANES, VEC))
-    if teacher is not None:
+    if PAIR:
         t = rm.aligned_start(teacher.rows, row, lead, False, (LOADS, LANES, VEC))
         s_max, s_Z = law_of(student, N, V, tiles, row, inv_T)
         t_max, t_Z = law_of(teacher, N, V, tiles, row, inv_T)
@@ -185,7 +185,7 @@ def argmax_kernel(student, teacher, values, tokens, N, V, tiles, alpha, inv_T):
         there = (at >= lead) & (at < V + lead)
         z = tl.load(s + at, there, other=rm.MINUS_INF).to(tl.float32)
         x = z.to(tl.float64)
-        if teacher is not None:
+        if PAIR:
             q = weight(z, s_max.to(tl.float32), scale, cutoff_of(student, row)).to(tl.float64) / s_Z
             z = tl.load(t + at, there, other=rm.MINUS_INF).to(tl.float32)
             p = weight(z, t_max.to(tl.float32), scale, cutoff_of(teacher, row)).to(tl.float64) / t_Z
@@ -223,12 +223,13 @@ def pick_kernel(
     tiles,
     inv_T,
     log_weights,  # (ln alpha, ln (1 - alpha))
+    PAIR: tl.constexpr,  # there is a teacher
 ):
     """One program a row: the token and its log-probabilities."""
     row = tl.program_id(0)
     s_max, s_Z = law_of(student, N, V, tiles, row, inv_T)
     drawable = s_Z > 0.0  # neither NaN nor empty
-    if teacher is not None:
+    if PAIR:
         t_max, t_Z = law_of(teacher, N, V, tiles, row, inv_T)
         drawable = drawable & (t_Z > 0.0)
     coin = drawable & tl.load(from_teacher + row).to(tl.int1)
@@ -238,17 +239,17 @@ def pick_kernel(
             token = tl.load(greedy_tokens + row)
         else:
             u = tl.load(uniforms + 2 * row.to(tl.int64) + 1)
-            if teacher is None:
-                token = draw(student, N, V, tiles, row, u, s_max, s_Z, inv_T)
-            else:
+            if PAIR:
                 if coin:
                     token = draw(teacher, N, V, tiles, row, u, t_max, t_Z, inv_T)
                 else:
                     token = draw(student, N, V, tiles, row, u, s_max, s_Z, inv_T)
+            else:
+                token = draw(student, N, V, tiles, row, u, s_max, s_Z, inv_T)
     lq = tl.where(drawable, logprob(student, row, token, s_max, s_Z, inv_T), rm.NAN)
     lp = tl.zeros([], tl.float32)
     mixture = lq
-    if teacher is not None:
+    if PAIR:
         lp = tl.where(drawable, logprob(teacher, row, token, t_max, t_Z, inv_T), rm.NAN)
         mixture = mixture_logprob(log_weights[0], log_weights[1], lq, lp)
     tl.store(token_ids + row, token.to(tl.int64))
@@ -265,7 +266,8 @@ def greedy(student: Model, teacher: Model | None, N: int, V: int, parts: int, al
     device, tiles = student.mass.device, student.mass.shape[2]
     values = torch.empty((N, parts), dtype=torch.float64, device=device)
     tokens = torch.empty((N, parts), dtype=torch.int32, device=device)
-    argmax_kernel[(N, parts)](student, teacher, values, tokens, N, V, tiles, alpha, 1.0, num_warps=WARPS)
+    pair = teacher is not None
+    argmax_kernel[(N, parts)](student, teacher, values, tokens, N, V, tiles, alpha, 1.0, PAIR=pair, num_warps=WARPS)
     return tokens.gather(1, values.argmax(1, keepdim=True)).squeeze(1)
 
 
@@ -308,6 +310,7 @@ def row_sample(pair: Pair, uniforms: Tensor, alpha: float, top_k: int, top_p: fl
         tiles,
         1.0 / temperature,
         tuple(math.log(x) if x > 0 else -math.inf for x in (alpha, 1.0 - alpha)),
+        PAIR=p is not None,
         num_warps=WARPS,
     )
     return token_ids, logprobs, from_teacher

@@ -22,12 +22,13 @@ STATE_FIELDS = 9  # of `partial`: the state's, and the logits of the row's token
 def row_state(student, teacher, row, V, scale, ALIGNED: tl.constexpr, SHAPE: tl.constexpr):
     """The states of the lanes over this program's part of a row."""
     SIZE: tl.constexpr = SHAPE[0] * SHAPE[1] * SHAPE[2]
+    LANES: tl.constexpr = SHAPE[1]
     PAIR: tl.constexpr = teacher is not None
     lead = rm.lead_of(student, row, SHAPE)
     pointers = rm.row_pair(student, teacher, row, lead, ALIGNED, SHAPE)
     columns = rm.tile_columns(SHAPE)
     first, inner, outer, last = rm.tile_span(V, V, lead, SHAPE)
-    state = rm.empty_state(SHAPE[1])
+    state = rm.empty_state(LANES)
     for tile in range(inner, outer):
         a, b = rm.load_pair(pointers, tile * SIZE + columns, lead, V, PAIR, False)
         state = rm.add_tile(state, a, b, scale, PAIR)

@@ -1,6 +1,5 @@
 """Conversion from GGUF, on a file written here as llama.cpp does; and the packaged teacher, if cached."""
 
-import gguf
 import pytest
 import torch
 from tokenizers import pre_tokenizers
@@ -10,6 +9,8 @@ from minillm.data.gguf import BLOCK, OUTER, convert
 from minillm.model.head import CausalLM
 from minillm.model.load import load_model, load_tokenizer
 from minillm.model.sampling import greedy_responses
+
+gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
 
 CONTROL, NORMAL = 3, 1
 

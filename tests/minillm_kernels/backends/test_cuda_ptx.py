@@ -38,6 +38,7 @@ _DIVERGENCE = ("DivergenceArgs, int, DivergenceSums*", "DivergenceGradArgs, int"
 INSTANTIATIONS = {
     "row_stats": ["row_stats_kernel<{0}, {0}>(StatsArgs, int, RowState<float>*)"],
     "row_grad": ["row_grad_kernel<{0}, {0}>(GradArgs, int)"],
+    "row_scale": ["row_scale_kernel<{0}>(ScaleArgs)"],
     "row_stats_grad": ["row_stats_grad_kernel<{0}, {0}>(StatsGradArgs, int)"],
     "row_divergence": [
         f"{name}<Divergence::{kind}, {{0}}, {{0}}>({parameters})"
@@ -134,6 +135,13 @@ def run(executor: Executor, s: torch.Tensor, t: torch.Tensor, token_ids: torch.T
     simple = coefficients * (torch.arange(5) < 1)[:, None]
     executor.buffers.append(simple)
     out["rkl grad"] = cuda.backend.row_grad(Pair(s, t, 1.0, V), None, out["stats"], simple)
+    factors = torch.tensor([1.0, -2.0])
+    executor.buffers.append(factors)
+    again = out["grad"].new_empty(out["grad"].shape).copy_(out["grad"])
+    for factor in factors:  # 1: nothing is done; another: as if the coefficients were multiplied, exactly for -2
+        cuda.backend.row_grad(Pair(s, t, 1.0, V), token_ids, out["stats"], coefficients, out=again, factor=factor)
+        cuda.backend.row_scale(out["rkl grad"], factor)
+        assert torch.equal(again, factor.to(again.dtype) * out["grad"])
     in_one_launch = dataclasses.replace(cuda.backend, holds_rows=lambda operations, pair: True)
     at_once = in_one_launch.row_stats_grad(Pair(s, t, 1.0, V), token_ids, coefficients)
     assert torch.equal(at_once[0], out["stats"]) and torch.equal(at_once[1], out["grad"])

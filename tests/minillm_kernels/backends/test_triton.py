@@ -59,8 +59,8 @@ def test_without_the_interpreter_a_cpu_tensor_is_refused():
     ("version", "reason"),
     [
         (None, "Triton is not installed"),
-        ("3.7.1", "needs Triton 3.8 or newer, installed is 3.7.1; `pip install -U triton`"),
-        ("3.8.0", None),
+        ("3.5.1", "needs Triton 3.6 or newer, installed is 3.5.1; `pip install -U triton`"),
+        ("3.6.0", None),
         ("3.10.1+gitabc", None),
     ],
 )

@@ -1,6 +1,7 @@
 """The Triton kernels as a GPU would get them, compiled ahead of time: resources, main loops, how many there are."""
 
 import json
+import os
 
 import pytest
 from processes import ROOT, in_a_process
@@ -13,7 +14,8 @@ if available_backends()["triton"] != "ok":
 
 def compiled(code: str):
     """What code prints as JSON, in a process where Triton compiles."""
-    result = in_a_process(code, TRITON_INTERPRET="0", PYTHONPATH=str(ROOT), timeout=420)
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # .ci/run puts another Triton there
+    result = in_a_process(code, TRITON_INTERPRET="0", PYTHONPATH=path, timeout=420)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -103,3 +105,48 @@ def test_one_compilation_for_all_sizes():
     """Of rows, columns, temperature and beta: one row, odd numbers of them, a multiple of 16; odd and even widths."""
     found = compiled(SIZES)
     assert len(found) == 9 and set(found.values()) == {1}, found
+
+
+VARIANTS = """
+import json, torch
+from benchmarks.gpu_static.recording import recording
+from minillm_kernels.backends.triton import divergence, grad, linear, sample, scale, stats
+from minillm_kernels.hidden.operands import Projection
+from minillm_kernels.rows import Pair
+n, V = 3, 4099
+mask, ids, r = torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.int64), torch.zeros(11, n)
+with recording(90) as launches:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        s = torch.zeros(n, V, dtype=dtype)
+        hidden, weight, bias = (torch.zeros(*size, dtype=dtype) for size in ((n, 64), (V, 64), (V,)))
+        for t, given in ((s, ids), (s.float(), None), (None, ids)):
+            pair, u = Pair(s, t, 1.0, V), torch.rand(n, 2).double()
+            stats.row_stats(pair, given, mask if given is None else None)
+            grad.row_grad(pair, given, r, torch.ones(5, n))
+            grad.row_grad(pair, given, r, torch.ones(5, n), s, torch.ones(()))
+            scale.row_scale(s, torch.ones(()))
+            alpha = 0.0 if t is None else 0.4
+            sample.row_sample(pair, u, alpha, 0, 1.0)
+            sample.row_sample(pair._replace(temperature=0), u, alpha, 20, 0.9)
+        for options in ((None, 0.0), (bias, 30.0)):
+            student, teacher = (Projection(hidden, weight, options[0], options[1], scale) for scale in (1.0, 0.5))
+            for other in (teacher, None) if dtype == torch.bfloat16 else (teacher,):
+                linear.linear_stats(student, other, ids, mask, 1.0, V)
+                tile = torch.zeros(n, 256, dtype=dtype)
+                linear.linear_grad_tile(student, other, ids, r, torch.ones(5, n), 1.0, V, tile, 0)
+    for kind in ("jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"):
+        pair = Pair(s.bfloat16(), s.bfloat16(), 1.0, V)
+        divergence.row_divergence(pair, mask, r, kind, 0.3)
+        divergence.row_divergence_grad(pair, r, r[:2], r[0], kind, 0.3)
+print(json.dumps(sorted({x.name for x in launches})))
+"""
+
+
+def test_every_variant_compiles():
+    """With and without a teacher, mask, tokens, filters, argmax, bias and soft-cap, in every type. `.ci/run` runs this
+    with the oldest Triton as well: what it accepts is what differs between versions."""
+    assert compiled(VARIANTS) == [
+        *("argmax_kernel", "cutoff_kernel", "linear_grad_kernel", "linear_stats_kernel", "merge_parts_kernel"),
+        *("pick_kernel", "row_divergence_grad_kernel", "row_divergence_kernel", "row_grad_kernel"),
+        *("row_scale_kernel", "row_stats_kernel", "tile_mass_kernel"),
+    ]

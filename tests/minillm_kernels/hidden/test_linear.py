@@ -230,13 +230,13 @@ def test_opcheck(name):
     heads = [*case.leaves(), *case.teacher]
     mask = case.labels != -100
     ids = case.labels.clamp(min=0)
-    settings = ([0.0, 0.0], [1.0, 1.0], 1.0, V, "chunked", 8, "reference")
+    settings = ([0.0, 0.0], [1.0, 1.0], 1.0, V, "chunked", 8, False, "reference")
     needs = [True, True, True]
     args = {
         "linear_stats": (ids, mask),
         "linear_stats_loss": (ids, mask, torch.rand(5, N) * mask, needs),
         "linear_divergence": (mask, "jsd", BETA),
-        "linear_divergence_loss": (case.weights, "jsd", BETA, needs),
+        "linear_divergence_loss": (case.weights, None, None, "mean", "jsd", BETA, needs),
         "linear_minillm_loss": (ids, mask, torch.ones(4, N), torch.tensor(0.1), 0.2, 0.0, needs),
     }[name]
     torch.library.opcheck(getattr(torch.ops.minillm, name).default, (*args, *heads, *settings))
@@ -274,10 +274,69 @@ def test_default_chunk_bounds_the_buffers():
     ):
         weight = torch.empty(vocab_size, 1, dtype=dtype)
         model = (weight[:1], mk.Head(weight))
-        heads = operands(model, model if models == 2 else None, "chunked", None, 1.0, None)
+        heads = operands(model, model if models == 2 else None, "chunked", None, False, 1.0, None)
         rows, element = chunked.default_chunk_rows(heads), dtype.itemsize
         assert rows % 16 == 0
         assert rows * vocab_size * element * models <= 96 << 20 or rows == 16
+
+
+def test_the_chunks_of_a_gpu_follow_from_the_shape_of_the_matmuls():
+    rows = chunked.chunk_rows_of_matmuls
+    assert rows(4096, 2 * 2) == 2048  # both models' logits are half of the fp32 gradient of the weight
+    assert rows(896, 2 * 2) == 1024 and rows(16384, 2 * 2) == 4096  # the bounds
+    assert rows(5120, 2) == 4096 and rows(3072, 2 * 4) == 1024 and rows(5120, 2 * 2) == 2560
+
+
+@pytest.mark.parametrize("loss_of", ["rkl", "jsd", "distill", "minillm"])
+def test_second_derivatives_and_second_backward_passes_are_refused(loss_of):
+    """Rather than missing, or of gradients that were given away."""
+    case = Case(torch.float32)
+
+    def make():
+        leaves = case.leaves()
+        models = case.models(leaves)
+        if loss_of == "distill":
+            return leaves, mk.fused_linear_distill_loss(*models, reverse_kl=0.1).loss
+        if loss_of == "minillm":
+            constants = dict.fromkeys(("advantages", "old_logprobs"), torch.ones(N))
+            return leaves, mk.fused_linear_minillm_loss(*models, case.labels, **constants).loss
+        return leaves, mk.fused_linear_divergence_loss(*models, "reverse_kl" if loss_of == "rkl" else loss_of)
+
+    for i in range(3):
+        leaves, loss = make()
+        (grad,) = torch.autograd.grad(loss, leaves[i], create_graph=True)
+        with pytest.raises(RuntimeError, match=r"no second derivative.*without create_graph=True"):
+            grad.square().sum().backward()
+    leaves, loss = make()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a first backward pass has taken them: compute the loss again"):
+        loss.backward()
+
+
+def test_forward_mode_is_refused():
+    """A tangent of 0 would pass for a derivative."""
+    case = Case(torch.float32)
+    for i in range(3):
+
+        def loss(x, i=i):
+            parts = [x if j == i else y for j, y in enumerate(case.student)]
+            return mk.fused_linear_rkl_loss(*case.models(parts))
+
+        with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+            torch.func.jvp(loss, (case.student[i],), (torch.ones_like(case.student[i]),))
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0, 1.7])
+def test_what_arrives_for_the_loss_multiplies_the_gradients(factor, backend):
+    case = Case(torch.float32)
+    found = []
+    for name in (backend, "reference"):
+        with mk.use_backend(name):
+            leaves = case.leaves()
+            (mk.fused_linear_rkl_loss(*case.models(leaves), case.labels) * factor).backward()
+        found.append([x.grad for x in leaves])
+    assert_close(*found, torch.float32)
+    assert factor != 0 or not any(x.any() for x in found[0])
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of resident memory is Linux's")

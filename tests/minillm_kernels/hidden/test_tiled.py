@@ -108,7 +108,7 @@ def test_refusals():
 @pytest.mark.parametrize("name", ["linear_stats", "linear_stats_loss"])
 def test_opcheck(name):
     case = Case(torch.float32)
-    settings = ([0.0, 0.0], [1.0, 1.0], 1.0, V, "tiled", None, "triton")
+    settings = ([0.0, 0.0], [1.0, 1.0], 1.0, V, "tiled", None, False, "triton")
     args = {
         "linear_stats": (case.labels.clamp(min=0), case.labels != -100),
         "linear_stats_loss": (None, None, torch.rand(5, N), [True, True, True]),

@@ -1,0 +1,185 @@
+"""torch.ops.minillm.stats_loss and divergence_loss: scalar losses of logits.
+
+The weight of each row in a scalar is known beforehand, so the gradient of what is linear in the statistics is formed
+with the loss, while a row pair is in the cache or in shared memory. What arrives for the loss in the backward pass is
+1 in most training loops, and then nothing more is done; the host does not look, which would wait for the device. For
+any other number an fp32 gradient is scaled, a bf16 one formed again, since it would be rounded twice. The gradient is
+formed in the backward pass alone where it overwrites the logits, for mixture divergences, in fp16, which is trained
+with a loss scale, and while a graph is traced; and anew in a second backward pass and under create_graph.
+
+Legend: ... rows, V' the width of the student's head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import choose
+from ..rows import DIFFERENTIABLE, DIFFERENTIABLE_INDEX, Pair, RowStats, accumulator
+from .ops import check_divergence, check_rows, checked_pair, gradient_of_logits, register
+from .reduction import write_row_weights
+
+
+def wants_gradient(student: Tensor) -> bool:
+    """Whether an operator here is to form the gradient with the loss: its argument `needed`."""
+    return student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+# ---- implementations
+
+
+def _stats_loss(student, teacher, token_ids, coefficients, inplace, needed, temperature, vocab_size, backend):
+    """(the sum of coefficients * differentiable statistics, the statistics, the gradient where it is formed now)."""
+    pair = checked_pair(student, teacher, temperature, vocab_size, inplace)
+    check_rows(student, "token_ids", token_ids, (torch.int64,))
+    check_rows(student, "coefficients", coefficients, (torch.float32, torch.float64), len(DIFFERENTIABLE))
+    chosen = choose.resolve(backend, student, teacher)
+    if _ahead(student, inplace, needed):
+        stats, grad = chosen.row_stats_grad(pair, token_ids, coefficients)
+    else:
+        stats = chosen.row_stats(pair, token_ids, (coefficients != 0).any(0))
+        grad = student.new_empty(0)
+    return weighted_sum(stats, coefficients), stats, grad
+
+
+def _ahead(student: Tensor, inplace: bool, needed: bool) -> bool:
+    """Whether the gradient is formed with the loss."""
+    return needed and not inplace and student.dtype != torch.float16
+
+
+def _divergence_loss(student, teacher, weights, normalizer, divisor, reduction, divergence, beta, *rest):
+    """(the reduced divergence; for the backward pass the weight of each row, statistics, values of row_divergence, and
+    the gradient where it is formed now)."""
+    inplace, needed, temperature, vocab_size, backend = rest
+    pair = checked_pair(student, teacher, temperature, vocab_size, inplace)
+    check_rows(student, "weights", weights, (torch.float32, torch.float64))
+    linear = divergence in DIFFERENTIABLE
+    if not linear:
+        check_divergence(student, mask=None, stats=None, divergence=divergence, beta=beta)
+    chosen = choose.resolve(backend, student, teacher)
+    mask = None if weights is None else weights != 0
+    values, grad = student.new_empty(0), student.new_empty(0)
+    coefficients = student.new_zeros((len(DIFFERENTIABLE), *student.shape[:-1]), dtype=accumulator(student, teacher))
+    row_weights = coefficients[DIFFERENTIABLE.index(divergence) if linear else 0]
+    write_row_weights(row_weights, weights, reduction, normalizer, divisor)
+    if linear and _ahead(student, inplace, needed):
+        stats, grad = chosen.row_stats_grad(pair, None, coefficients)
+    else:
+        stats = chosen.row_stats(pair, None, mask)
+    if linear:
+        per_row = stats[RowStats._fields.index(divergence)]
+    else:
+        values = chosen.row_divergence(pair, mask, stats, divergence, beta)
+        per_row = values[0]
+    return (per_row * row_weights).sum(), coefficients, stats, values, grad
+
+
+def weighted_sum(stats: Tensor, coefficients: Tensor) -> Tensor:
+    """Of the differentiable statistics. One that nobody asked about may be infinite: 0 times it is 0."""
+    differentiable = torch.stack([stats[i] for i in DIFFERENTIABLE_INDEX])  # an index would be copied to the device
+    return torch.where(coefficients != 0, coefficients * differentiable, 0).sum()
+
+
+# ---- fakes: shapes and types only
+
+
+def _gradient_fake(student, inplace, needed):
+    return student.new_empty(student.shape if _ahead(student, inplace, needed) else 0)
+
+
+def _stats_loss_fake(student, teacher, token_ids, coefficients, inplace, needed, *settings):
+    stats = student.new_empty((len(RowStats._fields), *student.shape[:-1]), dtype=accumulator(student, teacher))
+    return stats.new_empty(()), stats, _gradient_fake(student, inplace, needed)
+
+
+def _divergence_loss_fake(student, teacher, weights, normalizer, divisor, reduction, divergence, beta, *rest):
+    inplace, needed, *_settings = rest
+    dtype, leading = accumulator(student, teacher), student.shape[:-1]
+    coefficients = student.new_empty((len(DIFFERENTIABLE), *leading), dtype=dtype)
+    stats = student.new_empty((len(RowStats._fields), *leading), dtype=dtype)
+    values = student.new_empty(0) if divergence in DIFFERENTIABLE else student.new_empty((2, *leading), dtype=dtype)
+    grad = _gradient_fake(student, inplace, needed and divergence in DIFFERENTIABLE)
+    return stats.new_empty(()), coefficients, stats, values, grad
+
+
+# ---- autograd: in the student's logits only
+
+
+def _remember(ctx, inplace: bool, backend: str, student: Tensor, teacher: Tensor | None, output: tuple) -> None:
+    _, *others = output
+    ctx.mark_non_differentiable(*others)
+    ctx.set_materialize_grads(False)  # zeros for the gradient's gradient would be as large as it is
+    ctx.inplace, ctx.backend = inplace, choose.kept(backend, student, teacher)
+    ctx.taken = False  # the gradient that was formed with the loss
+
+
+def _gradient_ahead(ctx, student, teacher, token_ids, stats, coefficients, grad, grad_loss) -> Tensor | None:
+    """What was formed with the loss, brought to what arrives for it; None where there is nothing to take. Not while a
+    graph is traced: it writes behind torch's back."""
+    if ctx.taken or grad.numel() == 0 or torch.is_grad_enabled() or type(grad) is not Tensor:
+        return None
+    ctx.taken = True
+    chosen = choose.resolve(ctx.backend, student, teacher)
+    if grad.dtype == torch.bfloat16:
+        pair = Pair(student, teacher, *ctx.settings)
+        return chosen.row_grad(pair, token_ids, stats, coefficients, out=grad, factor=grad_loss)
+    chosen.row_scale(grad, grad_loss)
+    return grad
+
+
+def _stats_loss_context(ctx, inputs, output) -> None:
+    student, teacher, token_ids, coefficients, inplace, _needed, *ctx.settings, backend = inputs
+    _remember(ctx, inplace, backend, student, teacher, output)
+    ctx.save_for_backward(student, teacher, token_ids, coefficients, *output[1:])
+
+
+def _stats_loss_backward(ctx, grad_loss, *_others):
+    student, teacher, token_ids, coefficients, stats, ahead = ctx.saved_tensors
+    grad = _gradient_ahead(ctx, student, teacher, token_ids, stats, coefficients, ahead, grad_loss)
+    if grad is None:
+        args = (teacher, token_ids, stats, coefficients * grad_loss, *ctx.settings, ctx.backend)
+        grad = gradient_of_logits(ctx, "row_grad", student, args)
+    return grad, *([None] * 8)
+
+
+def _divergence_loss_context(ctx, inputs, output) -> None:
+    student, teacher, *_reduction, ctx.divergence, ctx.beta, inplace, _needed, temperature, V, backend = inputs
+    ctx.settings = (temperature, V)
+    _remember(ctx, inplace, backend, student, teacher, output)
+    ctx.save_for_backward(student, teacher, *output[1:])
+
+
+def _divergence_loss_backward(ctx, grad_loss, *_others):
+    student, teacher, coefficients, stats, values, ahead = ctx.saved_tensors
+    grad = _gradient_ahead(ctx, student, teacher, None, stats, coefficients, ahead, grad_loss)
+    settings = (*ctx.settings, ctx.backend)
+    if grad is None and ctx.divergence in DIFFERENTIABLE:
+        args = (teacher, None, stats, coefficients * grad_loss, *settings)
+        grad = gradient_of_logits(ctx, "row_grad", student, args)
+    elif grad is None:
+        args = (teacher, stats, values, coefficients[0] * grad_loss, ctx.divergence, ctx.beta, *settings)
+        grad = gradient_of_logits(ctx, "row_divergence_grad", student, args)
+    return grad, *([None] * 12)
+
+
+# ---- the operators
+
+_SETTINGS = "bool inplace, bool needed, float temperature, SymInt vocab_size, str backend"
+
+register(
+    f"stats_loss(Tensor student, Tensor? teacher, Tensor? token_ids, Tensor coefficients, {_SETTINGS}) "
+    "-> (Tensor, Tensor, Tensor)",
+    _stats_loss,
+    _stats_loss_fake,
+    _stats_loss_backward,
+    _stats_loss_context,
+)
+register(
+    "divergence_loss(Tensor student, Tensor teacher, Tensor? weights, Tensor? normalizer, float? divisor, "
+    f"str reduction, str divergence, float beta, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _divergence_loss,
+    _divergence_loss_fake,
+    _divergence_loss_backward,
+    _divergence_loss_context,
+)
