@@ -120,6 +120,7 @@ def _gradient_ahead(ctx, student, teacher, token_ids, stats, coefficients, grad,
     if ctx.taken or grad.numel() == 0 or torch.is_grad_enabled() or type(grad) is not Tensor:
         return None
     ctx.taken = True
+    grad = grad.data  # of another version counter: a second backward pass asks for what was saved beside it
     chosen = choose.resolve(ctx.backend, student, teacher)
     if grad.dtype == torch.bfloat16:
         pair = Pair(student, teacher, *ctx.settings)
