@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from minillm.config.schema import EvalDataConfig
 from minillm.data.records import Record
 from minillm.data.sources import DataError
+from minillm.data.templates import TemplateError, render
+from minillm.foreign import foreign
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +34,7 @@ def check_template(tokenizer: "PreTrainedTokenizerBase", settings: EvalDataConfi
     """Raises DataError for a template that the tokenizer does not have, or settings that it does not read."""
     if settings.prompt_template != "chat":
         return
-    if tokenizer.chat_template is None:
+    if not isinstance(tokenizer.chat_template, (str, dict)):
         raise DataError(
             "the tokenizer has no chat template: set data.prompt_template to alpaca, or to a text with {prompt}, "
             'such as "### Instruction:\\n{prompt}\\n\\n### Response:\\n"'
@@ -66,21 +68,19 @@ def chat_text(
     open_answer: bool = True,
 ) -> str:
     """Some messages of the record in the chat template; with `open_answer`, also what opens the model's turn."""
+    tools = list(record.tools) or None
+    failed = f"{record.where}: the tokenizer's chat template cannot render these turns ({_roles(record)})"
+    with foreign(failed, DataError):
+        template = tokenizer.get_chat_template(tools=tools)
+    names = {**tokenizer.special_tokens_map, **settings.chat_template_kwargs}
     try:
-        text = tokenizer.apply_chat_template(
-            messages,
-            tools=list(record.tools) or None,
-            tokenize=False,
-            add_generation_prompt=open_answer,
-            **settings.chat_template_kwargs,
-        )
-    except Exception as error:  # a template is a program of the model's, which fails as it likes
-        roles = ", ".join(message["role"] for message in messages)
-        raise DataError(
-            f"{record.where}: the tokenizer's chat template cannot render these turns ({roles}): {error}. Change the "
-            "record, or set data.prompt_template"
-        ) from error
-    return str(text)
+        return render(template, messages, tools=tools, add_generation_prompt=open_answer, **names)
+    except TemplateError as error:
+        raise DataError(f"{failed}: {error}. Change the record, or set data.prompt_template") from error
+
+
+def _roles(record: Record) -> str:
+    return ", ".join(message["role"] for message in record.messages)
 
 
 def answer_end(tokenizer: "PreTrainedTokenizerBase", settings: EvalDataConfig) -> list[int]:
@@ -157,11 +157,10 @@ def _plain_template(record: Record, template: str) -> str:
 
 def _plain_text(record: Record, template: str) -> str:
     if [message["role"] for message in record.messages] != ["user"] or record.tools:
-        roles = ", ".join(message["role"] for message in record.messages)
         raise DataError(
-            f"{record.where} is a conversation ({roles}{', with tools' * bool(record.tools)}), and the template has a "
-            "place for one prompt of the user alone: set data.prompt_template to chat, or write the record as one "
-            "`prompt`"
+            f"{record.where} is a conversation ({_roles(record)}{', with tools' * bool(record.tools)}), and the "
+            "template has a place for one prompt of the user alone: set data.prompt_template to chat, or write the "
+            "record as one `prompt`"
         )
     prompt = record.prompt
     fields = {"prompt": prompt}
