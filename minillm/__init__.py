@@ -170,7 +170,6 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
     """
     import dataclasses
     import json
-    import sys
 
     from accelerate import PartialState
 
@@ -182,6 +181,7 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
     from minillm.model.head import CausalLM
     from minillm.model.load import load_model, load_tokenizer
     from minillm.run.directory import environment
+    from minillm.terminal import say
 
     tree = nested(_as_yaml(overrides))
     if unread := tree.keys() - {"eval", "model", "data", "log"}:
@@ -202,7 +202,7 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
         examples, student = evaluation_set(config, tokenizer), load(source)
         settings = json.dumps(generation(config, tokenizer), ensure_ascii=False)
         records = len(read_records(data))
-        print(f"{data}: {len(examples)} of {records} records; generation: {settings}", file=sys.stderr, flush=True)
+        say(f"{data}: {len(examples)} of {records} records; generation: {settings}", error=True)
         result = measure(student, load(against) if against else None, tokenizer, examples, config)
     about: dict[str, Any] = {"model": source, "teacher": against, "data": data, "records": records}
     about |= {"parameters": student.model.num_parameters(), "environment": environment()}
@@ -233,8 +233,10 @@ def _no_progress_bars() -> "Iterator[None]":
     """No progress bars of loading and saving between our lines."""
     from transformers.utils import logging
 
+    from minillm.terminal import quiet_libraries
+
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    quiet_libraries()
     try:
         yield
     finally:

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is either absent or whole, whatever interrupts."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file, text in UTF-8, that is either absent or whole, whatever interrupts. It replaces a link, and leaves
+    what that points to as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
     os.replace(partial, path)
 
 

@@ -57,7 +57,13 @@ def encode_prompt(record: Record, tokenizer: "PreTrainedTokenizerBase", settings
         _check_complete(text, record, tokenizer, settings)
     else:
         text = _plain_text(record, settings.prompt_template)
-    return _ids(text, tokenizer, settings)
+    return _ids(text, record, tokenizer, settings)
+
+
+def token_ids(text: str, record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Of text alone, without special tokens around it. Raises DataError, which names the record."""
+    with foreign(f"{record.where}: the tokenizer cannot encode it", DataError):
+        return tokenizer.encode(text, add_special_tokens=False)
 
 
 def chat_text(
@@ -93,7 +99,7 @@ def answer_end(tokenizer: "PreTrainedTokenizerBase", settings: EvalDataConfig) -
             behind = chat_text(Record(turns, None), turns, tokenizer, settings, open_answer=False).rpartition(mark)[2]
         except DataError:  # such a template is for other conversations, or is refused with the first record
             behind = ""
-        ids = tokenizer.encode(behind, add_special_tokens=False)
+        ids = token_ids(behind, Record(turns, None), tokenizer)
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         for count, token in enumerate(ids, 1):
             if token in special:
@@ -135,7 +141,7 @@ def earlier_turns(
         if message["role"] != "assistant":
             continue
         before, after = (
-            _ids(chat_text(record, messages, tokenizer, settings, open_answer), tokenizer, settings)
+            _ids(chat_text(record, messages, tokenizer, settings, open_answer), record, tokenizer, settings)
             for messages, open_answer in ((record.messages[:i], True), (record.messages[: i + 1], False))
         )
         start, end = len(before), len(after)
@@ -171,8 +177,8 @@ def _plain_text(record: Record, template: str) -> str:
     return re.sub(rf"\{{({'|'.join(fields)})\}}", lambda match: fields[match[1]], _plain_template(record, template))
 
 
-def _ids(text: str, tokenizer: "PreTrainedTokenizerBase", settings: EvalDataConfig) -> list[int]:
-    ids = tokenizer.encode(text, add_special_tokens=False)
+def _ids(text: str, record: Record, tokenizer: "PreTrainedTokenizerBase", settings: EvalDataConfig) -> list[int]:
+    ids = token_ids(text, record, tokenizer)
     if settings.prompt_template != "chat":
         opening = _in_front(tokenizer)
         if ids[: len(opening)] != opening:

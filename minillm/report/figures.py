@@ -3,6 +3,7 @@
 They do not use pyplot, which has global state and chooses a backend.
 """
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from minillm.config.schema import ConfigError
 from minillm.evaluation.result import Evaluation
 from minillm.evaluation.text import BUCKETS
+from minillm.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -153,6 +155,7 @@ def save(figure: "Figure", path: Path) -> Path:
     for panel in figure.axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=130)
+    write_atomically(path, image.getvalue())
     return path

@@ -24,7 +24,7 @@ def opens_as_text(call: ast.Call) -> bool:
         return name in ("read_text", "write_text") and isinstance(call.func, ast.Attribute)
     owner = getattr(getattr(call.func, "value", None), "id", "")
     texts = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
-    return owner not in ("os", "tarfile", "wheel") and not {"rb", "wb", "ab"} & set(texts)
+    return owner not in ("os", "tarfile", "wheel") and not {"rb", "wb", "ab", "xb"} & set(texts)
 
 
 def without_encoding(code: str) -> list[int]:
