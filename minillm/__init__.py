@@ -177,7 +177,7 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
     from minillm.config.schema import ConfigError
     from minillm.data.examples import read_records
     from minillm.evaluation.measure import DEFAULTS, evaluation_set, generation, measure
-    from minillm.model.check import check_same_tokenizer
+    from minillm.model.check import check_forward, check_same_tokenizer
     from minillm.model.head import CausalLM
     from minillm.model.load import load_model, load_tokenizer
     from minillm.run.directory import environment
@@ -193,6 +193,7 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
 
     def load(name: str) -> CausalLM:
         found = load_model(name, config.model.dtype, config.model.attn).to(PartialState().device)
+        check_forward(found)
         return CausalLM(found, config.model.head)
 
     with _no_progress_bars():

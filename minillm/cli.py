@@ -330,10 +330,12 @@ def _open(source: str, settings: "ModelConfig") -> Any:
     """A model on the accelerator, where there is one."""
     from accelerate import PartialState
 
+    from minillm.model.check import check_forward
     from minillm.model.head import CausalLM
     from minillm.model.load import load_model
 
     model = load_model(source, settings.dtype, settings.attn).to(PartialState().device)
+    check_forward(model)
     return CausalLM(model, settings.head)
 
 

@@ -17,11 +17,12 @@ from typing import Any
 
 from minillm.foreign import reason
 
-SECONDS, MEMORY = 10, 2 << 30
-"""What one rendering may take: time, and bytes of memory (where the system keeps to RLIMIT_DATA, as Linux does)."""
+SECONDS, MEMORY = 2, 1 << 30
+"""What one rendering may take: processor time, and bytes of memory (where RLIMIT_DATA counts all, as on Linux)."""
 TEMPLATE, TEXT = 1 << 20, 1 << 24
 """Characters of the longest template, and of the longest text that one may write."""
 
+ENDED = f"it took longer than {SECONDS} seconds and was ended, or its process was lost"
 CHILD = "import sys; sys.path[:] = {path!r}; from minillm.data.templates import serve; serve()"
 
 
@@ -30,8 +31,15 @@ class TemplateError(ValueError):
 
 
 @lru_cache(maxsize=16)  # a record is rendered for its prompt, for its turns and to see what opens the answer
-def _render(request: str) -> str:
-    return _process.ask(request)
+def _render(template: str, request: str) -> str:
+    answer = _process.ask(request)
+    if not answer:
+        _process.ended.add(template)
+        raise TemplateError(ENDED)
+    text, refused = json.loads(answer)
+    if refused:
+        raise TemplateError(refused)
+    return text
 
 
 def render(template: str, messages: list[dict[str, Any]], **variables: Any) -> str:
@@ -58,8 +66,10 @@ def render(template: str, messages: list[dict[str, Any]], **variables: Any) -> s
     """
     if len(template) > TEMPLATE:
         raise TemplateError(f"it has {len(template)} characters, of which at most {TEMPLATE} are read")
+    if template in _process.ended:
+        raise TemplateError(ENDED)
     request = {**variables, "conversations": [messages], "chat_template": template}
-    return _render(json.dumps(request, default=str))
+    return _render(template, json.dumps(request, default=str))
 
 
 class _Process:
@@ -69,8 +79,11 @@ class _Process:
         self.lock = threading.Lock()
         self.child: subprocess.Popen[str] | None = None
         self.owner = 0
+        self.ended: set[str] = set()
+        """Templates that took too long, which are not tried again."""
 
     def ask(self, request: str) -> str:
+        """Its answer; empty where it was ended."""
         with self.lock:
             if self.child is None or self.owner != os.getpid():  # the pipes of a forked process are its parent's
                 self.child, self.owner = _start(), os.getpid()
@@ -81,11 +94,7 @@ class _Process:
             if not answer:
                 self.child.communicate()
                 self.child = None
-                raise TemplateError(f"it took longer than {SECONDS} seconds and was ended, or its process was lost")
-        text, refused = json.loads(answer)
-        if refused:
-            raise TemplateError(refused)
-        return text
+        return answer
 
 
 _process = _Process()
@@ -114,14 +123,14 @@ def serve() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel ends the process, even inside of one operation
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the kernel ends the process, even inside of one operation
     for line in sys.stdin:
         if limited:
-            signal.alarm(SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
         answers.write(json.dumps(_answer(render_jinja_template, line)) + "\n")
         answers.flush()
         if limited:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _answer(render_jinja_template: Any, line: str) -> tuple[str, str]:

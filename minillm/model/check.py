@@ -6,6 +6,7 @@ import torch
 
 from minillm.config.schema import ConfigError
 from minillm.data.examples import collate
+from minillm.foreign import foreign
 from minillm.model.head import CausalLM
 from minillm.model.load import packs_in_one_row
 from minillm.model.sampling import Decoding, draw_uniforms, sample
@@ -26,6 +27,13 @@ def check_context(model: "PreTrainedModel", tokens: int, limits: str = LIMITS) -
             f"prompt and answer may reach {tokens} tokens, but {type(model).__name__} has {limit} positions: lower "
             f"{limits}"
         )
+
+
+@torch.no_grad()
+def check_forward(model: "PreTrainedModel") -> None:
+    """Refuse a model that cannot compute, as where its configuration is damaged in a way that its weights allow."""
+    with foreign(f"{type(model).__name__} cannot compute as its configuration says", ConfigError):
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
 
 
 def check_ids(model: "PreTrainedModel", largest: int, source: str) -> None:

@@ -95,7 +95,11 @@ def _description(source: str) -> "PreTrainedConfig":
     check_layers(tree, source)
     check_weight_names(place, tree)
     with _reading(failed, source):
-        return AutoConfig.from_pretrained(place, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        layers = config.get_text_config().num_hidden_layers
+        if layers < 1:
+            raise ConfigError(f"the configuration of {source!r} has {layers} layers: it is damaged")
+    return config
 
 
 def _stored_dtype(config: "PreTrainedConfig") -> torch.dtype:
