@@ -38,6 +38,16 @@ def _is_plain(name: Any, *endings: str) -> bool:
     return isinstance(name, str) and not set("/\\\0") & set(name) and name.endswith(endings)
 
 
+def check_generation_config(source: str | Path) -> None:
+    """Refuse one that is damaged: transformers would do without, and the end tokens in it would be lost."""
+    from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+
+    with foreign(f"the generation configuration of {str(source)!r} cannot be read", ConfigError):
+        path = cached_file(source, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+    if path and (why := _damage(Path(path))):
+        raise ConfigError(f"{path} {why}, or delete it")
+
+
 def damaged(source: str | Path) -> str:
     """Which file of a model is damaged, and how; "" where all of them can be read."""
     from transformers.utils import CONFIG_NAME, cached_file

@@ -15,7 +15,7 @@ from minillm.data.prompts import answer_end
 from minillm.foreign import foreign
 from minillm.model.adapters import add_adapters
 from minillm.model.bounds import bounded, check_layers, room
-from minillm.model.files import check_weight_names, damaged
+from minillm.model.files import check_generation_config, check_weight_names, damaged
 from minillm.model.layers import drop_layers, recompute_layers
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def load_model(source: str, dtype: str = "float32", attn: str = "auto") -> "PreT
     from transformers import AutoModelForCausalLM
 
     place, config = _locate(source), _description(source)
+    check_generation_config(place)
     chosen = _stored_dtype(config) if dtype == "checkpoint" else getattr(torch, dtype)
     quantised = hasattr(config, "quantization_config")
     packed = 8 if quantised else 1  # weights of 16 bits in 2, at the least

@@ -78,6 +78,15 @@ def test_the_damaged_file_is_named(student, name, content, why):
         use(str(student))
 
 
+@pytest.mark.parametrize("content", [b"", POINTER, b"{", b"[]", b"\xff"])
+def test_end_tokens_are_not_lost_with_a_damaged_file(student, content):
+    (student / "generation_config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"student/generation_config.json .*, or delete it"):
+        load_model(str(student))
+    (student / "generation_config.json").unlink()
+    use(str(student))
+
+
 def test_half_a_download(student):
     content = (student / "model.safetensors").read_bytes()
     (student / "model.safetensors").write_bytes(content[: len(content) // 2])
@@ -216,7 +225,7 @@ def test_an_index_that_is_none(student, tree):
 @pytest.mark.parametrize("name", ["adapter_model.bin", "../x.safetensors", "x.bin", 3, None])
 def test_a_configuration_names_safetensors_files_beside_it(student, name):
     edit(student / "config.json", transformers_weights=name)
-    with pytest.raises(ConfigError, match="names the weights .*; only safetensors files"):
+    with pytest.raises(ConfigError, match=r"names the weights .*; only safetensors files"):
         load_model(str(student))
 
 
