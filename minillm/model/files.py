@@ -26,10 +26,11 @@ def check_weight_names(source: str | Path, config: dict[str, Any]) -> None:
     if path is None:
         return
     why = _no_object(Path(path))
-    named = {} if why else json.loads(Path(path).read_bytes()).get("weight_map")
-    if why or not isinstance(named, dict):
-        raise ConfigError(f"{path} {why or 'has no `weight_map`'}: expected an index of safetensors files")
-    for name in named.values():
+    tree = {} if why else json.loads(Path(path).read_bytes())
+    lacking = next((key for key in ("weight_map", "metadata") if not isinstance(tree.get(key), dict)), "")
+    if lacking:
+        raise ConfigError(f"{path} {why or f'has no `{lacking}`'}: expected an index of safetensors files")
+    for name in tree["weight_map"].values():
         if not _is_plain(name, ".safetensors"):
             raise ConfigError(f"{path} names the file {name!r}; {WANTED}")
 

@@ -111,8 +111,8 @@ def fits(value: Any, kind: Any) -> bool:
     if is_dataclass(kind) or hasattr(kind, "_fields"):
         hints = get_type_hints(kind).items()
         return isinstance(value, kind) and all(fits(getattr(value, name), each) for name, each in hints)
-    if kind is float:
-        return isinstance(value, float) or (type(value) is int and abs(value) < MAX_INT)
+    if type(value) is int and kind in (int, float):
+        return abs(value) < MAX_INT
     return type(value) is kind
 
 

@@ -92,8 +92,9 @@ def test_a_section_is_not_given_twice(flags):
 
 
 @pytest.mark.parametrize(
-    "name", ["../../../escaped", "/tmp/x", "..", ".", "", "a b", "a/b", "a\\b", "a.b", "é", "a\n", "\x1b[2J", "a" * 101, 1, None,
-             True, ("a", "b")]
+    "name",
+    ["../../escaped", "/tmp/x", "..", ".", "", "a b", "a/b", "a\\b", "a.b", "é", "a\n", "\x1b[2J", "a" * 101, 1, None,
+     True, ("a", "b")],
 )  # fmt: skip
 def test_a_stage_is_named_by_letters_digits_and_dashes(name):
     with pytest.raises(ConfigError, match=r"a stage is called .*: give letters, digits, - and _ alone"):

@@ -214,11 +214,15 @@ def test_an_index_names_safetensors_files_beside_it(student, name, index):
         load_model(str(student))
 
 
-@pytest.mark.parametrize("tree", [3, [], {}, {"weight_map": []}, {"weight_map": None}])
+@pytest.mark.parametrize(
+    "tree", [3, [], {}, {"weight_map": []}, {"weight_map": None}, {"weight_map": {"a": "a.safetensors"}}]
+)
 def test_an_index_that_is_none(student, tree):
     (student / "model.safetensors").rename(student / "x.safetensors")
     (student / "model.safetensors.index.json").write_text(json.dumps(tree))
-    with pytest.raises(ConfigError, match=r"index.json (holds|has no `weight_map`).*expected an index of safetensors"):
+    with pytest.raises(
+        ConfigError, match=r"index.json (holds|has no `(weight_map|metadata)`).*expected an index of safetensors"
+    ):
         load_model(str(student))
 
 
