@@ -1,6 +1,7 @@
 """What a report is made from: run directories, and JSON files of evaluations."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ from minillm.evaluation.result import START, TEACHER, Evaluation
 from minillm.files import read_lines
 from minillm.foreign import foreign, reason
 
-MAX_INT = 1 << 1000
-"""Beyond, an integer is no float."""
+LARGEST = 10**100
+"""Of numbers that a figure can be drawn of."""
 
 
 class Source(NamedTuple):
@@ -89,7 +90,8 @@ def _incomplete(result: Evaluation) -> str:
     seeds = [mean.seeds for mean in result.means.values() if mean.seeds] + list(result.distinct.values())
     problems = {
         "a response has no reference": not all(each.references for each in result.responses),
-        "sampled scores have no seed": not all(each.by_seed for each in seeds),
+        "sampled scores have no seed, or an infinite one": not all(each.by_seed for each in seeds)
+        or any(math.isinf(score) for each in seeds for score in each.by_seed),
         "a calibration has no predictions": not all(c.bins and c.count > 0 for c in result.calibration.values()),
         "its curves of exposure bias differ in length": bias is not None
         and len({len(curve) for curve in (bias.length, bias.exaccerr, bias.standard_error)}) > 1,
@@ -111,8 +113,9 @@ def fits(value: Any, kind: Any) -> bool:
     if is_dataclass(kind) or hasattr(kind, "_fields"):
         hints = get_type_hints(kind).items()
         return isinstance(value, kind) and all(fits(getattr(value, name), each) for name, each in hints)
-    if type(value) is int and kind in (int, float):
-        return abs(value) < MAX_INT
+    if kind in (int, float):
+        whole = type(value) is int or (kind is float and isinstance(value, float))
+        return whole and not LARGEST <= abs(value) < math.inf
     return type(value) is kind
 
 

@@ -17,6 +17,7 @@ from minillm.data.prompts import encode_prompt
 from minillm.data.records import to_record
 from minillm.model import bounds
 from minillm.model.check import check_forward
+from minillm.model.head import CausalLM
 from minillm.model.load import end_tokens, load_model, load_tokenizer, skeleton
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123456789\n"
@@ -195,6 +196,8 @@ def test_a_configuration_that_its_weights_allow_and_no_input(tmp_path, make_toke
     edit(tmp_path / "config.json", num_experts_per_tok=10**9)
     with pytest.raises(ConfigError, match="MixtralForCausalLM cannot compute as its configuration says"):
         use(str(tmp_path))
+    with pytest.raises(ConfigError, match="MixtralForCausalLM cannot compute as its configuration says"):
+        CausalLM(load_model(str(tmp_path)))
 
 
 # ---- weights from elsewhere
