@@ -174,7 +174,6 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
     """
     import dataclasses
     import json
-    import sys
 
     from accelerate import PartialState
 
@@ -182,11 +181,12 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
     from minillm.config.schema import ConfigError
     from minillm.data.examples import read_records
     from minillm.evaluation.measure import DEFAULTS, evaluation_set, generation, measure
-    from minillm.model.check import check_same_tokenizer
+    from minillm.model.check import check_forward, check_same_tokenizer
     from minillm.model.head import CausalLM
     from minillm.model.load import load_model, load_tokenizer
     from minillm.run.directory import environment
     from minillm.run.workers import first_process_tells
+    from minillm.terminal import say
 
     tree = nested(_as_yaml(overrides))
     if unread := tree.keys() - {"eval", "model", "data", "log"}:
@@ -198,6 +198,7 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
 
     def load(name: str) -> CausalLM:
         found = load_model(name, config.model.dtype, config.model.attn).to(PartialState().device)
+        check_forward(found)
         return CausalLM(found, config.model.head)
 
     with _no_progress_bars(), first_process_tells():
@@ -208,7 +209,7 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
         settings = json.dumps(generation(config, tokenizer), ensure_ascii=False)
         records = len(read_records(data))
         if PartialState().is_main_process:
-            print(f"{data}: {len(examples)} of {records} records; generation: {settings}", file=sys.stderr, flush=True)
+            say(f"{data}: {len(examples)} of {records} records; generation: {settings}", error=True)
         result = measure(student, load(against) if against else None, tokenizer, examples, config)
     about: dict[str, Any] = {"model": source, "teacher": against, "data": data, "records": records}
     about |= {"parameters": student.model.num_parameters(), "environment": environment()}
@@ -239,8 +240,10 @@ def _no_progress_bars() -> "Iterator[None]":
     """No progress bars of loading and saving between our lines."""
     from transformers.utils import logging
 
+    from minillm.terminal import quiet_libraries
+
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    quiet_libraries()
     try:
         yield
     finally:

@@ -2,13 +2,15 @@
 
 import argparse
 import errno
+import math
+import os
 import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from minillm.terminal import print_anything, printable, silence, unbroken_output
+from minillm.terminal import print_anything, printable, quiet_libraries, say, silence, unbroken_output
 
 if TYPE_CHECKING:
     from minillm.config.recipe import Recipe
@@ -19,46 +21,62 @@ NO_DOCTOR = "train without trying the loss on a few answers first"
 RESUME = "go on from a checkpoint; auto: the newest of this recipe's last run, or from the start where there is none"
 
 
+ADVICE = {
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        "Make room",
+    ),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS),
+        "Name a place that may be read and written (--output, --out, or MINILLM_CACHE for what is fetched)",
+    ),
+    **dict.fromkeys(
+        (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP),
+        "A file or a link stands where a directory is needed, or the reverse: name another path",
+    ),
+    errno.ENAMETOOLONG: "Name a shorter path",
+}
+"""What to do about what the system says."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point `minillm`; user errors end with one message and status 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     print_anything()
     options, flags = _parser().parse_known_args(arguments)
-    options.command_line = shlex.join(["minillm", *arguments])
+    options.command_line = printable(shlex.join(["minillm", *arguments]))
     try:
         return options.run(options, flags)
     except _user_errors() as error:
-        print(f"minillm: {printable(str(error))}", file=sys.stderr)
+        say(f"minillm: {error}", error=True)
         return 2
     except BrokenPipeError:  # whoever read the output has had enough
         silence(sys.stdout)
         return 0
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "Make room" if full else "Name files and directories that can be read and written"
-        resume = ", then --resume auto goes on from the last checkpoint" if hasattr(options, "resume") else ""
-        print(f"minillm: {printable(str(error))}. {advice}{resume}", file=sys.stderr)
+    except OSError as error:  # of the system, about a file or a connection
+        advice = ADVICE.get(error.errno or 0, "")
+        if hasattr(options, "resume") and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            advice += ", then --resume auto goes on from the last checkpoint"
+        say(f"minillm: {error}. {advice}".removesuffix(". "), error=True)
         return 2
 
 
 def _run(recipe: "Recipe", options: argparse.Namespace, with_evaluation: bool = True) -> int:
     """A recipe under signals that ask to stop: the training loop saves first, elsewhere nothing is lost."""
-    import os
-
     from minillm.distillation import run_recipe
     from minillm.run.interrupt import Interrupted, exit_on_signal
     from minillm.run.workers import WorkerLost, first_process_tells
 
-    _quiet()
+    quiet_libraries()
     try:
         with first_process_tells():
             try:
                 with exit_on_signal():
                     run_recipe(recipe, options.command_line, with_evaluation, options.resume, options.doctor)
             except Interrupted as stop:
-                print(f"stopped. {stop}", flush=True)
+                say(f"stopped. {stop}")
     except WorkerLost as lost:
-        print(f"minillm: {lost}", file=sys.stderr, flush=True)
+        say(f"minillm: {lost}", error=True)
         os._exit(2)  # the usual way out waits for the process that is gone
     return 0
 
@@ -98,7 +116,7 @@ def evaluate(options: argparse.Namespace, flags: list[str]) -> int:
     if options.out:
         write_atomically(Path(options.out), text + "\n")
         text = f"{evaluation_text(result)}\n\nall of it is in {options.out}"
-    print(text)
+    say(text.replace("\x7f", "\\u007f"))  # the one control character that JSON does not write as a code
     return 0
 
 
@@ -108,7 +126,7 @@ def report(options: argparse.Namespace, flags: list[str]) -> int:
 
     if flags:
         raise ConfigError(f"report does not know {flags[0]!r}; see minillm report --help")
-    print(f"wrote {write_report(options.runs, options.out)}")
+    say(f"wrote {write_report(options.runs, options.out)}")
     return 0
 
 
@@ -122,31 +140,31 @@ def study(options: argparse.Namespace, flags: list[str]) -> int:
         raise ConfigError(f"study does not know {flags[0]!r}; its settings are those of the YAML file")
     plan = load_study(options.study, options.smoke)
     if options.list:
-        print("\n".join(f"{'done' if plan.result(c).exists() else '    '}  {c.path}" for c in plan.cells()))
+        say("\n".join(f"{'done' if plan.result(c).exists() else '    '}  {c.path}" for c in plan.cells()))
         return 0
     if options.report:
         from minillm.study.document import write_document
 
         command = f"minillm study {options.study} --report"
-        print(f"wrote {write_document(plan, Path(options.report), command)}")
+        say(f"wrote {write_document(plan, Path(options.report), command)}")
         return 0
     from minillm.run.interrupt import Interrupted, exit_on_signal
     from minillm.study.cell import run_next
 
-    _quiet()
+    quiet_libraries()
     try:
         with unbroken_output(), exit_on_signal():
             while plan.unfinished():
                 written = run_next(plan, options.command_line)
-                print(f"wrote {written}" if written else "other runs are at all cells that could run now", flush=True)
+                say(f"wrote {written}" if written else "other runs are at all cells that could run now")
                 if not options.all:
                     break
                 if not written:
                     time.sleep(30)
     except Interrupted:
-        print("stopped; the same command goes on")
+        say("stopped; the same command goes on")
         return 0
-    print(f"{len(plan.unfinished())} of {len(plan.cells())} cells left")
+    say(f"{len(plan.unfinished())} of {len(plan.cells())} cells left")
     return 0
 
 
@@ -157,10 +175,20 @@ def generate(options: argparse.Namespace, flags: list[str]) -> int:
     if flags:
         raise ConfigError(f"generate does not know {flags[0]!r}; see minillm generate --help")
     check_seed("--seed", options.seed)
+    for name, allowed, wanted in (
+        ("max_prompt_length", options.max_prompt_length >= 1, "at least 1"),
+        ("max_new_tokens", options.max_new_tokens >= 1, "at least 1"),
+        ("temperature", 0 <= options.temperature < math.inf, "a number of at least 0"),
+        ("top_p", 0 < options.top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not allowed:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} is {getattr(options, name)}; it must be {wanted}")
     prompts = _prompts(options.prompt)
-    _quiet()
+    quiet_libraries()
     from minillm.config.schema import DataConfig, EvalDataConfig, ModelConfig
     from minillm.data.examples import encode, to_record
+    from minillm.model.check import check_context
     from minillm.model.load import end_tokens, load_tokenizer
     from minillm.model.sampling import Decoding, decode, draw_uniforms, sample
 
@@ -171,6 +199,8 @@ def generate(options: argparse.Namespace, flags: list[str]) -> int:
     for i, (where, prompt) in enumerate(prompts):
         record = to_record({"prompt": prompt}, where)
         (example,) = encode([record], tokenizer, template, limits, where).examples
+        tokens = len(example.prompt) + options.max_new_tokens
+        check_context(model.model, tokens, "--max-prompt-length or --max-new-tokens")
         rollout = sample(
             model,
             None,
@@ -180,7 +210,8 @@ def generate(options: argparse.Namespace, flags: list[str]) -> int:
             uniforms=draw_uniforms(options.seed + i, options.max_new_tokens, 1),
         )
         (response,) = decode(tokenizer, rollout.responses())
-        print(printable(response), flush=True)
+        if not say(response):
+            break  # nobody reads any more
     return 0
 
 
@@ -188,10 +219,10 @@ def estimate(options: argparse.Namespace, flags: list[str]) -> int:
     from minillm.config.recipe import load_recipe
 
     recipe = load_recipe(options.config, flags, smoke=options.smoke)
-    _quiet()
+    quiet_libraries()
     from minillm.model.cost import describe
 
-    print(describe(recipe))
+    say(describe(recipe))
     return 0
 
 
@@ -199,13 +230,13 @@ def doctor(options: argparse.Namespace, flags: list[str]) -> int:
     from minillm.config.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, flags, smoke=options.smoke)
-    _quiet()
+    quiet_libraries()
     from minillm.distillation import diagnose
     from minillm.doctor import describe
 
     found = diagnose(recipe)
     for name, findings in found.items():
-        print(f"{name} ({recipe.stages[name].method})\n{describe(findings)}")
+        say(f"{name} ({recipe.stages[name].method})\n{describe(findings)}")
     return 2 if any(finding.status == "wrong" for findings in found.values() for finding in findings.values()) else 0
 
 
@@ -216,12 +247,12 @@ def export(options: argparse.Namespace, flags: list[str]) -> int:
 
     if flags:
         raise ConfigError(f"export does not know {flags[0]!r}; see minillm export --help")
-    _quiet()
+    quiet_libraries()
     from minillm.run.export import export as write
 
     source, run = Path(options.checkpoint) if options.checkpoint else None, Path(options.run_directory)
     output = Path(options.output) if options.output else run / "export"
-    print(f"{output} holds the student of {write(run, source, output)}")
+    say(f"{output} holds the student of {write(run, source, output)}")
     return 0
 
 
@@ -230,11 +261,11 @@ def env(options: argparse.Namespace, flags: list[str]) -> int:
 
     for name, value in environment().items():
         if isinstance(value, dict):
-            print(f"{name}:")
+            say(f"{name}:")
             for key, state in value.items():
-                print(f"  {key}: {state}")
+                say(f"  {key}: {state}")
         else:
-            print(f"{name}: {value}")
+            say(f"{name}: {value}")
     return 0
 
 
@@ -312,7 +343,6 @@ def _user_errors() -> tuple[type[Exception], ...]:
 def _prompts(given: str | None) -> Iterable[tuple[str, str]]:
     """The prompt of the command line, or the lines of standard input, in UTF-8; each with where it stands."""
     import io
-    import os
 
     from minillm.config.schema import ConfigError
 
@@ -329,18 +359,13 @@ def _open(source: str, settings: "ModelConfig") -> Any:
     """A model on the accelerator, where there is one."""
     from accelerate import PartialState
 
+    from minillm.model.check import check_forward
     from minillm.model.head import CausalLM
     from minillm.model.load import load_model
 
     model = load_model(source, settings.dtype, settings.attn).to(PartialState().device)
+    check_forward(model)
     return CausalLM(model, settings.head)
-
-
-def _quiet() -> None:
-    """No progress bars of loading and saving between our lines."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from minillm.report.summary import card, changes, run_text
 from minillm.run.directory import RunDirectory
 from minillm.run.export import check_export
 from minillm.run.workers import WorkerLost
+from minillm.terminal import say
 from minillm.train.context import Context
 from minillm.train.loop import train
 from minillm.train.preflight import check_same_everywhere, prepare, space_needed
@@ -130,8 +131,8 @@ def _run(
     run.write("model/README.md", card(recipe, run.command, evaluations))
     run.write("summary.json", summary)
     run.finish()
-    print(run_text(evaluations, summary["seconds"]))
-    print(f"\nmodel, metrics and summary.json are in {run.path}", flush=True)
+    say(run_text(evaluations, summary["seconds"]))
+    say(f"\nmodel, metrics and summary.json are in {run.path}")
     return Run(run.path, summary, evaluations)
 
 
@@ -166,13 +167,13 @@ def _introduce(
 
     teacher_size = f"teacher {size(teacher)}; " if teacher is not None else ""
     backends = ", ".join(name for name, state in run.environment["kernel_backends"].items() if state == "ok")
-    print(f"{teacher_size}student {size(student)}; kernels: {backends}; writing {run.path}", flush=True)
+    say(f"{teacher_size}student {size(student)}; kernels: {backends}; writing {run.path}")
     for name, training in trainings.items():
-        print(f"{name}: {training.about}")
+        say(f"{name}: {training.about}")
     example = trainings[next(iter(trainings))].examples[0]
-    print(f"one example, learnt from between ⟦ and ⟧ (minillm and gkd sample there):\n{show(example, tokenizer)}")
+    say(f"one example, learnt from between ⟦ and ⟧ (minillm and gkd sample there):\n{show(example, tokenizer)}")
     if run.resumed:
-        print(f"resuming after step {run.resumed.progress.global_step} from {run.resumed.path}", flush=True)
+        say(f"resuming after step {run.resumed.progress.global_step} from {run.resumed.path}")
 
 
 def _evaluated(
@@ -187,7 +188,7 @@ def _evaluated(
     file = f"evaluations/{name}.json"
     if run.resumed and (kept := run.read(file)):
         return Evaluation.from_dict(kept)
-    print(f"evaluating ({name}) on {len(examples)} held-out prompts", flush=True)
+    say(f"evaluating ({name}) on {len(examples)} held-out prompts")
     parts = PARTS if teacher is not None else ("greedy",)
     evaluation = measure(model, teacher, tokenizer, examples, run.recipe.run, parts)
     run.write(file, evaluation.to_dict())

@@ -1,5 +1,6 @@
 """Files that are whole or absent, their checksums, and nested data as flat keys."""
 
+import errno
 import os
 import re
 import shutil
@@ -47,14 +48,17 @@ def whole_or_absent(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is either absent or whole, whatever interrupts."""
-    with whole_or_absent(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file, text in UTF-8, that is either absent or whole, whatever interrupts. It replaces a link, and leaves
+    what that points to as it is."""
+    with whole_or_absent(path) as partial, partial.open("xb") as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
 
 
 def check_writable(path: Path) -> None:
     """Raises OSError where a file could not be written, before the work whose result it is to hold."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a directory, and a file is to be written", str(path))
     with whole_or_absent(path.with_name(f"{path.name}.tried")) as partial:
         partial.touch()
     path.with_name(f"{path.name}.tried").unlink()

@@ -2,6 +2,7 @@
 goes on when nobody reads it any more."""
 
 import io
+import logging
 import os
 import re
 import sys
@@ -9,12 +10,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0, DEL and C1, but tab and newline
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""C0, DEL and C1, but tab and newline; what turns the direction of text; and halves of surrogate pairs."""
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def printable(text: str) -> str:
     """The text with its control characters written as codes, so that none moves the cursor or sets a title."""
-    return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}" if match[0] < "\xff" else ascii(match[0])[1:-1], text)
+
+
+def say(text: str, error: bool = False) -> bool:
+    """Print text with its control characters as codes; False where nobody reads any more.
+
+    A reader that has gone (`| head`) does not end a run: what is printed from then on goes nowhere.
+    """
+    try:
+        print(printable(text), file=sys.stderr if error else sys.stdout, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, (sys.stderr if error else sys.stdout).fileno())
+        return False
+    return True
 
 
 def print_anything() -> None:
@@ -63,3 +80,18 @@ def unbroken_output() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+def quiet_libraries() -> None:
+    """No progress bars of loading and saving between our lines; and what transformers logs, which quotes the files of
+    models, without control characters."""
+    from transformers.utils import logging as theirs
+
+    theirs.disable_progress_bar()
+    for handler in logging.getLogger("transformers").handlers:
+        handler.addFilter(_printable_record)  # adds it once
+
+
+def _printable_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(COLOUR.sub("", record.getMessage())), ()
+    return True

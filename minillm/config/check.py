@@ -163,7 +163,7 @@ def _check_minillm(stage: StageConfig) -> None:
 
 def one_of(path: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ConfigError(unknown(f"value of {path}:", value, allowed))
+        raise ConfigError(unknown(f"value of {path}:", str(value), allowed))
 
 
 def unknown(what: str, name: str, allowed: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ Precedence, lowest first: defaults, those of `objective.variant`, recipe, its st
 import dataclasses
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,11 +19,14 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from minillm.config.check import check_run, check_stage, one_of, unknown
+from minillm.config.check import METHODS, check_run, check_stage, one_of, unknown
+from minillm.config.parse import DEPTH, parse, shown
 from minillm.config.schema import VARIANTS, ConfigError, ObjectiveConfig, RunConfig, StageConfig
 from minillm.files import flatten, write_atomically
 
 Tree = Mapping[str, Any]
+STAGE_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
+NO_CHARACTER = re.compile(r"[\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,7 @@ def read_yaml(what: str, path: str | Path, example: str) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no {what} at {path}: give the path of a YAML file, such as {example}")
-    try:
-        tree = yaml.safe_load(path.read_bytes()) or {}  # UTF-8, or what its byte-order mark says
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    tree = parse(path.read_bytes(), str(path)) or {}  # UTF-8, or what its byte-order mark says
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds a {type(tree).__name__}; expected sections such as `model:` and `optim:`")
     return tree
@@ -83,13 +84,15 @@ def read_yaml(what: str, path: str | Path, example: str) -> dict[str, Any]:
 
 def recipe_from(name: str, *layers: Tree) -> Recipe:
     """A checked recipe of nested mappings, each laid over those before; the first one names the stages."""
-    first = layers[0]
-    stage_names = list(first.get("stages") or {merged(*layers).get("method", StageConfig.method): {}})
+    for layer in layers:
+        if not isinstance(layer.get("stages") or {}, Mapping):
+            raise ConfigError(
+                f"`stages` is {shown(layer['stages'])}; expected the stages by name, each with its sections"
+            )
+    stage_names = _stage_names(*layers)
     run_tree: dict[str, Any] = {}
     stage_trees: dict[str, dict[str, Any]] = {stage: {} for stage in stage_names}
     for layer in layers:
-        if not isinstance(layer.get("stages") or {}, Mapping):
-            raise ConfigError(f"`stages` is {layer['stages']!r}; expected the stages by name, each with its sections")
         for stage in layer.get("stages") or {}:
             if stage not in stage_names:
                 raise ConfigError(unknown("stage", str(stage), stage_names))
@@ -104,6 +107,21 @@ def recipe_from(name: str, *layers: Tree) -> Recipe:
         stages[stage] = stage_from(tree)
         check_stage(stages[stage], run)
     return Recipe(name, run, stages)
+
+
+def _stage_names(first: Tree, *over: Tree) -> list[str]:
+    """Of the recipe, or the one method. Raises ConfigError for a name that files could not be named after."""
+    if not first.get("stages"):
+        method = merged(first, *over).get("method", StageConfig.method)
+        one_of("method", method, METHODS)
+        return [method]
+    for name in first["stages"]:
+        if not isinstance(name, str) or not STAGE_NAME.fullmatch(name):
+            raise ConfigError(
+                f"a stage is called {shown(name)}; its files are named after it: give letters, digits, - and _ alone, "
+                "at most 100 of them"
+            )
+    return list(first["stages"])
 
 
 def run_from(tree: Tree) -> RunConfig:
@@ -143,7 +161,7 @@ def split(tree: Tree) -> tuple[dict[str, Any], dict[str, Any]]:
 def only_of_stage(tree: Tree, stage: str) -> Tree:
     """The tree itself. Raises ConfigError for what all stages share: there it would change nothing."""
     if not isinstance(tree, Mapping):
-        raise ConfigError(f"`stages.{stage}` is {tree!r}; it holds sections: expected keys below it")
+        raise ConfigError(f"`stages.{stage}` is {shown(tree)}; it holds sections: expected keys below it")
     misplaced = [path for path, _ in flatten(split(tree)[0])]
     if misplaced:
         raise ConfigError(
@@ -158,8 +176,8 @@ def parse_flags(flags: Sequence[str]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for flag in flags:
         name, equals, value = flag.partition("=")
-        if not name.startswith("--") or not equals:
-            raise ConfigError(f"cannot read {flag!r}; overrides are written --section.key=value")
+        if not name.startswith("--") or not equals or name.count(".") > DEPTH:
+            raise ConfigError(f"cannot read {shown(flag)}; overrides are written --section.key=value")
         merge(tree, nested({name[2:]: value}))
     return tree
 
@@ -175,9 +193,11 @@ def nested(tree: Tree) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], over: Tree) -> None:
-    """Lay `over` on `base`, section by section, in place."""
+    """Lay `over` on `base`, section by section, in place. Raises ConfigError for keys below a value that is none."""
     for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
+        if isinstance(value, Mapping) and key in base:
+            if not isinstance(base[key], dict):
+                raise ConfigError(f"`{key}` is {shown(base[key])}, and keys below it are given as well: keep one")
             merge(base[key], value)
         else:
             base[key] = merged(value) if isinstance(value, Mapping) else value
@@ -198,7 +218,7 @@ def save(recipe: Recipe, path: Path) -> None:
 
 def _build(cls: type, tree: Any, path: str) -> Any:
     if not isinstance(tree, Mapping):
-        raise ConfigError(f"`{path}` is {tree!r}; it is a section: expected keys below it")
+        raise ConfigError(f"`{path}` is {shown(tree)}; it is a section: expected keys below it")
     kinds = get_type_hints(cls)
     values = {}
     for key, value in tree.items():
@@ -238,20 +258,25 @@ def _coerce(value: Any, kind: Any, path: str) -> Any:
             return _coerce(value, args[0], path)
         except ConfigError as error:
             raise ConfigError(f"{error}{' or ' * bool(words)}{', '.join(words)}") from None
-    parsed = yaml.safe_load(value) if isinstance(value, str) and kind is not str else value
+    parsed = parse(value, f"{path} = {shown(value)}") if isinstance(value, str) and kind is not str else value
     if origin is tuple:
         if isinstance(parsed, (list, tuple)) and len(parsed) == len(args):
             return tuple(_coerce(item, arg, path) for item, arg in zip(parsed, args, strict=True))
-        raise ConfigError(f"{path} is {value!r}; expected a list of {len(args)} values")
+        raise ConfigError(f"{path} is {shown(value)}; expected a list of {len(args)} values")
     if origin is dict:
         if isinstance(parsed, Mapping):  # leaves of flags are text
-            return {str(key): yaml.safe_load(item) if isinstance(item, str) else item for key, item in parsed.items()}
-        raise ConfigError(f"{path} is {value!r}; expected a mapping, such as {{name: value}}")
+            return {
+                str(key): parse(item, f"{path}.{key} = {shown(item)}") if isinstance(item, str) else item
+                for key, item in parsed.items()
+            }
+        raise ConfigError(f"{path} is {shown(value)}; expected a mapping, such as {{name: value}}")
     if kind is float and not isinstance(parsed, bool):
         try:
             return float(parsed)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     elif type(parsed) is kind:
+        if kind is str and NO_CHARACTER.search(parsed):
+            raise ConfigError(f"{path} is {shown(value)}; it holds a code that is no character, as no name does")
         return parsed
-    raise ConfigError(f"{path} is {value!r}; expected {kind.__name__}")
+    raise ConfigError(f"{path} is {shown(value)}; expected {kind.__name__}")

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from minillm.config.schema import DataConfig, EvalDataConfig
-from minillm.data.prompts import answer_end, check_template, earlier_turns, encode_prompt, opens_again
+from minillm.data.prompts import answer_end, check_template, earlier_turns, encode_prompt, opens_again, token_ids
 from minillm.data.records import FORMS, Record, check_characters, to_record
 from minillm.data.sources import DataError, locate, rows, whole_text
+from minillm.foreign import foreign
 from minillm.terminal import printable
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def encode(
             continue
         response: list[int] = []
         if record.answer is not None:
-            response = [*tokenizer.encode(record.answer, add_special_tokens=False), *end]
+            response = [*token_ids(record.answer, record, tokenizer), *end]
             again = opens_again(record, tokenizer, prompts)
             if again:
                 raise DataError(
@@ -233,7 +234,9 @@ def show(example: Example, tokenizer: "PreTrainedTokenizerBase") -> str:
 def chunk_text(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase", length: int) -> list[list[int]]:
     """Documents joined by end-of-sequence, in chunks of `length` tokens; an incomplete last one is dropped."""
     stream: list[int] = []
-    for ids in tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]:
+    with foreign("the tokenizer cannot encode the text", DataError):
+        encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    for ids in encoded:
         stream += [*ids, tokenizer.eos_token_id]
     chunks = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
     if not chunks:

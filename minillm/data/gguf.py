@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minillm.foreign import foreign
+
 # llama.cpp's names of one block's tensors → those of transformers' LlamaForCausalLM
 BLOCK = {
     "attn_q": "self_attn.q_proj",
@@ -33,11 +35,20 @@ CHATML = (
 )
 
 
+class GGUFError(ValueError):
+    """A file that cannot be converted."""
+
+
 def convert(source: Path, target: Path) -> None:
     """Write the model and tokenizer of `source` (a .gguf file) into the new directory `target`.
 
-    Raises ValueError for an architecture or a tokenizer that is not known to convert exactly.
+    Raises GGUFError for an architecture or a tokenizer that is not known to convert exactly, and for a damaged file.
     """
+    with foreign(f"{source.name} is damaged, or no GGUF file", GGUFError):
+        _convert(source, target)
+
+
+def _convert(source: Path, target: Path) -> None:
     from gguf import GGUFReader
     from transformers import GenerationConfig, LlamaForCausalLM
 
@@ -46,7 +57,10 @@ def convert(source: Path, target: Path) -> None:
     known = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
     for key, expected in known.items():
         if fields.get(key) != expected:
-            raise ValueError(f"{source.name}: {key} is {fields.get(key)!r}; only {expected!r} converts exactly")
+            raise GGUFError(f"{source.name}: {key} is {fields.get(key)!r}; only {expected!r} converts exactly")
+    blocks = {t.name.split(".")[1] for t in reader.tensors if t.name.startswith("blk.")}
+    if fields["llama.block_count"] != len(blocks):
+        raise GGUFError(f"{source.name} is damaged: it holds {len(blocks)} of {fields['llama.block_count']} blocks")
     config = _config(fields, tied="output.weight" not in {t.name for t in reader.tensors})
     with torch.device("meta"):
         model = LlamaForCausalLM(config)

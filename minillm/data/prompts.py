@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from minillm.config.schema import EvalDataConfig
 from minillm.data.records import Record
 from minillm.data.sources import DataError
+from minillm.data.templates import TemplateError, render
+from minillm.foreign import foreign
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +34,7 @@ def check_template(tokenizer: "PreTrainedTokenizerBase", settings: EvalDataConfi
     """Raises DataError for a template that the tokenizer does not have, or settings that it does not read."""
     if settings.prompt_template != "chat":
         return
-    if tokenizer.chat_template is None:
+    if not isinstance(tokenizer.chat_template, (str, dict)):
         raise DataError(
             "the tokenizer has no chat template: set data.prompt_template to alpaca, or to a text with {prompt}, "
             'such as "### Instruction:\\n{prompt}\\n\\n### Response:\\n"'
@@ -55,7 +57,13 @@ def encode_prompt(record: Record, tokenizer: "PreTrainedTokenizerBase", settings
         _check_complete(text, record, tokenizer, settings)
     else:
         text = _plain_text(record, settings.prompt_template)
-    return _ids(text, tokenizer, settings)
+    return _ids(text, record, tokenizer, settings)
+
+
+def token_ids(text: str, record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Of text alone, without special tokens around it. Raises DataError, which names the record."""
+    with foreign(f"{record.where}: the tokenizer cannot encode it", DataError):
+        return tokenizer.encode(text, add_special_tokens=False)
 
 
 def chat_text(
@@ -66,21 +74,19 @@ def chat_text(
     open_answer: bool = True,
 ) -> str:
     """Some messages of the record in the chat template; with `open_answer`, also what opens the model's turn."""
+    tools = list(record.tools) or None
+    failed = f"{record.where}: the tokenizer's chat template cannot render these turns ({_roles(record)})"
+    with foreign(failed, DataError):
+        template = tokenizer.get_chat_template(tools=tools)
+    names = {**tokenizer.special_tokens_map, **settings.chat_template_kwargs}
     try:
-        text = tokenizer.apply_chat_template(
-            messages,
-            tools=list(record.tools) or None,
-            tokenize=False,
-            add_generation_prompt=open_answer,
-            **settings.chat_template_kwargs,
-        )
-    except Exception as error:  # a template is a program of the model's, which fails as it likes
-        roles = ", ".join(message["role"] for message in messages)
-        raise DataError(
-            f"{record.where}: the tokenizer's chat template cannot render these turns ({roles}): {error}. Change the "
-            "record, or set data.prompt_template"
-        ) from error
-    return str(text)
+        return render(template, messages, tools=tools, add_generation_prompt=open_answer, **names)
+    except TemplateError as error:
+        raise DataError(f"{failed}: {error}. Change the record, or set data.prompt_template") from error
+
+
+def _roles(record: Record) -> str:
+    return ", ".join(message["role"] for message in record.messages)
 
 
 def answer_end(tokenizer: "PreTrainedTokenizerBase", settings: EvalDataConfig) -> list[int]:
@@ -93,7 +99,7 @@ def answer_end(tokenizer: "PreTrainedTokenizerBase", settings: EvalDataConfig) -
             behind = chat_text(Record(turns, None), turns, tokenizer, settings, open_answer=False).rpartition(mark)[2]
         except DataError:  # such a template is for other conversations, or is refused with the first record
             behind = ""
-        ids = tokenizer.encode(behind, add_special_tokens=False)
+        ids = token_ids(behind, Record(turns, None), tokenizer)
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         for count, token in enumerate(ids, 1):
             if token in special:
@@ -135,7 +141,7 @@ def earlier_turns(
         if message["role"] != "assistant":
             continue
         before, after = (
-            _ids(chat_text(record, messages, tokenizer, settings, open_answer), tokenizer, settings)
+            _ids(chat_text(record, messages, tokenizer, settings, open_answer), record, tokenizer, settings)
             for messages, open_answer in ((record.messages[:i], True), (record.messages[: i + 1], False))
         )
         start, end = len(before), len(after)
@@ -157,11 +163,10 @@ def _plain_template(record: Record, template: str) -> str:
 
 def _plain_text(record: Record, template: str) -> str:
     if [message["role"] for message in record.messages] != ["user"] or record.tools:
-        roles = ", ".join(message["role"] for message in record.messages)
         raise DataError(
-            f"{record.where} is a conversation ({roles}{', with tools' * bool(record.tools)}), and the template has a "
-            "place for one prompt of the user alone: set data.prompt_template to chat, or write the record as one "
-            "`prompt`"
+            f"{record.where} is a conversation ({_roles(record)}{', with tools' * bool(record.tools)}), and the "
+            "template has a place for one prompt of the user alone: set data.prompt_template to chat, or write the "
+            "record as one `prompt`"
         )
     prompt = record.prompt
     fields = {"prompt": prompt}
@@ -172,8 +177,8 @@ def _plain_text(record: Record, template: str) -> str:
     return re.sub(rf"\{{({'|'.join(fields)})\}}", lambda match: fields[match[1]], _plain_template(record, template))
 
 
-def _ids(text: str, tokenizer: "PreTrainedTokenizerBase", settings: EvalDataConfig) -> list[int]:
-    ids = tokenizer.encode(text, add_special_tokens=False)
+def _ids(text: str, record: Record, tokenizer: "PreTrainedTokenizerBase", settings: EvalDataConfig) -> list[int]:
+    ids = token_ids(text, record, tokenizer)
     if settings.prompt_template != "chat":
         opening = _in_front(tokenizer)
         if ids[: len(opening)] != opening:

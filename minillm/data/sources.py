@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.data import packages
+from minillm.foreign import foreign
 
 HUB = re.compile(r"[\w.-]+/[\w.-]+(:.+)?")
 FILES = (".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv")
@@ -54,8 +55,10 @@ def locate(source: str) -> Path | None:
     if source.startswith(packages.PREFIX):
         return packages.data_file(source.removeprefix(packages.PREFIX))
     path = Path(source)
-    if path.exists():
+    if path.is_file() or path.is_dir():
         return path
+    if path.exists():
+        raise DataError(f"{path} is neither a file nor a directory: write what comes from a pipe into a file first")
     suffixes = (*FILES, *(suffix for suffix, _ in COMPRESSED.values()))
     if HUB.fullmatch(source) and not source.endswith(suffixes):
         return None
@@ -155,15 +158,12 @@ def _csv(path: Path) -> Iterator[dict[str, Any]]:
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import parquet
     except ImportError as error:
         raise DataError(f"reading {path} needs pyarrow: {INSTALL}") from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                yield from batch.to_pylist()
-    except (ArrowInvalid, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a Parquet file, or damaged: {error}") from error
+    with foreign(f"{path} is not a Parquet file, or damaged", DataError), parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches():
+            yield from batch.to_pylist()
 
 
 def _dataset(source: str, path: Path | None) -> Iterator[dict[str, Any]]:
@@ -174,15 +174,12 @@ def _dataset(source: str, path: Path | None) -> Iterator[dict[str, Any]]:
     except ImportError as error:
         raise DataError(f"reading {source} needs the package datasets: {INSTALL}") from error
     name, _, split = (source, "", "") if path else source.partition(":")
-    try:
-        if path and any((path / mark).exists() for mark in ("state.json", "dataset_dict.json")):
-            data = datasets.load_from_disk(str(path))
-        else:
-            data = datasets.load_dataset(name, split=split or None)
-    except Exception as error:  # of many kinds: network, missing repository, unknown split, no data files
-        raise DataError(f"datasets could not load {source!r}: {error}") from error
+    saved = path and any((path / mark).exists() for mark in ("state.json", "dataset_dict.json"))
+    with foreign(f"datasets could not load {source!r}", DataError):
+        data = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(name, split=split or None)
     if isinstance(data, dict):
         if len(data) > 1 and "train" not in data:
             raise DataError(f"{source} has the splits {', '.join(data)}: name one, as in ORG/NAME:SPLIT")
         data = data["train"] if "train" in data else next(iter(data.values()))
-    yield from data
+    with foreign(f"datasets could not read {source!r}", DataError):
+        yield from data

@@ -6,6 +6,7 @@ import torch
 
 from minillm.config.schema import ConfigError
 from minillm.data.examples import collate
+from minillm.foreign import foreign
 from minillm.model.decoder import Decoder, left_pad
 from minillm.model.head import CausalLM
 from minillm.model.load import packs_in_one_row
@@ -16,17 +17,25 @@ from minillm_kernels import fused_linear_token_logprobs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+LIMITS = "data.max_prompt_length, data.max_response_length or rollout.max_new_tokens"
 PROBE = "In 1984,  the naïve café (№ 7) answered: “2 + 2 = 5”?\n\n\tdef f(x): return x\n日本語 🙂"
 
 
-def check_context(model: "PreTrainedModel", tokens: int) -> None:
-    """Refuse sequences longer than the model has positions for."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+def check_context(model: "PreTrainedModel", tokens: int, limits: str = LIMITS) -> None:
+    """Refuse sequences longer than the model has positions for, and name the `limits` to lower."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise ConfigError(
             f"prompt and answer may reach {tokens} tokens, but {type(model).__name__} has {limit} positions: lower "
-            "data.max_prompt_length, data.max_response_length or rollout.max_new_tokens"
+            f"{limits}"
         )
+
+
+@torch.no_grad()
+def check_forward(model: "PreTrainedModel") -> None:
+    """Refuse a model that cannot compute, as where its configuration is damaged in a way that its weights allow."""
+    with foreign(f"{type(model).__name__} cannot compute as its configuration says", ConfigError):
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
 
 
 def check_ids(model: "PreTrainedModel", largest: int, source: str) -> None:

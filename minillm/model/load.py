@@ -1,9 +1,8 @@
 """Models and tokenizers, loaded from a hub, a directory or a package."""
 
 import inspect
-import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,10 @@ from torch import nn
 from minillm.config.schema import ConfigError, EvalDataConfig, RunConfig
 from minillm.data import packages
 from minillm.data.prompts import answer_end
+from minillm.foreign import foreign
 from minillm.model.adapters import add_adapters
+from minillm.model.bounds import bounded, check_layers, room
+from minillm.model.files import check_generation_config, check_weight_names, damaged
 from minillm.model.layers import drop_layers, recompute_layers
 
 if TYPE_CHECKING:
@@ -28,19 +30,24 @@ def load_model(source: str, dtype: str = "float32", attn: str = "auto") -> "PreT
     """
     from transformers import AutoModelForCausalLM
 
-    config = _description(source)
+    place, config = _locate(source), _description(source)
+    check_generation_config(place)
     chosen = _stored_dtype(config) if dtype == "checkpoint" else getattr(torch, dtype)
     quantised = hasattr(config, "quantization_config")
-    _check_index(source)
-    with _reading(f"no causal language model could be loaded from {source!r}"):
+    packed = 8 if quantised else 1  # weights of 16 bits in 2, at the least
+    with (
+        _reading(f"no causal language model could be loaded from {source!r}", source),
+        bounded(source, packed * room()),
+    ):
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                _locate(source),
+                place,
                 dtype=chosen,
                 attn_implementation=attention(attn, chosen),
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with their names
             )
         except ImportError as error:
             cause = (
@@ -48,6 +55,11 @@ def load_model(source: str, dtype: str = "float32", attn: str = "auto") -> "PreT
             )
             raise ConfigError(f"{source!r} cannot be loaded here: {error} ({cause})") from error
     model, report = loaded
+    for name, stored, described in sorted(report["mismatched_keys"]):
+        raise ConfigError(
+            f"{source!r}: its files hold {name} with the shape {list(stored)}, and its config.json describes "
+            f"{list(described)}: they do not belong together; get the whole model"
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         raise ConfigError(
@@ -65,39 +77,30 @@ def skeleton(source: str, dtype: str = "float32", attn: str = "auto") -> "PreTra
     chosen = _stored_dtype(config) if dtype == "checkpoint" else getattr(torch, dtype)
     how = attention(attn, chosen)
     settings = {} if how is None else {"attn_implementation": how}  # a None given here would mean eager
-    with _reading(f"no model can be made from the configuration of {source!r}"):
+    with _reading(f"no model can be made from the configuration of {source!r}", source), bounded(source):
         return AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=False, **settings).eval()
 
 
-@contextmanager
-def _reading(failed: str) -> Iterator[None]:
-    """Files of others, read by libraries of others: whatever they object to becomes one message."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-        raise ConfigError(f"{failed}: {type(error).__name__}: {' '.join(lines[:3])[:400]}") from error
+def _reading(failed: str, source: str) -> AbstractContextManager[None]:
+    """A boundary whose message names the damaged file, where one is found."""
+    place = _locate(source)
+    return foreign(failed, ConfigError, lambda: damaged(place))
 
 
 def _description(source: str) -> "PreTrainedConfig":
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
-    with _reading(f"no causal language model could be loaded from {source!r}"):
-        return AutoConfig.from_pretrained(_locate(source), trust_remote_code=False)
-
-
-def _check_index(source: str) -> None:
-    """Refuse an index of weights that names anything but safetensors files beside it."""
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
-
-    with _reading(f"the index of the weights of {source!r} cannot be read"):
-        path = cached_file(_locate(source), SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-        named = set(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values()) if path else set()
-    for name in named:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ConfigError(f"{path} names the file {name!r}; only safetensors files beside the index are read")
+    place, failed = _locate(source), f"no causal language model could be loaded from {source!r}"
+    with _reading(failed, source):
+        tree, _ = PreTrainedConfig.get_config_dict(place)
+    check_layers(tree, source)
+    check_weight_names(place, tree)
+    with _reading(failed, source):
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        layers = config.get_text_config().num_hidden_layers
+        if layers < 1:
+            raise ConfigError(f"the configuration of {source!r} has {layers} layers: it is damaged")
+    return config
 
 
 def _stored_dtype(config: "PreTrainedConfig") -> torch.dtype:
@@ -123,7 +126,13 @@ def end_tokens(
     found = [answer_end(tokenizer, settings)[-1], tokenizer.eos_token_id]
     for model in models:
         named = model.generation_config.eos_token_id if model.generation_config is not None else None
-        found += [named] if isinstance(named, int) else named or []
+        ends = named if isinstance(named, list) else [named]
+        if named is not None and not all(type(i) is int and 0 <= i < 2**31 for i in ends):
+            raise ConfigError(
+                f"{type(model).__name__}'s generation configuration says eos_token_id {named!r}; expected a token id, "
+                "or a list of some: mend generation_config.json (or config.json)"
+            )
+        found += [i for i in ends if i is not None]
     return tuple(dict.fromkeys(found))
 
 
@@ -137,8 +146,10 @@ def load_tokenizer(source: str) -> "PreTrainedTokenizerBase":
     """The tokenizer that travels with a model; it must name an end-of-sequence token."""
     from transformers import AutoTokenizer
 
-    with _reading(f"no tokenizer could be loaded from {source!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(_locate(source), trust_remote_code=False)
+    place = _locate(source)
+    with _reading(f"no tokenizer could be loaded from {source!r}", source):
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        tokenizer.encode("a")  # some that are damaged load, and encode nothing
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {source!r} has no end-of-sequence token, so no response would ever end")
     return tokenizer

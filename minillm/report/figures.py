@@ -3,6 +3,7 @@
 They do not use pyplot, which has global state and chooses a backend.
 """
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from minillm.config.schema import ConfigError
 from minillm.evaluation.result import Evaluation
 from minillm.evaluation.text import BUCKETS
+from minillm.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,7 +48,7 @@ def learning_curves(metrics: Mapping[str, Sequence[dict[str, Any]]]) -> "Figure 
                 found = [(row["step"], row[key]) for row in rows if row["stage"] == stage and key in row]
                 if found:
                     steps, values = [s for s, _ in found], [v for _, v in found]
-                    style = {"color": f"C{color}", "label": label if i == 0 else None}
+                    style = {"color": f"C{color}", "label": plain(label) if i == 0 else None}
                     if len(values) > 20:
                         panel.plot(steps, values, alpha=0.25, linewidth=1, **{**style, "label": None})
                         values = smooth(values)
@@ -64,7 +66,7 @@ def learning_curves(metrics: Mapping[str, Sequence[dict[str, Any]]]) -> "Figure 
     if len(names) > 1:
         from matplotlib.lines import Line2D
 
-        handles = [Line2D([], [], color=color, label=label) for color, label in names]
+        handles = [Line2D([], [], color=color, label=plain(label)) for color, label in names]
         figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(names)), fontsize=9)
     return figure
 
@@ -77,7 +79,7 @@ def exposure(results: Mapping[str, Evaluation]) -> "Figure | None":
     figure = new_figure(6.5, 4)
     panel = figure.subplots()
     for label, bias in found.items():
-        (line,) = panel.plot(bias.length, bias.exaccerr, label=label)
+        (line,) = panel.plot(bias.length, bias.exaccerr, label=plain(label))
         error = [0.0 if math.isnan(e) else e for e in bias.standard_error]
         low, high = ([v + sign * e for v, e in zip(bias.exaccerr, error, strict=True)] for sign in (-1, 1))
         panel.fill_between(bias.length, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
@@ -100,7 +102,7 @@ def reliability(results: Mapping[str, Evaluation], what: str = "next_token") -> 
     panel.plot([0, 1], [0, 1], color="0.6", linewidth=1)
     for i, (label, part) in enumerate(found.items()):
         bins = [b for b in part.bins if b.count]
-        name = f"{label}: ECE {part.ece:.3f}"
+        name = f"{plain(label)}: ECE {part.ece:.3f}"
         panel.plot([b.confidence for b in bins], [b.accuracy for b in bins], marker="o", markersize=4, label=name)
         width = 0.8 / len(part.bins) / len(found)
         left = [b.lower + 0.1 / len(part.bins) + (i + 0.5) * width for b in part.bins]
@@ -125,7 +127,9 @@ def buckets(results: Mapping[str, Evaluation], score: str = "rouge_l/sampled") -
         found = {j: mean for j, name in enumerate(names) if (mean := part.get(name, {}).get(score))}
         places = [j + (i - (len(results) - 1) / 2) * width for j in found]
         errors = [0.0 if math.isnan(mean.standard_error) else mean.standard_error for mean in found.values()]
-        panel.bar(places, [m.mean for m in found.values()], width, yerr=errors, label=label, error_kw={"linewidth": 1})
+        panel.bar(
+            places, [m.mean for m in found.values()], width, yerr=errors, label=plain(label), error_kw={"linewidth": 1}
+        )
         for j, mean in found.items():
             counts[j] = counts[j] or mean.prompts  # of the first evaluation that has any
     ticks = [f"{name} tokens\n({n} prompt{'s' * (n != 1)})" for name, n in zip(names, counts, strict=True)]
@@ -133,6 +137,11 @@ def buckets(results: Mapping[str, Evaluation], score: str = "rouge_l/sampled") -
     panel.set(ylabel="ROUGE-L")
     panel.legend(fontsize=9)
     return figure
+
+
+def plain(label: str) -> str:
+    """A name that matplotlib takes as it is: between dollar signs it would read a formula."""
+    return label.replace("$", r"\$")
 
 
 def smooth(values: Sequence[float], window: int = 9) -> list[float]:
@@ -156,6 +165,7 @@ def save(figure: "Figure", path: Path) -> Path:
     for panel in figure.axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=130)
+    write_atomically(path, image.getvalue())
     return path

@@ -210,4 +210,6 @@ def _note(text: str) -> str:
 
 def _command(source: Source) -> str:
     commands = [source.summary.get("command"), *(result.about.get("command") for result in source.results.values())]
-    return "; ".join(f"<code>{escape(command)}</code>" for command in commands if command) or escape(str(source.path))
+    return "; ".join(f"<code>{escape(str(command))}</code>" for command in commands if command) or escape(
+        str(source.path)
+    )

@@ -26,6 +26,7 @@ from minillm.run.claim import Claim, claim
 from minillm.run.clock import duration
 from minillm.run.export import write_model
 from minillm.run.trackers import open_trackers
+from minillm.terminal import say
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -106,7 +107,7 @@ class RunDirectory:
         for tracker in self.trackers:
             tracker.log(metrics, step=global_step)
         shown = "  ".join(form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics)
-        print(f"{stage}  {step}/{steps}  {shown}  {duration(left)} left", flush=True)
+        say(f"{stage}  {step}/{steps}  {shown}  {duration(left)} left")
 
     def finish(self) -> None:
         """Nothing more will be logged."""

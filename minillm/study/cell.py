@@ -23,6 +23,7 @@ from minillm.model.head import CausalLM
 from minillm.model.load import load_model, load_tokenizer
 from minillm.run.directory import environment
 from minillm.study.plan import REFERENCE, START, TEACHER, Cell, Study
+from minillm.terminal import say
 from minillm.train.loop import METHODS
 from minillm.train.preflight import prepare
 
@@ -44,7 +45,7 @@ def run_next(study: Study, command: str) -> Path | None:
             continue
         with held:
             if not study.result(cell).exists():  # done by another run meanwhile
-                print(f"== {cell.path}", flush=True)
+                say(f"== {cell.path}")
                 return run_cell(study, cell, command)
     return None
 
@@ -80,7 +81,7 @@ def train(study: Study, cell: Cell) -> dict[str, Any]:
     if cell != start:
         with study.lock(start.path):  # several cells may begin there at once
             if not (study.work / start.path / "model").exists():
-                print(f"{start.path} has left no model here: trained again", flush=True)
+                say(f"{start.path} has left no model here: trained again")
                 train(study, start)
     recipe = study.recipe(cell)
     if recipe.stages[cell.name].method == "seqkd":
@@ -152,7 +153,7 @@ def evaluations(study: Study, source: str, against_teacher: bool) -> dict[str, A
     for i, name in enumerate(study.evaluate):
         config = study.evaluation(name)
         examples = evaluation_set(config, tokenizer, [study.base["data"]["train"]])
-        print(f"evaluating on {len(examples)} prompts of {config.data.eval}", flush=True)
+        say(f"evaluating on {len(examples)} prompts of {config.data.eval}")
         if i == 0:
             evaluation = measure(model, teacher, tokenizer, examples, config)
         else:

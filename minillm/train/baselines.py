@@ -27,6 +27,7 @@ from minillm.data.sources import DataError
 from minillm.files import read_lines, write_atomically
 from minillm.model.head import Output, Sums
 from minillm.model.sampling import draw_uniforms
+from minillm.terminal import say
 from minillm.train.context import Context, Loss, Part, Step, chunks
 from minillm_kernels import fused_linear_distill_loss, fused_linear_divergence_loss
 
@@ -208,5 +209,5 @@ def sample_teacher(context: Context) -> list[list[int]]:
         samples = context.sample_responses(context.teacher, None, prompts, uniforms[:, part], alpha=0.0)
         mine += zip(part, samples.responses(), strict=True)
         if context.accelerator.is_main_process:
-            print(f"teacher answers  {len(mine)}/{len(numbers)}", flush=True)
+            say(f"teacher answers  {len(mine)}/{len(numbers)}")
     return [response for _, response in sorted(gather_object(mine))]

@@ -12,7 +12,14 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather
 from minillm.config.recipe import Recipe
 from minillm.config.schema import ConfigError, RunConfig, StageConfig
 from minillm.data.examples import Example, chunk_text, encode, read_records, read_text
-from minillm.model.check import check_blocks, check_context, check_decoding, check_ids, check_packing
+from minillm.model.check import (
+    check_blocks,
+    check_context,
+    check_decoding,
+    check_forward,
+    check_ids,
+    check_packing,
+)
 from minillm.model.head import CausalLM
 from minillm.model.load import end_tokens
 from minillm.run.trackers import check_trackers
@@ -72,6 +79,7 @@ def prepare(
             check_context(model.model, longest(config, validates=bool(validation)))
             check_ids(model.model, largest, config.data.train)
             model.to(accelerator.device)
+            check_forward(model.model)
             if config.data.packing:
                 check_packing(model.model)
     ends = end_tokens(tokenizer, run.data, [lm.model for lm in (student, teacher) if lm is not None])

