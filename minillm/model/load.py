@@ -13,7 +13,7 @@ from torch import nn
 from minillm.config.schema import ConfigError, EvalDataConfig, RunConfig
 from minillm.data import packages
 from minillm.data.prompts import answer_end
-from minillm.model.adapters import add_adapters
+from minillm.model.adapters import StoredAdapters, add_adapters, continue_adapters, merge_adapters, stored_adapters
 from minillm.model.layers import drop_layers, recompute_layers
 
 if TYPE_CHECKING:
@@ -24,9 +24,16 @@ def load_model(source: str, dtype: str = "float32", attn: str = "auto") -> "PreT
     """An AutoModelForCausalLM from a hub id, a directory or `package:NAME`, in eval mode (no dropout). Code that comes
     with a model is never run, nor a pickle read. `dtype` "checkpoint" is the one in which it is stored.
 
+    A directory of adapters is loaded as its base model with the adapters merged.
+
     Raises ConfigError when nothing can be loaded from `source`, or not all of it.
     """
     from transformers import AutoModelForCausalLM
+
+    if adapters := _adapters(source):
+        model = load_model(adapters.base, dtype, attn)
+        continue_adapters(model, adapters)
+        return merge_adapters(model)
 
     config = _description(source)
     chosen = _stored_dtype(config) if dtype == "checkpoint" else getattr(torch, dtype)
@@ -137,6 +144,8 @@ def load_tokenizer(source: str) -> "PreTrainedTokenizerBase":
     """The tokenizer that travels with a model; it must name an end-of-sequence token."""
     from transformers import AutoTokenizer
 
+    if (adapters := _adapters(source)) and not (adapters.path / "tokenizer_config.json").exists():
+        source = adapters.base
     with _reading(f"no tokenizer could be loaded from {source!r}"):
         tokenizer = AutoTokenizer.from_pretrained(_locate(source), trust_remote_code=False)
     if tokenizer.eos_token_id is None:
@@ -158,12 +167,15 @@ def load_student(run: RunConfig, teacher: "PreTrainedModel | None", load: Loader
     """The student named in the configuration, or the one cut from `teacher` by `model.drop_layers`; with adapters,
     where the configuration wants them."""
     settings = run.model
+    adapters = _adapters(settings.student) if settings.student else None
     if settings.student:
-        student = load(settings.student, settings.dtype, settings.attn)
+        student = load(adapters.base if adapters else settings.student, settings.dtype, settings.attn)
     else:
         assert settings.drop_layers is not None and teacher is not None  # check_stage
         student = drop_layers(teacher, *settings.drop_layers).to(getattr(torch, settings.dtype)).requires_grad_(True)
-    if run.lora.rank:
+    if adapters:
+        continue_adapters(student, adapters, run.lora)
+    elif run.lora.rank:
         add_adapters(student, run.lora, run.seed)
     if settings.recompute:
         recompute_layers(student)
@@ -174,6 +186,11 @@ def cached(module: nn.Module, cache: "Cache") -> dict[str, Any]:
     """What a forward of a transformers module is called with to go on from `cache` and to add to it."""
     names = inspect.signature(module.forward).parameters
     return {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}  # renamed by transformers
+
+
+def _adapters(source: str) -> StoredAdapters | None:
+    with _reading(f"no adapters could be loaded from {source!r}"):
+        return stored_adapters(_locate(source))
 
 
 def _locate(source: str) -> str | Path:

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent, in safetensors and JSON: nothing that could run code is ever read.
 
     checkpoints/step-N/   model.safetensors       the weights that are trained (adapter.safetensors under LoRA)
-                          optimizer.safetensors   AdamW's moments by parameter name
+                          optimizer.safetensors   the optimiser's state by parameter name
                           random.safetensors      torch's random state of each process
                           memory.safetensors      rollouts still in use
                           progress.json           stage, step, counters, and the configuration of the run
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from minillm.config.recipe import Recipe
 from minillm.config.schema import ConfigError
 from minillm.files import flatten, flush
+from minillm.run.optimizer_state import fill_state, plain_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -167,9 +168,7 @@ def weights_name(model: nn.Module) -> str:
 def state_of(model: nn.Module, optimizer: Any, accelerator: Accelerator) -> dict[str, dict[str, Tensor]]:
     """Weights, optimiser and random state. Every process must call it."""
     parameters = trained(model)
-    moments = {
-        f"{name}.{key}": value for name, p in parameters.items() for key, value in optimizer.optimizer.state[p].items()
-    }
+    moments = plain_state(optimizer.optimizer, parameters)
     random = {"cpu": accelerator.gather(torch.get_rng_state().to(accelerator.device)[None])}
     if accelerator.device.type == "cuda":
         random["cuda"] = accelerator.gather(torch.cuda.get_rng_state().to(accelerator.device)[None])
@@ -180,12 +179,8 @@ def state_of(model: nn.Module, optimizer: Any, accelerator: Accelerator) -> dict
 def restore(model: nn.Module, optimizer: Any, accelerator: Accelerator, groups: dict[str, dict[str, Tensor]]) -> None:
     """Put back what `state_of` gave. With another number of processes, their random states start anew."""
     parameters = trained(model)
+    fill_state(optimizer.optimizer, parameters, groups["optimizer"])
     restore_weights(model, groups[weights_name(model)])
-    for name, parameter in parameters.items():
-        moments = {key: groups["optimizer"].get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
-        optimizer.optimizer.state[parameter] = {
-            key: value.to(parameter.device) for key, value in moments.items() if value is not None
-        }
     if len(groups["random"]["cpu"]) == accelerator.num_processes:
         torch.set_rng_state(groups["random"]["cpu"][accelerator.process_index].cpu())
         if accelerator.device.type == "cuda" and "cuda" in groups["random"]:

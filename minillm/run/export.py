@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from minillm.config.recipe import load_recipe
 from minillm.config.schema import ConfigError
-from minillm.model.adapters import merge_adapters
+from minillm.model.adapters import merge_adapters, save_adapters
 from minillm.model.load import load_student, load_teacher, load_tokenizer
 from minillm.run import checkpoint
 
@@ -23,7 +23,7 @@ def write_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", 
     merged = merge_adapters(model)
     merged.save_pretrained(partial)
     if merged is not model:
-        model.save_pretrained(partial / "adapter")
+        save_adapters(model, partial / "adapter")
     tokenizer.save_pretrained(partial)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
