@@ -4,6 +4,7 @@ peft is called directly: the integration that transformers has of it may ask for
 """
 
 import copy
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,6 +157,15 @@ def _inject(model: "PreTrainedModel", config: Any, said: str) -> None:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     model.eval()
+    places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            for parameter in layer.get_base_layer().parameters(recurse=False):
+                if places[id(parameter)] > 1:
+                    raise ConfigError(
+                        f"the weight of {name} stands in several places of {type(model).__name__}, and adapters would "
+                        "differ between them: name other modules in lora.targets"
+                    )
     if model.device.type != "meta":
         with trying(model, f"have adapters by {said}", "Name other modules in lora.targets"):
             _check_merge(model)
@@ -241,16 +251,18 @@ def merge_adapters(model: "PreTrainedModel") -> "PreTrainedModel":
     dtype = merged.config.dtype or model.dtype
     for parameter in merged.parameters():
         parameter.data = parameter.data.float()  # a small product added in 16 bits would be rounded away
-    layers = [(name, m) for name, m in merged.named_modules() if isinstance(m, BaseTunerLayer)]
-    for _, layer in reversed(layers):  # several may be nested around one module that has several weights
+    layers = [module for module in merged.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in reversed(layers):  # several may be nested around one module that has several weights
         layer.merge(safe_merge=True)
     outermost: list[str] = []
-    for name, layer in layers:
-        if not any(name.startswith(f"{outer}.") for outer in outermost):
+    for name, module in list(merged.named_modules(remove_duplicate=False)):  # a module may stand in several places
+        if any(name.startswith(f"{outer}.") for outer in outermost):
+            continue
+        if isinstance(module, BaseTunerLayer):
             outermost.append(name)
-            merged.set_submodule(name, layer.get_base_layer())
-    for name, module in list(merged.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper):
+            merged.set_submodule(name, module.get_base_layer())
+        elif isinstance(module, ModulesToSaveWrapper):
+            outermost.append(name)
             merged.set_submodule(name, module.modules_to_save[NAME])
     for parameter in merged.parameters():
         parameter.data = parameter.data.to(dtype)

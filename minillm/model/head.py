@@ -56,8 +56,10 @@ class CausalLM(nn.Module):
     @property
     def head(self) -> Head:
         """As constants where no gradient is taken: a teacher's."""
-        head = read_head(self.model) if self.fused else Head(None)
-        return head if torch.is_grad_enabled() else head.detach()
+        return self._head() if torch.is_grad_enabled() else self._head().detach()
+
+    def _head(self) -> Head:
+        return read_head(self.model) if self.fused else Head(None)
 
     @property
     def device(self) -> torch.device:
@@ -92,7 +94,7 @@ class CausalLM(nn.Module):
     def logits(self, states: Tensor) -> Tensor:
         """[..., V] of states [..., H], without a gradient."""
         with torch.no_grad(), self.own_dtype():
-            return self.head.logits(states)
+            return self._head().logits(states)  # of the parameters themselves, whose casts autocast remembers
 
     def output(self, batch: Batch) -> Output:
         states, head = self.states(**batch.inputs())[batch.predict], self.head
