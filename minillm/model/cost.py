@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minillm.config.recipe import Recipe
 from minillm.config.schema import RunConfig, StageConfig
 from minillm.data.examples import read_records
+from minillm.model.adapters import keep_base_in
 from minillm.model.layers import layers_of
 from minillm.model.load import cached, load_student, load_teacher, skeleton
 from minillm_kernels.hidden.chunked import BUFFER_BYTES
@@ -105,6 +106,8 @@ def cost(run: RunConfig, stage: StageConfig) -> Cost:
     with torch.device("meta"):
         teacher = load_teacher(run, load=skeleton)
         student = load_student(run, teacher, load=skeleton)
+    if run.model.compute_dtype != "auto":
+        keep_base_in(student, getattr(torch, run.model.compute_dtype))
     method, steps, new = stage.method, stage.optim.steps, stage.rollout.max_new_tokens
     samples = method in ("minillm", "seqkd", "gkd")
     answer = max(new * samples, stage.data.max_response_length * (method in ("sft", "kd", "gkd")))

@@ -14,7 +14,7 @@ from minillm.train.optimizers import FORMS, find_optimizer, make_optimizer, take
 BFLOAT16 = "--model.dtype=bfloat16"
 SETTINGS = {  # of a run by each form
     "adamw_stochastic": [BFLOAT16], "adamw_kahan": [BFLOAT16], "adamw_8bit": [BFLOAT16], "adamw_4bit": [],
-    "bnb_adamw_8bit": [], "bnb_paged_adamw_8bit": [],
+    "bnb_adamw_8bit": [],
 }  # fmt: skip
 STEPS = 10
 
