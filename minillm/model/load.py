@@ -189,7 +189,7 @@ def cached(module: nn.Module, cache: "Cache") -> dict[str, Any]:
 
 
 def _adapters(source: str) -> StoredAdapters | None:
-    with _reading(f"no adapters could be loaded from {source!r}"):
+    with _reading(f"no model could be loaded from {source!r}"):
         return stored_adapters(_locate(source))
 
 
