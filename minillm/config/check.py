@@ -12,6 +12,10 @@ from minillm_kernels.rows import DIVERGENCES
 
 METHODS = ("sft", "kd", "seqkd", "gkd", "minillm")
 DTYPES = ("float32", "bfloat16", "float16")
+ROUNDING = ("adamw_stochastic", "adamw_kahan")
+OPTIMIZERS = ("adamw", *ROUNDING, "adamw_8bit", "adamw_4bit", "bnb_adamw_8bit", "bnb_paged_adamw_8bit")
+KEEP_UPDATES = (*ROUNDING, "adamw_8bit", "adamw_4bit")
+"""Those under which weights of 16 bits keep updates below their spacing."""
 MAX_SEED = 2**42  # the rollouts of a step draw from the seed 1_000_003 · seed + step, which has 63 bits
 OF_TEMPLATE = (
     "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
@@ -73,11 +77,8 @@ def check_stage(stage: StageConfig, run: RunConfig) -> None:
     if not stage.data.train:
         raise ConfigError("data.train is empty: name a JSONL file or package:NAME to train on")
     model = run.model
-    if model.dtype == "float16" or (model.dtype == "bfloat16" and not run.lora.rank):
-        raise ConfigError(
-            f"model.dtype is {model.dtype}: trained weights of 16 bits lose most updates to rounding. Keep them in "
-            "float32 and compute in 16 bits: model.dtype float32, model.compute_dtype bfloat16"
-        )
+    one_of("optim.optimizer", stage.optim.optimizer, OPTIMIZERS)
+    _check_weights(stage, run)
     if not model.teacher and (stage.method != "sft" or model.drop_layers is not None):
         needs = "model.drop_layers" if model.drop_layers is not None else f"method {stage.method}"
         raise ConfigError(f"{needs} needs model.teacher: a hub id, a directory or package:NAME")
@@ -120,6 +121,25 @@ def _check_optim(optim: OptimConfig) -> None:
         raise ConfigError(f"optim.betas is {list(optim.betas)}; both lie in [0, 1)")
     if optim.max_grad_norm <= 0:
         raise ConfigError(f"optim.max_grad_norm is {optim.max_grad_norm}; it must be above 0")
+
+
+def _check_weights(stage: StageConfig, run: RunConfig) -> None:
+    dtype, optimizer = run.model.dtype, stage.optim.optimizer
+    rounds = dtype == "bfloat16" and not run.lora.rank
+    if dtype == "float16" or (rounds and optimizer not in KEEP_UPDATES):
+        raise ConfigError(
+            f"model.dtype is {dtype}: trained weights of 16 bits lose most updates to rounding. Keep them in float32 "
+            "and compute in 16 bits (model.dtype float32, model.compute_dtype bfloat16), or, short of memory, train "
+            f"bfloat16 weights by an optim.optimizer that keeps small updates: {', '.join(KEEP_UPDATES)}"
+        )
+    if optimizer in ROUNDING and not rounds:
+        what = "adapters, which are float32" if run.lora.rank else f"model.dtype {dtype}"
+        raise ConfigError(f"optim.optimizer {optimizer} is for weights trained in bfloat16, not for {what}: use adamw")
+    if dtype != "float32" and run.model.compute_dtype not in ("auto", dtype):
+        raise ConfigError(
+            f"model.compute_dtype is {run.model.compute_dtype}, but weights in {dtype} compute in {dtype}: set "
+            "model.dtype to float32, or leave model.compute_dtype out"
+        )
 
 
 def _at_least_one(section: Any, name: str, *keys: str) -> None:

@@ -22,8 +22,8 @@ class ModelConfig:
     drop_layers: tuple[int, int] | None = None
     """Half-open block [first, last) of teacher layers that the cut student does without."""
     dtype: str = "float32"
-    """Dtype of the student's weights: float32 where they are trained (under LoRA bfloat16 as well); a model that is
-    only evaluated may be float32, bfloat16 or float16."""
+    """Dtype of the student's weights: float32 where they are trained, or bfloat16 under LoRA and under an
+    optim.optimizer that keeps small updates; a model that is only evaluated may be float16 as well."""
     compute_dtype: str = "auto"
     """Dtype in which the student's layers compute, from float32 weights: float32, bfloat16 or float16; `auto` is
     bfloat16 on CUDA and float32 elsewhere, or what accelerate was launched with."""
@@ -46,7 +46,8 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters on the student (needs `peft`); only they are trained, and export merges them."""
+    """Low-rank adapters on the student (needs `peft`); only they are trained, in float32, above a frozen base in the
+    dtype that it computes in, and export merges them. A student that is a directory of adapters is trained further."""
 
     rank: int = 0
     """Rank of the adapters; 0: none, all weights are trained."""
@@ -54,6 +55,8 @@ class LoraConfig:
     """Their scale is alpha / rank."""
     targets: str = "all-linear"
     """`all-linear` (all but the vocabulary head), or module names separated by commas, such as q_proj,v_proj."""
+    modules_to_save: str = ""
+    """Modules trained whole beside the adapters, names separated by commas, such as lm_head."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,11 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    optimizer: str = "adamw"
+    """AdamW in a form that may hold less memory: `adamw`, fused, of torch; for model.dtype bfloat16 `adamw_stochastic`
+    (stochastic rounding, of torchao) or `adamw_kahan` (Kahan summation, of torch-optimi); `adamw_8bit` and
+    `adamw_4bit` (moments of 8 and 4 bits, of torchao, with stochastic rounding of bfloat16 weights), `bnb_adamw_8bit`
+    and `bnb_paged_adamw_8bit` (of bitsandbytes, for float32 weights)."""
     steps: int = 100
     """Optimiser steps."""
     lr: float = 5e-6

@@ -12,6 +12,7 @@ from minillm.model.head import CausalLM
 from minillm.model.load import packs_in_one_row
 from minillm.model.masks import decodes_by_sdpa
 from minillm.model.sampling import Decoding, draw_uniforms, sample
+from minillm.model.trial import trying
 from minillm_kernels import fused_linear_token_logprobs
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 LIMITS = "data.max_prompt_length, data.max_response_length or rollout.max_new_tokens"
 PROBE = "In 1984,  the naïve café (№ 7) answered: “2 + 2 = 5”?\n\n\tdef f(x): return x\n日本語 🙂"
+
+NOT_SAMPLED = "Train it by sft or kd, which do not sample, or choose another model"
 
 
 def check_context(model: "PreTrainedModel", tokens: int, limits: str = LIMITS) -> None:
@@ -51,13 +54,18 @@ def check_ids(model: "PreTrainedModel", largest: int, source: str) -> None:
 @torch.no_grad()
 def check_packing(model: "PreTrainedModel") -> None:
     """Refuse data.packing where the model lets one sequence of a row see another, or one row another, in rows made as
-    training makes them."""
-    prompts, responses = [[1, 2], [3, 4, 5], [2, 3], [4]], [[3], [1], [5, 1, 2], [2, 4]]
-    two_rows, one_row = 8, 100
+    training makes them, and long enough for attention that compresses or forgets what is far away."""
+    rows = model.get_input_embeddings().weight.size(0)  # type: ignore[operator]
+    prompts = [[(7 * i + n) % (rows - 1) + 1 for i in range(n)] for n in (60, 3, 90, 70, 30, 5)]
+    responses = [prompt[::-1][:8] for prompt in prompts]
+    two_rows, one_row = 178, sum(map(len, [*prompts, *responses]))
     packed = collate(prompts, responses, one_row if packs_in_one_row(model) else two_rows).to(model.device)
-    found = model(**packed.inputs(), use_cache=False).logits[packed.predict]
-    alone = collate(prompts, responses).to(model.device)
-    expected = model(**alone.inputs(), use_cache=False).logits[alone.predict]
+    alone = [
+        collate([prompt], [response]).to(model.device) for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    with trying(model, "read packed sequences", "Set data.packing to false"):
+        found = model(**packed.inputs(), use_cache=False).logits[packed.predict]
+        expected = torch.cat([model(**each.inputs(), use_cache=False).logits[each.predict] for each in alone])
     if not torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-2):
         raise ConfigError(
             f"{type(model).__name__} does not keep packed sequences apart: set data.packing to false, or model.attn "
@@ -66,20 +74,22 @@ def check_packing(model: "PreTrainedModel") -> None:
 
 
 @torch.no_grad()
-def check_decoding(lm: CausalLM) -> None:
+def check_decoding(lm: CausalLM, length: int = 8) -> None:
     """Refuse a model whose decoding with a cache, token by token behind left padding, has another law than its forward
-    pass over the whole sequence: rollouts would be of one law and learnt by another."""
-    prompts = [[1, 2, 3, 4, 5], [2, 3]]
+    pass over the whole sequence: rollouts would be of one law and learnt by another. Tried on a sequence of `length`
+    tokens, because some differ beyond their attention's window alone, and on a short one."""
+    rows = lm.model.get_input_embeddings().weight.size(0)  # type: ignore[operator]
+    prompts = [[n % (rows - 1) + 1 for n in range(max(length - 3, 3))], [2, 3]]
     uniforms = draw_uniforms(0, 3, len(prompts))
-    rollout = sample(lm, None, prompts, Decoding(3, ends=()), alpha=0.0, uniforms=uniforms)
-    batch = collate(prompts, rollout.responses()).to(lm.device)
-    whole = fused_linear_token_logprobs(*lm.output(batch), batch.targets)
+    with trying(lm.model, "decode with a cache behind padding", NOT_SAMPLED):
+        rollout = sample(lm, None, prompts, Decoding(3, ends=()), alpha=0.0, uniforms=uniforms)
+        batch = collate(prompts, rollout.responses()).to(lm.device)
+        whole = fused_linear_token_logprobs(*lm.output(batch), batch.targets)
     apart = float((rollout.student_logprobs[rollout.mask] - whole).abs().max())
     if not apart < (1e-2 if lm.model.dtype in (torch.float32, torch.float64) else 0.5):
         raise ConfigError(
             f"{type(lm.model).__name__} decodes by another law than its forward pass has ({apart:.2g} nats apart): "
-            "its cache or its padding does not work here. Train it by sft or kd, which do not sample, or choose "
-            "another model"
+            f"its cache or its padding does not work here. {NOT_SAMPLED}"
         )
 
 
@@ -101,6 +111,15 @@ def check_blocks(lm: CausalLM) -> None:
             f"{type(lm.model).__name__} reads a block of tokens behind its cache by another law than its forward pass "
             f"has ({apart:.2g} nats apart): set rollout.coins to row"
         )
+
+
+def check_training(lm: CausalLM) -> None:
+    """Refuse a student whose backward pass fails, by the gradient of one of its weights."""
+    batch = collate([[1, 2, 3]], [[4, 1]]).to(lm.device)
+    trained = next(parameter for parameter in lm.parameters() if parameter.requires_grad)
+    with trying(lm.model, "be trained", "Set model.recompute to false, or choose another model"):
+        logprobs = fused_linear_token_logprobs(*lm.output(batch), batch.targets)
+        torch.autograd.grad(logprobs.sum(), trained, allow_unused=True)
 
 
 def check_same_tokenizer(student: "PreTrainedTokenizerBase", teacher: "PreTrainedTokenizerBase") -> None:

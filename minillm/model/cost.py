@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minillm.config.recipe import Recipe
 from minillm.config.schema import RunConfig, StageConfig
 from minillm.data.examples import read_records
+from minillm.model.adapters import keep_base_in
 from minillm.model.layers import layers_of
 from minillm.model.load import cached, load_student, load_teacher, skeleton
 from minillm_kernels.hidden.chunked import BUFFER_BYTES
@@ -105,6 +106,8 @@ def cost(run: RunConfig, stage: StageConfig) -> Cost:
     with torch.device("meta"):
         teacher = load_teacher(run, load=skeleton)
         student = load_student(run, teacher, load=skeleton)
+    if run.model.compute_dtype != "auto":
+        keep_base_in(student, getattr(torch, run.model.compute_dtype))
     method, steps, new = stage.method, stage.optim.steps, stage.rollout.max_new_tokens
     samples = method in ("minillm", "seqkd", "gkd")
     answer = max(new * samples, stage.data.max_response_length * (method in ("sft", "kd", "gkd")))
@@ -112,7 +115,7 @@ def cost(run: RunConfig, stage: StageConfig) -> Cost:
     micro = min(stage.optim.micro_batch_size, batch)
 
     trained = sum(p.nbytes for p in student.parameters() if p.requires_grad)
-    held = {"student": _weights(student), "gradients": trained, "AdamW": 2 * trained}
+    held = {"student": _weights(student), "gradients": trained, "AdamW": _moments(student, stage.optim.optimizer)}
     if teacher is not None:
         held["teacher"] = _weights(teacher)
 
@@ -205,6 +208,14 @@ def _sequences(stage: StageConfig) -> float:
         return stage.optim.steps * stage.optim.batch_size * stage.rollout.on_policy
     steps_of_one = stage.rollout.epochs * stage.rollout.batch_size // stage.optim.batch_size
     return -(-stage.optim.steps // steps_of_one) * stage.rollout.batch_size
+
+
+def _moments(student: "PreTrainedModel", optimizer: str) -> int:
+    """Bytes of AdamW's two moments, and of the remainders that Kahan summation carries."""
+    trained = [p for p in student.parameters() if p.requires_grad]
+    if "bit" in optimizer:
+        return sum(p.numel() for p in trained) * (1 if "4bit" in optimizer else 2)
+    return sum(p.nbytes for p in trained) * (3 if optimizer == "adamw_kahan" else 2)
 
 
 def _weights(model: nn.Module) -> int:

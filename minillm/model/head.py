@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from minillm.config.schema import ConfigError
 from minillm.data.examples import Batch
-from minillm.foreign import foreign
 from minillm.model.load import cached
 from minillm.model.masks import Masks, of_batch
+from minillm.model.trial import trying
 from minillm_kernels import Head
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ class CausalLM(nn.Module):
     `forward` takes the loss along, because data-parallel wrappers act on `forward`: a head read beside it would not
     have its gradient reduced, nor its shards gathered.
 
-    Raises ConfigError when `head` is "fused" and what is read from the model does not give the model's own logits.
+    Raises ConfigError when `head` is "fused" and what is read from the model does not give the model's own logits, and
+    for a model that cannot be run on token ids alone, or whose predictions see the tokens that they predict.
     """
 
     def __init__(self, model: "PreTrainedModel", head: str = "fused") -> None:
@@ -56,16 +57,20 @@ class CausalLM(nn.Module):
         self.takes_masks: bool | None = None  # minillm/model/masks.py tries it
         if self.fused:
             _check_head(self)
+        _check_causal(self)
 
     @property
     def head(self) -> Head:
         """As constants where no gradient is taken: a teacher's."""
+        return self._head() if torch.is_grad_enabled() else self._head().detach()
+
+    def _head(self) -> Head:
         if not self.fused:
             return Head(None)
         head, count = read_head(self.model), self.vocab_size
         if head.weight is not None and count < len(head.weight):
             head = replace(head, weight=head.weight[:count], bias=None if head.bias is None else head.bias[:count])
-        return head if torch.is_grad_enabled() else head.detach()
+        return head
 
     @property
     def device(self) -> torch.device:
@@ -94,19 +99,25 @@ class CausalLM(nn.Module):
 
     def own_dtype(self) -> AbstractContextManager:
         """Without autocast for a frozen model: it is in its dtype already, and autocast, which remembers the weights
-        that it has cast only where they are trained, would cast it anew for every token."""
-        if any(parameter.requires_grad for parameter in self.model.parameters()):
-            return nullcontext()
-        return torch.autocast(self.device.type, enabled=False)
+        that it has cast only where they are trained, would cast it anew for every token. What is trained above a
+        frozen base of 16 bits joins the base in its dtype."""
+        parameters = list(self.model.parameters())
+        frozen, trained = ({p.dtype for p in parameters if p.requires_grad == which} for which in (False, True))
+        if not trained:
+            return torch.autocast(self.device.type, enabled=False)
+        below = frozen - trained - {torch.float32, torch.float64}
+        return torch.autocast(self.device.type, below.pop()) if below else nullcontext()
 
     def logits(self, states: Tensor) -> Tensor:
         """[..., V] of states [..., H], without a gradient."""
         with torch.no_grad(), self.own_dtype():
-            return self.head.logits(states)
+            return self._head().logits(states)  # of the parameters themselves, whose casts autocast remembers
 
     def output(self, batch: Batch) -> Output:
-        states = self.states(**of_batch(self, batch))
-        return Output(states.flatten(0, 1)[batch.positions], self.head)
+        states, head = self.states(**of_batch(self, batch)).flatten(0, 1)[batch.positions], self.head
+        if head.weight is not None and not torch.is_autocast_enabled(states.device.type):
+            states = states.to(head.weight.dtype)  # a head that is trained whole above a base of 16 bits
+        return Output(states, head)
 
     def forward(self, batch: Batch, loss: Callable[[Output, Batch], Sums]) -> Sums:
         return loss(self.output(batch), batch)
@@ -144,17 +155,32 @@ def _check_head(lm: CausalLM) -> None:
     """Tried on two tokens rather than looked up in a list of architectures: what is wrong here would train another
     objective without a word.
     """
-    model, switch = lm.model, "; set model.head to logits to go through the model's own forward, at the cost of memory"
+    model, switch = lm.model, "et model.head to logits to go through the model's own forward, at the cost of memory"
     linear = model.get_output_embeddings()
     if model.base_model is model or not isinstance(getattr(linear, "weight", None), Tensor):
-        raise ConfigError(f"{type(model).__name__} has no separate base model and vocabulary head{switch}")
+        raise ConfigError(f"{type(model).__name__} has no separate base model and vocabulary head; s{switch}")
     ids = torch.tensor([[1, 2]], device=model.device)
     ones = torch.ones_like(ids)
-    with foreign(f"{type(model).__name__} cannot compute as its configuration says", ConfigError):
+    with trying(model, "be read before its head", f"S{switch}"):
         expected = model(input_ids=ids, attention_mask=ones).logits[..., : lm.vocab_size].float()
-    found = lm.logits(lm.states(ids, ones)).float()
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-2, atol=1e-2):
+        found = lm.logits(lm.states(ids, ones)).float()
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-2, atol=1e-2, equal_nan=True):
         raise ConfigError(
             f"the logits of {type(model).__name__} are not what its vocabulary head, soft-cap and logit scale give "
-            f"from its final states: the model does something else in between{switch}"
+            f"from its final states: the model does something else in between; s{switch}"
+        )
+
+
+@torch.no_grad()
+def _check_causal(lm: CausalLM) -> None:
+    """Tried on two sequences that part after their second token."""
+    name, ids = type(lm.model).__name__, torch.tensor([[1, 2, 3, 1], [1, 2, 4, 2]], device=lm.device)
+    with trying(lm.model, "be run on token ids alone", "Choose another model"):
+        one, other = lm.states(ids, torch.ones_like(ids))[:, :2].float()
+    if one.isnan().any():
+        raise ConfigError(f"{name} computes NaN: its weights are broken, or its dtype overflows")
+    if not torch.allclose(one, other, rtol=0, atol=2e-2 * float(one[one.isfinite()].abs().max())):
+        raise ConfigError(
+            f"{name} lets a token see those that follow, which it is to predict: it is no causal language model as it "
+            "is configured (is_decoder in its config.json)"
         )

@@ -10,17 +10,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minillm.config.schema import ConfigError
+from minillm.model.trial import trying
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 PROBE = 16  # tokens on which a cut student is compared with its teacher
+FIRST = ("first_k_dense_replace", "num_dense_layers")
+LAST = ("num_kv_shared_layers",)
+"""Settings that say how many layers at the start, and at the end, are of another kind."""
+SMALLER = "Name a smaller model of the family in model.student"
 
 
 def layers_of(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
-    """The list of the text decoder's layers, and its name below the model."""
+    """The list of the text decoder's layers, and its name below the model. Raises ConfigError where there is none."""
     decoder = model.get_decoder()
-    count = decoder.config.get_text_config().num_hidden_layers
+    if not hasattr(decoder, "config"):  # a head of that name
+        decoder = model.base_model
+    count = getattr(decoder.config.get_text_config(), "num_hidden_layers", None)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and any(module is m for m in decoder.modules()):
             return name, module
@@ -64,28 +71,19 @@ def drop_layers(teacher: "PreTrainedModel", first: int, last: int) -> "PreTraine
                 continue
             key = f"{name}.{kept.index(int(layer))}.{rest}"
         weights[key] = value
-    try:
+    with trying(teacher, "be cut by model.drop_layers", SMALLER):
         student = type(teacher)._from_config(
             _cut_config(teacher.config, kept),
             dtype=teacher.dtype,
             attn_implementation=teacher.config._attn_implementation,
         )
         student.load_state_dict(weights)
-    except Exception as error:  # whatever a family's configuration or modules object to
-        first_line = str(error).partition("\n")[0]
-        raise ConfigError(_cannot(teacher, f"{type(error).__name__}: {first_line[:200]}")) from error
-    student.generation_config = copy.deepcopy(teacher.generation_config)
-    student.eval()
-    if teacher.device.type != "meta":
-        _check_cut(teacher, student, layers, range(first, last))
+        student.name_or_path = student.config._name_or_path = ""  # it is not what stands at the teacher's path
+        student.generation_config = copy.deepcopy(teacher.generation_config)
+        student.eval()
+        if teacher.device.type != "meta":
+            _check_cut(teacher, student, layers, range(first, last))
     return student
-
-
-def _cannot(teacher: "PreTrainedModel", why: str) -> str:
-    return (
-        f"model.drop_layers: {type(teacher).__name__} cannot be cut ({why}). Name a smaller model of the family in "
-        "model.student"
-    )
 
 
 def _cut_config(config: "PreTrainedConfig", kept: list[int]) -> "PreTrainedConfig":
@@ -96,6 +94,10 @@ def _cut_config(config: "PreTrainedConfig", kept: list[int]) -> "PreTrainedConfi
     count_key = attributes.get("num_hidden_layers", "num_hidden_layers")
     count = config.get_text_config().num_hidden_layers
     for key, value in text.items():
+        if key in FIRST and value is not None:
+            text[key] = sum(i < value for i in kept)
+        elif key in LAST and value is not None:
+            text[key] = sum(i >= count - value for i in kept)
         if not isinstance(value, list):
             continue
         if len(value) == count:  # one entry a layer
@@ -125,5 +127,6 @@ def _check_cut(teacher: "PreTrainedModel", student: "PreTrainedModel", layers: n
     difference = float((found - expected).abs().max() / expected.abs().max())
     if not difference < (1e-4 if teacher.dtype in (torch.float32, torch.float64) else 2e-2):
         raise ConfigError(
-            _cannot(teacher, f"the layers that are kept would compute something else: {difference:.1%} of the logits")
+            f"{type(teacher).__name__} cannot be cut by model.drop_layers (the layers that are kept would compute "
+            f"something else: {difference:.1%} of the logits). {SMALLER}"
         )

@@ -13,7 +13,7 @@ from minillm.config.schema import ConfigError, EvalDataConfig, RunConfig
 from minillm.data import packages
 from minillm.data.prompts import answer_end
 from minillm.foreign import foreign
-from minillm.model.adapters import add_adapters
+from minillm.model.adapters import StoredAdapters, add_adapters, continue_adapters, merge_adapters, stored_adapters
 from minillm.model.bounds import bounded, check_layers, room
 from minillm.model.files import check_generation_config, check_weight_names, damaged
 from minillm.model.layers import drop_layers, recompute_layers
@@ -26,9 +26,16 @@ def load_model(source: str, dtype: str = "float32", attn: str = "auto") -> "PreT
     """An AutoModelForCausalLM from a hub id, a directory or `package:NAME`, in eval mode (no dropout). Code that comes
     with a model is never run, nor a pickle read. `dtype` "checkpoint" is the one in which it is stored.
 
+    A directory of adapters is loaded as its base model with the adapters merged.
+
     Raises ConfigError when nothing can be loaded from `source`, or not all of it.
     """
     from transformers import AutoModelForCausalLM
+
+    if adapters := _adapters(source):
+        model = load_model(adapters.base, dtype, attn)
+        continue_adapters(model, adapters)
+        return merge_adapters(model)
 
     place, config = _locate(source), _description(source)
     check_generation_config(place)
@@ -146,6 +153,8 @@ def load_tokenizer(source: str) -> "PreTrainedTokenizerBase":
     """The tokenizer that travels with a model; it must name an end-of-sequence token."""
     from transformers import AutoTokenizer
 
+    if (adapters := _adapters(source)) and not (adapters.path / "tokenizer_config.json").exists():
+        source = adapters.base
     place = _locate(source)
     with _reading(f"no tokenizer could be loaded from {source!r}", source):
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
@@ -169,12 +178,15 @@ def load_student(run: RunConfig, teacher: "PreTrainedModel | None", load: Loader
     """The student named in the configuration, or the one cut from `teacher` by `model.drop_layers`; with adapters,
     where the configuration wants them."""
     settings = run.model
+    adapters = _adapters(settings.student) if settings.student else None
     if settings.student:
-        student = load(settings.student, settings.dtype, settings.attn)
+        student = load(adapters.base if adapters else settings.student, settings.dtype, settings.attn)
     else:
         assert settings.drop_layers is not None and teacher is not None  # check_stage
         student = drop_layers(teacher, *settings.drop_layers).to(getattr(torch, settings.dtype)).requires_grad_(True)
-    if run.lora.rank:
+    if adapters:
+        continue_adapters(student, adapters, run.lora)
+    elif run.lora.rank:
         add_adapters(student, run.lora, run.seed)
     if settings.recompute:
         recompute_layers(student)
@@ -185,6 +197,11 @@ def cached(module: nn.Module, cache: "Cache") -> dict[str, Any]:
     """What a forward of a transformers module is called with to go on from `cache` and to add to it."""
     names = inspect.signature(module.forward).parameters
     return {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}  # renamed by transformers
+
+
+def _adapters(source: str) -> StoredAdapters | None:
+    with _reading(f"no model could be loaded from {source!r}", source):
+        return stored_adapters(_locate(source))
 
 
 def _locate(source: str) -> str | Path:

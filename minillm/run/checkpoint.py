@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent, in safetensors and JSON: nothing that could run code is ever read.
 
     checkpoints/step-N/   model.safetensors       the weights that are trained (adapter.safetensors under LoRA)
-                          optimizer.safetensors   AdamW's moments by parameter name
+                          optimizer.safetensors   the optimiser's state by parameter name
                           random.safetensors      torch's random state of each process
                           memory.safetensors      rollouts still in use
                           progress.json           stage, step, counters, and the configuration of the run
@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from minillm.config.recipe import Recipe
 from minillm.config.schema import ConfigError
 from minillm.files import flatten, flush, partial_of, remove, whole_or_absent
+from minillm.run.optimizer_state import fill_state, plain_state
 from minillm.run.verify import (
-    MOMENTS,
     CheckpointError,
     check_alike,
     check_finite,
@@ -228,7 +228,8 @@ def load(path: Path, recipe: Recipe, student: nn.Module | None = None) -> Checkp
             parameters = trained(student)
             check_progress(progress, recipe)
             check_alike(groups.get(weights_name(student), {}), parameters)
-            check_moments(groups.get("optimizer", {}), parameters, progress.step)
+            if recipe.stages[progress.stage].optim.optimizer == "adamw":  # others are compared when they are filled
+                check_moments(groups.get("optimizer", {}), parameters, progress.step)
             check_random(groups.get("random", {}))
     except CheckpointError as error:
         raise CheckpointError(f"{path} cannot be used ({error})") from error
@@ -250,9 +251,7 @@ def weights_name(model: nn.Module) -> str:
 def state_of(model: nn.Module, optimizer: Any, accelerator: Accelerator) -> dict[str, dict[str, Tensor]]:
     """Weights, optimiser and random state. Every process must call it."""
     parameters = trained(model)
-    moments = {
-        f"{name}.{key}": value for name, p in parameters.items() for key, value in optimizer.optimizer.state[p].items()
-    }
+    moments = plain_state(optimizer.optimizer, parameters)
     random = {"cpu": accelerator.gather(torch.get_rng_state().to(accelerator.device)[None])}
     if accelerator.device.type == "cuda":
         random["cuda"] = accelerator.gather(torch.cuda.get_rng_state().to(accelerator.device)[None])
@@ -263,12 +262,8 @@ def state_of(model: nn.Module, optimizer: Any, accelerator: Accelerator) -> dict
 def restore(model: nn.Module, optimizer: Any, accelerator: Accelerator, groups: dict[str, dict[str, Tensor]]) -> None:
     """Put back what `state_of` gave. With another number of processes, their random states start anew."""
     parameters = trained(model)
+    fill_state(optimizer.optimizer, parameters, groups["optimizer"])
     restore_weights(model, groups[weights_name(model)])
-    for name, parameter in parameters.items():
-        moments = {key: groups["optimizer"].get(f"{name}.{key}") for key in MOMENTS}
-        optimizer.optimizer.state[parameter] = {
-            key: value.to(parameter.device) for key, value in moments.items() if value is not None
-        }
     if len(groups["random"]["cpu"]) == accelerator.num_processes:
         torch.set_rng_state(groups["random"]["cpu"][accelerator.process_index].cpu())
         if accelerator.device.type == "cuda" and "cuda" in groups["random"]:

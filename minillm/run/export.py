@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minillm.config.recipe import load_recipe
 from minillm.config.schema import ConfigError
 from minillm.files import flush, whole_or_absent
-from minillm.model.adapters import merge_adapters
+from minillm.model.adapters import merge_adapters, save_adapters
 from minillm.model.head import VOCABULARY
 from minillm.model.load import load_student, load_teacher, load_tokenizer, skeleton
 from minillm.run import checkpoint
@@ -40,7 +40,7 @@ def write_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", 
         merged = merge_adapters(model)
         merged.save_pretrained(partial)
         if merged is not model:
-            model.save_pretrained(partial / "adapter")
+            save_adapters(model, partial / "adapter")
         tokenizer.save_pretrained(partial)
 
 

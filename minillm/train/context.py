@@ -98,19 +98,14 @@ class Context:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """In which the student's layers compute."""
-        asked, launched = self.run.model.compute_dtype, self.accelerator.mixed_precision
-        if asked != "auto":
-            return getattr(torch, asked)
-        if launched in ("bf16", "fp16"):
-            return {"bf16": torch.bfloat16, "fp16": torch.float16}[launched]
-        return torch.bfloat16 if self.accelerator.device.type == "cuda" else torch.float32
+        return compute_dtype(self.run, self.accelerator)
 
     def autocast(self) -> torch.autocast:
-        """The student's forward passes in `compute_dtype`. The weights that are trained are cast once per context; a
-        frozen teacher computes in its own dtype."""
+        """The student's forward passes in `compute_dtype`. The weights that are trained are cast once per context;
+        what is frozen, a teacher or the base below adapters, is in its own dtype already."""
         device, dtype = self.accelerator.device.type, self.compute_dtype
-        return torch.autocast(device, dtype, enabled=dtype not in (torch.float32, self.student.model.dtype))
+        trained = {parameter.dtype for parameter in self.student.model.parameters() if parameter.requires_grad}
+        return torch.autocast(device, dtype, enabled=dtype != torch.float32 and trained != {dtype})
 
     def mine(self, items: list) -> list:
         """This process's share of what all processes draw alike."""
@@ -166,6 +161,18 @@ class Context:
         assert self.teacher is not None
         with self.clock("score"):
             return self.teacher.output(batch)
+
+
+def compute_dtype(run: RunConfig, accelerator: Accelerator) -> torch.dtype:
+    """In which the student's layers compute."""
+    asked, launched = run.model.compute_dtype, accelerator.mixed_precision
+    if run.model.dtype != "float32":
+        return getattr(torch, run.model.dtype)
+    if asked != "auto":
+        return getattr(torch, asked)
+    if launched in ("bf16", "fp16"):
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}[launched]
+    return torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
 
 
 def chunks(items: list, size: int) -> Iterator[list]:

@@ -31,6 +31,7 @@ from minillm.run.interrupt import Interrupt, Interrupted
 from minillm.train.baselines import Given, Gkd, kd, seqkd, sft
 from minillm.train.context import Context, Part, chunks
 from minillm.train.minillm import MiniLLM
+from minillm.train.optimizers import make_optimizer, set_lr, take_step
 from minillm.train.selection import Selection
 
 METHODS: dict[str, Callable[[Context, Path], Given | Gkd | MiniLLM]] = {
@@ -65,13 +66,7 @@ def train(
     config, accelerator, clock = context.config, context.accelerator, context.clock
     optim, log, model = config.optim, context.run.log, context.student.model
     folder = directory.path / "stages" / stage
-    optimizer = torch.optim.AdamW(
-        checkpoint.trained(model).values(),
-        lr=optim.lr,
-        betas=optim.betas,
-        weight_decay=optim.weight_decay,
-        fused=True,
-    )
+    optimizer: torch.optim.Optimizer = make_optimizer(optim, checkpoint.trained(model).values())
     predictor, optimizer = accelerator.prepare(context.student, optimizer)
     method = METHODS[config.method](context, folder)
     progress = Progress(stage, first_step=first_step, stages=dict(directory.stages))
@@ -102,8 +97,7 @@ def train(
             # ---- what this step learns from (MiniLLM samples here when the last rollout is used up)
             step = progress.step + 1
             step_started = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = optim.lr * lr_factor(step, optim)
+            set_lr(optimizer, optim.lr * lr_factor(step, optim))
             parts, known = method.step(step)
             micros = [
                 Micro(part, part.batch(examples))
@@ -125,7 +119,7 @@ def train(
                     f"{stage}, step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; "
                     f"{blame(context, parts)}. The weights were not updated. {directory.how_to_resume()}"
                 )
-            optimizer.step()
+            take_step(optimizer, optim, context.run.seed, step)
             optimizer.zero_grad()
             progress.step = step
 
@@ -139,7 +133,7 @@ def train(
             progress.num_tokens += now
             phases = {"time/rollout": 0.0, "time/score": 0.0} | phases
             metrics |= {
-                "learning_rate": optimizer.param_groups[0]["lr"],
+                "learning_rate": optim.lr * lr_factor(step, optim),
                 "step_time": elapsed,
                 "tokens_per_second": now / elapsed,
                 **phases,

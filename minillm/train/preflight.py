@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather
 from minillm.config.recipe import Recipe
 from minillm.config.schema import ConfigError, RunConfig, StageConfig
 from minillm.data.examples import Example, chunk_text, encode, read_records, read_text
+from minillm.model.adapters import keep_base_in
 from minillm.model.check import (
     check_blocks,
     check_context,
@@ -19,11 +20,13 @@ from minillm.model.check import (
     check_forward,
     check_ids,
     check_packing,
+    check_training,
 )
 from minillm.model.head import CausalLM
 from minillm.model.load import end_tokens
 from minillm.run.trackers import check_trackers
-from minillm.train.context import Context
+from minillm.train.context import Context, compute_dtype
+from minillm.train.optimizers import find_optimizer
 from minillm.train.selection import split_validation
 
 if TYPE_CHECKING:
@@ -47,6 +50,7 @@ def prepare(
             "yet: use one process or data parallelism (accelerate launch --num_processes N)"
         )
     check_trackers(run.log.trackers)
+    find_optimizer(config.optim)
     torch.manual_seed(run.seed)
     for key in ("optim.batch_size", "rollout.batch_size", "objective.pt_batch_size"):
         section, name = key.split(".")
@@ -82,13 +86,15 @@ def prepare(
             check_forward(model.model)
             if config.data.packing:
                 check_packing(model.model)
+    keep_base_in(student.model, compute_dtype(run, accelerator))
+    check_training(student)
     ends = end_tokens(tokenizer, run.data, [lm.model for lm in (student, teacher) if lm is not None])
     if config.method in ("minillm", "seqkd", "gkd"):
         about += f"; a response ends at {' or '.join(map(repr, tokenizer.convert_ids_to_tokens(list(ends))))}"
     samplers = {"minillm": (student, teacher), "gkd": (student,), "seqkd": (teacher,)}.get(config.method, ())
     for model in samplers:
         if model is not None:
-            check_decoding(model)
+            check_decoding(model, longest(config, validates=bool(validation)))
     if config.method == "minillm" and config.rollout.coins != "row" and teacher is not None:
         check_blocks(teacher)
     return Context(run, config, accelerator, student, teacher, tokenizer, examples, validation, text, about)

@@ -106,7 +106,7 @@ class Head:
         if self.weight is None:
             return hidden
         check_hidden("hidden", hidden, self.weight)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(hidden.device.type):  # which remembers linear's casts
             z = F.linear(hidden, self.weight, self.bias)
         else:
             z = linear(hidden.reshape(-1, hidden.shape[-1]), self.weight).reshape(*hidden.shape[:-1], -1)

@@ -1,4 +1,4 @@
-"""LoRA is optional, and transformers decides which versions of peft it takes."""
+"""LoRA is optional."""
 
 import pytest
 

@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from every_family import tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minillm.config.schema import ConfigError
 from minillm.model import check
-from minillm.model.check import check_blocks, check_decoding, check_ids, check_packing
+from minillm.model.check import check_blocks, check_decoding, check_ids, check_packing, check_training
 from minillm.model.head import CausalLM
 from minillm.model.load import packs_in_one_row
 
@@ -84,6 +85,42 @@ def test_blocks_behind_a_cache_are_the_forward_pass_or_refused(make_gpt2, make_l
     wrong.model.register_forward_hook(confuse_blocks)
     with pytest.raises(ConfigError, match=r"LlamaForCausalLM reads a block .* set rollout.coins to row"):
         check_blocks(CausalLM(wrong))
+
+
+def test_decoding_is_tried_at_the_length_of_the_run():
+    """A family whose cache goes wrong beyond its window alone."""
+    lm = CausalLM(tiny("moshi"), "logits")
+    check_decoding(lm)
+    with pytest.raises(ConfigError, match="decodes by another law"):
+        check_decoding(lm, 17)
+
+
+def test_a_family_that_cannot_decode_says_so_in_our_words():
+    with pytest.raises(ConfigError, match=r"cannot decode with a cache behind padding \(.*\)\. Train it by sft or kd"):
+        check_decoding(CausalLM(tiny("openai-gpt")))
+
+
+def test_packing_is_tried_on_long_sequences(make_llama):
+    """Attention that keeps sequences apart for their first tokens only."""
+    model = make_llama()
+
+    def forgetful(position_ids=None, **inputs):
+        if position_ids is not None:
+            position_ids = position_ids.masked_fill(position_ids > 40, 41)
+        return type(model).forward(model, position_ids=position_ids, **inputs)
+
+    model.forward = forgetful
+    with pytest.raises(ConfigError, match="does not keep packed sequences apart"):
+        check_packing(model)
+
+
+def test_a_backward_pass_that_fails_is_found_before_the_first_step(make_llama):
+    lm = CausalLM(make_llama())
+    check_training(lm)
+    assert all(parameter.grad is None for parameter in lm.parameters())
+    lm.model.model.layers[1].register_full_backward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM cannot be trained \(ZeroDivisionError: division"):
+        check_training(lm)
 
 
 def test_ids_without_an_embedding_are_refused(make_llama):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from every_family import tiny
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
@@ -105,3 +106,25 @@ def test_fused_losses_are_those_of_the_logits(loss):
         found.backward()
         results.append((found.detach(), [p.grad for p in student.parameters()]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_sees_what_it_is_to_predict_is_refused():
+    with pytest.raises(ConfigError, match=r"BertLMHeadModel lets a token see those that follow"):
+        CausalLM(tiny("bert", is_decoder=False), "logits")
+    CausalLM(tiny("bert"), "logits")
+
+
+@pytest.mark.parametrize("head", ["fused", "logits"])
+def test_broken_weights_are_called_that(make_llama, head):
+    model = make_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ConfigError, match="LlamaForCausalLM computes NaN: its weights are broken"):
+        CausalLM(model, head)
+
+
+@pytest.mark.parametrize(("head", "message"), [("fused", "be read before"), ("logits", "be run on token ids")])
+def test_a_model_that_does_not_run_on_token_ids_is_refused(make_llama, head, message):
+    model = make_llama()
+    model.model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ConfigError, match=rf"LlamaForCausalLM cannot {message}.*ZeroDivisionError"):
+        CausalLM(model, head)

@@ -1,15 +1,11 @@
 import json
-import sys
 
 import pytest
 import torch
-from adapters import needs_adapters
 from transformers import LlamaForCausalLM
 
-from minillm.config.schema import ConfigError, LoraConfig
-from minillm.model.adapters import add_adapters, merge_adapters
+from minillm.config.schema import ConfigError
 from minillm.model.check import check_context, check_same_tokenizer
-from minillm.model.head import CausalLM
 from minillm.model.layers import drop_layers
 from minillm.model.load import attention, load_model, load_tokenizer
 
@@ -93,72 +89,6 @@ def test_models_load_in_eval_mode(make_llama, tmp_path):
     make_llama().save_pretrained(tmp_path)
     model = load_model(str(tmp_path), "bfloat16")
     assert isinstance(model, LlamaForCausalLM) and not model.training and model.dtype == torch.bfloat16
-
-
-# ---- adapters
-
-
-def adapted(make_llama, **settings):
-    model = make_llama()
-    add_adapters(model, LoraConfig(**{"rank": 4, "alpha": 8, **settings}), seed=0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zero until trained
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-@needs_adapters
-@torch.no_grad()
-@needs_adapters
-def test_merged_adapters_give_the_same_logits_and_plain_files(make_llama, tmp_path):
-    model, plain = adapted(make_llama), make_llama()
-    ids = torch.tensor([[3, 1, 4]])
-    merged = merge_adapters(model)
-    assert not torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-2)
-    torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
-    assert merged.state_dict().keys() == plain.state_dict().keys()
-    merged.save_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(load_model(str(tmp_path / "merged"))(ids).logits, merged(ids).logits)
-    model.save_pretrained(tmp_path / "adapter")
-    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {
-        "adapter_config.json", "adapter_model.safetensors",
-    }  # fmt: skip
-    from peft import PeftModel
-
-    again = PeftModel.from_pretrained(plain, tmp_path / "adapter")
-    torch.testing.assert_close(again(ids).logits, model(ids).logits)
-    assert merge_adapters(plain) is plain
-
-
-@needs_adapters
-def test_adapters_alone_are_trained_and_reach_the_fused_losses(make_llama):
-    model = adapted(make_llama, targets="q_proj, v_proj")
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert trained and all("lora_" in name and ("q_proj" in name or "v_proj" in name) for name in trained)
-    lm = CausalLM(model)
-    ids = torch.tensor([[3, 1, 4]])
-    torch.testing.assert_close(lm.logits(lm.states(ids, torch.ones_like(ids))), model(ids).logits)
-
-
-@needs_adapters
-def test_adapters_that_cannot_be(make_llama):
-    with pytest.raises(ConfigError, match=r"lora.targets lm_head reaches the embeddings or the head"):
-        adapted(make_llama, targets="lm_head")
-    with pytest.raises(ConfigError, match=r"lora.targets nowhere: Target modules"):
-        adapted(make_llama, targets="nowhere")
-
-
-def test_without_peft_the_command_is_named(make_llama, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ConfigError, match=r'lora.rank needs peft: pip install "minillm-kernels\[lora\]"'):
-        add_adapters(make_llama(), LoraConfig(rank=4), seed=0)
-
-
-def test_a_peft_too_old_for_transformers_is_named(make_llama, monkeypatch):
-    peft = pytest.importorskip("peft")
-    monkeypatch.setattr(peft, "__version__", "0.1")
-    with pytest.raises(ConfigError, match=r"wants peft .* or later, not 0\.1: pip install"):
-        add_adapters(make_llama(), LoraConfig(rank=4), seed=0)
 
 
 def test_attention_is_chosen_and_an_absent_one_is_refused(make_llama, tmp_path):
