@@ -42,8 +42,8 @@ REFUSED = {
         "recurrent_gemma xlstm"
     ),
     "rollouts packing": (
-        "camembert data2vec-text minimax openai-gpt roberta roberta-prelayernorm roformer rwkv trocr xlm- "
-        "roberta xlm-roberta-xl xmod"
+        "camembert data2vec-text minimax openai-gpt roberta roberta-prelayernorm roformer rwkv trocr xlm-roberta "
+        "xlm-roberta-xl xmod"
     ),
     "cut": "beam diffllama dory gemma3n_text gemma4 gemma4_text minicpm3 whisper",
     "adapters": "axk2 deepseek_v32 glm_moe_dsa hy_v4 phimoe",
