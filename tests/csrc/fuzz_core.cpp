@@ -186,15 +186,44 @@ static void check_losses(Case& c) {
         check_gradient(c, g, cpu::row_divergence_grad, [&](int64_t i) { return scale[i] != 0.0f; });
         return;
     }
+    const auto reads = [&](int64_t i) {
+        for (int k = 0; k < COEFFICIENTS; ++k)
+            if (c.coefficients[k * c.N + i] != 0.0f) return true;
+        return false;
+    };
+    if (once_in(2)) {  // statistics and gradient in one visit
+        std::vector<float> found(STATISTICS * c.N, UNWRITTEN);
+        auto g = of<StatsGradArgs>(c);
+        g.token_ids = a.token_ids;
+        g.coefficients = c.coefficients.data();
+        g.stats_out = found.data();
+        check_gradient(c, g, cpu::row_stats_grad, reads);
+        c.require_written(found);
+        return;
+    }
     auto g = of<GradArgs>(c);
     g.token_ids = a.token_ids;
     g.stats = c.stats.data();
     g.coefficients = c.coefficients.data();
-    check_gradient(c, g, cpu::row_grad, [&](int64_t i) {
-        for (int k = 0; k < COEFFICIENTS; ++k)
-            if (c.coefficients[k * c.N + i] != 0.0f) return true;
-        return false;
-    });
+    const float factor = any_float();
+    if (once_in(3) && factor != 1.0f) g.factor = &factor;
+    check_gradient(c, g, cpu::row_grad, reads);
+}
+
+static void check_scale() {
+    const int64_t columns = Case::columns();
+    Memory memory(1, columns, any_type(), false);
+    const std::vector<char> before = memory.bytes;
+    const float factor = once_in(3) ? 0.0f : any_float();
+    ScaleArgs a;
+    a.student = memory.rows;
+    a.N = 1;
+    a.V = columns;
+    a.factor = &factor;
+    cpu::row_scale(a);
+    memory.require_gaps_kept(before);
+    require(factor != 0.0f || memory.is_zero(0, 0, columns), "scaled by 0, and not 0");
+    require(factor != 1.0f || memory.bytes == before, "scaled by 1, and changed");
 }
 
 static void check_samples(Case& c) {
@@ -232,6 +261,7 @@ int main(int argc, char** argv) {
             const int64_t N = one_of(rows), V = N > 5 ? 1 + below(40) : Case::columns();
             Case c(N, V, once_in(2) ? 0 : below(9));
             once_in(2) ? check_losses(c) : check_samples(c);
+            if (once_in(8)) check_scale();
         }
         printf("%s: %lld cases from seed %lld ok\n", name, (long long)cases, (long long)seed);
     }

@@ -23,7 +23,9 @@ AT = ARRAY.data_ptr()
 
 CALLS = {
     "row_stats": (PAIR, AT, AT, AT),
-    "row_grad": (PAIR, AT, AT, AT, OUT, V),
+    "row_grad": (PAIR, AT, AT, AT, OUT, V, 0),
+    "row_stats_grad": (PAIR, AT, AT, AT, OUT, V),
+    "row_scale": (PAIR, AT),
     "row_divergence": (PAIR, 0, 0.5, AT, AT, AT),
     "row_divergence_grad": (PAIR, 0, 0.5, AT, AT, AT, OUT, V),
     "row_sample": (PAIR, AT, 0.2, 0, 1.0, False, AT, AT, AT),
@@ -46,6 +48,8 @@ WRONG_PAIRS = {
 OTHERS = {
     "row_stats": {2: [0, AT + 1], 1: [AT + 4]},
     "row_grad": {1: [0, AT + 2], 2: [0], 3: [*WRONG_ROWS.values(), (OUT[0], 1, *OUT[2:])], 4: [V - 1, -1]},
+    "row_stats_grad": {1: [0], 2: [0], 3: [*WRONG_ROWS.values(), (OUT[0], 1, *OUT[2:])], 4: [V - 1, -1]},
+    "row_scale": {0: [0]},
     "row_divergence": {0: [4, -1], 3: [0], 4: [0, AT + 3]},
     "row_divergence_grad": {0: [4], 2: [0], 3: [0], 4: [0], 5: [*WRONG_ROWS.values()], 6: [V - 1]},
     "row_sample": {0: [0, AT + 4], 1: [-0.1, 1.1, math.nan], 5: [0], 6: [0], 7: [0]},
@@ -97,5 +101,5 @@ def test_any_number_of_threads(threads):
 def test_no_rows_need_no_memory():
     nothing = (0, 0, 1, 0, 0)
     CPU.row_stats(1, (nothing, nothing, 0, 5, 1.0), 0, 0, 0)
-    CPU.row_grad(1, (nothing, nothing, 0, 5, 1.0), 0, 0, 0, nothing, 5)
+    CPU.row_grad(1, (nothing, nothing, 0, 5, 1.0), 0, 0, 0, nothing, 5, 0)
     CPU.row_sample(1, (nothing, None, 0, 5, 1.0), 0, 0.0, 0, 1.0, False, 0, 0, 0)
