@@ -193,7 +193,7 @@ class Reference(Backend):
         return _finish_gradient(grad / pair.temperature, x, (coefficients != 0).any(0), pair.student, out)
 
     def row_scale(self, x: Tensor, factor: Tensor) -> None:
-        x.copy_(torch.where(factor == 0, 0, factor * x))
+        x.copy_(torch.where(factor == 0, 0, factor * x.to(accumulator(x))))
 
     def row_divergence(self, pair: Pair, mask: Tensor | None, stats: Tensor, divergence: str, beta: float) -> Tensor:
         assert divergence in MIXTURE_DIVERGENCES
