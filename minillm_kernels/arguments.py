@@ -185,7 +185,7 @@ def check_normalizer(normalizer: float | Tensor, like: Tensor, dtype: torch.dtyp
             )
         if normalizer.requires_grad and torch.is_grad_enabled():
             raise ValueError("normalizer requires a gradient, but is a constant here: pass normalizer.detach()")
-        number = normalizer.reshape(()).to(like.device, dtype)
+        number = normalizer.reshape(()).to(like.device, dtype, non_blocking=True)
     elif not 0 <= normalizer < math.inf:  # NaN fails
         raise ValueError(f"normalizer must be a finite number >= 0, got {normalizer}")
     else:

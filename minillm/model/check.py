@@ -56,7 +56,9 @@ def check_packing(model: "PreTrainedModel") -> None:
     """Refuse data.packing where the model lets one sequence of a row see another, or one row another, in rows made as
     training makes them, and long enough for attention that compresses or forgets what is far away."""
     rows = model.get_input_embeddings().weight.size(0)  # type: ignore[operator]
-    prompts = [[(7 * i + n) % (rows - 1) + 1 for i in range(n)] for n in (60, 3, 90, 70, 30, 5)]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 98
+    lengths = [min(n, limit - 8) for n in (60, 3, 90, 70, 30, 5)]
+    prompts = [[(7 * i + n) % (rows - 1) + 1 for i in range(n)] for n in lengths]
     responses = [prompt[::-1][:8] for prompt in prompts]
     two_rows, one_row = 178, sum(map(len, [*prompts, *responses]))
     packed = collate(prompts, responses, one_row if packs_in_one_row(model) else two_rows).to(model.device)
@@ -116,7 +118,9 @@ def check_blocks(lm: CausalLM) -> None:
 def check_training(lm: CausalLM) -> None:
     """Refuse a student whose backward pass fails, by the gradient of one of its weights."""
     batch = collate([[1, 2, 3]], [[4, 1]]).to(lm.device)
-    trained = next(parameter for parameter in lm.parameters() if parameter.requires_grad)
+    trained = next((parameter for parameter in lm.parameters() if parameter.requires_grad), None)
+    if trained is None:
+        return
     with trying(lm.model, "be trained", "Set model.recompute to false, or choose another model"):
         logprobs = fused_linear_token_logprobs(*lm.output(batch), batch.targets)
         torch.autograd.grad(logprobs.sum(), trained, allow_unused=True)

@@ -46,6 +46,7 @@ from minillm.run.verify import (
     verified_files,
     write_manifest,
 )
+from minillm.terminal import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -167,7 +168,7 @@ def newest_usable(run: Path, recipe: Recipe, student: nn.Module | None) -> Check
             damaged[path] = error
             continue
         for other, why in damaged.items():
-            print(f"{why}. It is kept as {set_aside(other, 'damaged')}; going on from {path}", flush=True)
+            say(f"{why}. It is kept as {set_aside(other, 'damaged')}; going on from {path}")
         return found
     if damaged:
         raise CheckpointError(

@@ -19,6 +19,7 @@ from minillm.config.schema import ConfigError
 from minillm.files import remove_partials, size_of, write_atomically
 from minillm.run import checkpoint
 from minillm.run.checkpoint import Checkpoint, CheckpointError
+from minillm.terminal import say
 
 LOCK, HOLDER = "run.lock", "run.lock.json"
 
@@ -174,7 +175,7 @@ def _resumed(run: Path, resume: str, recipe: Recipe, student: nn.Module | None) 
     except CheckpointError as error:
         raise CheckpointError(f"{error}. --resume auto goes on from the newest that can be used") from error
     for later in checkpoint.later_than(found.path):
-        print(f"{later} is of a later step: it is kept as {checkpoint.set_aside(later, 'later')}", flush=True)
+        say(f"{later} is of a later step: it is kept as {checkpoint.set_aside(later, 'later')}")
     return found
 
 

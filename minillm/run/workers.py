@@ -1,12 +1,11 @@
 """Several processes of one run: the first one speaks for all, and one that is lost ends the others."""
 
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 
-from minillm.terminal import unbroken_output
+from minillm.terminal import say, unbroken_output
 
 START_SECONDS = 180
 """How long the processes of a run wait for each other at the start. They are launched together, and all that comes
@@ -67,11 +66,10 @@ def _limited(seconds: float) -> Iterator[None]:
     """The rendezvous has a limit of its own that is as long as that of every later wait: hours, where many work."""
 
     def give_up() -> None:
-        print(
+        say(
             f"minillm: the other processes of this run have not appeared within {seconds:g} s; their own output says "
             "why",
-            file=sys.stderr,
-            flush=True,
+            error=True,
         )
         os._exit(2)
 

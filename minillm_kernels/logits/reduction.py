@@ -36,5 +36,5 @@ def split_normalizer(normalizer: float | Tensor | None, like: Tensor) -> tuple[T
     if isinstance(normalizer, Tensor):
         if normalizer.requires_grad and torch.is_grad_enabled():
             raise ValueError("normalizer requires a gradient, but is a constant here: pass normalizer.detach()")
-        return normalizer.to(like.device), None
+        return normalizer.to(like.device, non_blocking=True), None
     return None, None if normalizer is None else float(normalizer)

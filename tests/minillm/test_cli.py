@@ -159,8 +159,8 @@ SHORT = ("--eval.prompts=2", "--eval.samples=1", "--eval.sample_tokens=2", "--ev
         (["train", "recipe.yaml", "--data.train=package:alpaca"], "Not a directory"),
         (["train", "recipe.yaml", "--model.student=package:smollm2-135m-instruct"], "Not a directory"),
         (["evaluate", "student", "--data", "eval.jsonl", *SHORT, "--out", "."], "it is a directory, and a file is"),
-        (["evaluate", "student", "--data", "eval.jsonl", *SHORT, "--out", "file/x"], "File exists"),
-        (["report", "result.json", "--out", "file"], "File exists"),
+        (["evaluate", "student", "--data", "eval.jsonl", *SHORT, "--out", "file/x"], "Not a directory"),
+        (["report", "result.json", "--out", "file"], "Not a directory"),
     ],
 )  # fmt: skip
 def test_what_the_system_refuses_is_one_message(files, capsys, monkeypatch, command, message):

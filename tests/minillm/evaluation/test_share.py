@@ -32,16 +32,17 @@ def test_two_processes_give_the_evaluation_of_one(files):
         subprocess.Popen(
             [sys.executable, "-m", "minillm", *command, "--out", str(files / "two.json")],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(2)
     ]  # fmt: skip
     try:
-        printed = [worker.communicate(timeout=120)[0] for worker in workers]
+        said = [worker.communicate(timeout=120) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], printed
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    printed = [out for out, _ in said]
     assert "all of it is in" in printed[0] and not printed[1].strip()  # one of them tells
     one, two = (json.loads((files / name).read_text()) for name in ("one.json", "two.json"))
     for found in (one, two):
