@@ -33,7 +33,7 @@ pytestmark = [
 
 
 # What is executed: fp32 pairs on sm_80, bf16 pairs on sm_90; kernels without types are there anyway.
-TYPES = {80: (FP32, "float", "ff"), 90: (BF16, "__nv_bfloat16", r"13__nv_bfloat16S\d_")}
+TYPES = {80: (FP32, "float", "ff?"), 90: (BF16, "__nv_bfloat16", r"13__nv_bfloat16(S\d_)?")}
 _DIVERGENCE = ("DivergenceArgs, int, DivergenceSums*", "DivergenceGradArgs, int")
 INSTANTIATIONS = {
     "row_stats": ["row_stats_kernel<{0}, {0}>(StatsArgs, int, RowState<float>*)"],

@@ -89,3 +89,16 @@ def test_what_a_loss_is_made_of():
         distill_loss(s, None, IDS, forward_kl=1.0)
     with pytest.raises(ValueError, match="inplace=True cannot write"):
         distill_loss(s[:, :1].expand(2, 3, 257), t, reverse_kl=1.0, inplace=True)
+
+
+@pytest.mark.parametrize("needed", [False, True])
+@pytest.mark.parametrize("name", ["stats_loss", "reverse_kl", "jsd"])
+def test_opcheck(name, needed):
+    s, t = torch.randn(3, 60, requires_grad=True), torch.randn(3, 60)
+    settings = (False, needed, 0.7, 60, "reference")
+    if name == "stats_loss":
+        args = (s, t, torch.arange(3), torch.rand(5, 3), *settings)
+    else:
+        args = (s, t, torch.tensor([1.0, 0.0, 2.0]), None, None, "mean", name, 0.3, *settings)
+    operator = torch.ops.minillm.stats_loss if name == "stats_loss" else torch.ops.minillm.divergence_loss
+    torch.library.opcheck(operator.default, args)
