@@ -318,20 +318,6 @@ def rollouts_table() -> str:
     return markdown(header, rows) + "\n\n" + note
 
 
-def coins_table() -> str:
-    """What shared coins cost in variance."""
-    results = load("coins.json")
-    rows = [
-        [name, f"{row['over_own_coins']:.2f} ± {row['standard_error']:.2f}" if name != "row" else "1"]
-        for name, row in results["rows"].items()
-    ]
-    note = (
-        f"{results['rollouts']} rollouts of {results['prompts']} prompts × {results['new_tokens']} tokens at alpha "
-        f"{results['alpha']}; ± is a standard error. Made by `{results['command']}`."
-    )
-    return markdown(["coins", "variance of the gradient, own coins = 1"], rows) + "\n\n" + note
-
-
 def trl_table() -> str:
     """A step of our trainer beside one of TRL's."""
     results = load("trl.json")
@@ -358,7 +344,6 @@ TABLES = {
     "gpu": gpu_table,
     "training": training_table,
     "rollouts": rollouts_table,
-    "coins": coins_table,
     "trl": trl_table,
 }
 
