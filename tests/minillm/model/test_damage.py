@@ -196,7 +196,7 @@ def test_a_configuration_that_its_weights_allow_and_no_input(tmp_path, make_toke
     edit(tmp_path / "config.json", num_experts_per_tok=10**9)
     with pytest.raises(ConfigError, match="MixtralForCausalLM cannot compute as its configuration says"):
         use(str(tmp_path))
-    with pytest.raises(ConfigError, match="MixtralForCausalLM cannot be read before its head .RuntimeError: selected index"):
+    with pytest.raises(ConfigError, match=r"MixtralForCausalLM cannot be read before its head \(.*selected index"):
         CausalLM(load_model(str(tmp_path)))
 
 
