@@ -181,7 +181,7 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
     from minillm.config.schema import ConfigError
     from minillm.data.examples import read_records
     from minillm.evaluation.measure import DEFAULTS, evaluation_set, generation, measure
-    from minillm.model.check import check_forward, check_same_tokenizer
+    from minillm.model.check import check_decoding, check_forward, check_same_tokenizer
     from minillm.model.head import CausalLM
     from minillm.model.load import load_model, load_tokenizer
     from minillm.run.directory import environment
@@ -206,6 +206,7 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
         if against:
             check_same_tokenizer(tokenizer, load_tokenizer(against))
         examples, student = evaluation_set(config, tokenizer), load(source)
+        check_decoding(student)
         settings = json.dumps(generation(config, tokenizer), ensure_ascii=False)
         records = len(read_records(data))
         if PartialState().is_main_process:

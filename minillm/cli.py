@@ -188,12 +188,13 @@ def generate(options: argparse.Namespace, flags: list[str]) -> int:
     quiet_libraries()
     from minillm.config.schema import DataConfig, EvalDataConfig, ModelConfig
     from minillm.data.examples import encode, to_record
-    from minillm.model.check import check_context
+    from minillm.model.check import check_context, check_decoding
     from minillm.model.load import end_tokens, load_tokenizer
     from minillm.model.sampling import Decoding, decode, draw_uniforms, sample
 
     tokenizer, model = load_tokenizer(options.model), _open(options.model, ModelConfig(head="logits"))  # any head
     template = EvalDataConfig(prompt_template=options.template)
+    check_decoding(model)
     limits = DataConfig(max_prompt_length=options.max_prompt_length)
     ends = end_tokens(tokenizer, template, [model.model])
     for i, (where, prompt) in enumerate(prompts):

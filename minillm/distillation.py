@@ -14,7 +14,7 @@ from minillm.doctor import examine, refuse
 from minillm.doctor.patient import Finding
 from minillm.evaluation.measure import check_measurable, evaluation_set, measure
 from minillm.evaluation.result import START, TEACHER, Evaluation, plain
-from minillm.model.check import check_same_tokenizer
+from minillm.model.check import check_decoding, check_same_tokenizer
 from minillm.model.head import CausalLM
 from minillm.model.load import load_student, load_teacher, load_tokenizer
 from minillm.report.summary import card, changes, run_text
@@ -74,6 +74,9 @@ def run_recipe(
     examples = evaluation_set(recipe.run, tokenizer, recipe.training_sources) if with_evaluation else []
     if examples:
         check_measurable(student, teacher, examples, recipe.run)
+        for model in (student, teacher):
+            if model is not None:
+                check_decoding(model)
     check_same_everywhere(recipe, trainings, examples)
     check_export(student.model, tokenizer)
     with RunDirectory(recipe, resume, command, student.model, space_needed(recipe, student.model)) as run:

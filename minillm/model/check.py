@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 LIMITS = "data.max_prompt_length, data.max_response_length or rollout.max_new_tokens"
 PROBE = "In 1984,  the naïve café (№ 7) answered: “2 + 2 = 5”?\n\n\tdef f(x): return x\n日本語 🙂"
 
-NOT_SAMPLED = "Train it by sft or kd, which do not sample, or choose another model"
+NOT_SAMPLED = "Train it by sft or kd with `minillm train`, which do not sample, or choose another model"
 
 
 def check_context(model: "PreTrainedModel", tokens: int, limits: str = LIMITS) -> None:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import arguments
 from ..backends import choose
 from ..logits.loss_ops import weighted_sum
 from ..logits.minillm import Policy, loss_coefficients, loss_terms
-from ..logits.ops import no_double_backward, register
+from ..logits.ops import check_divergence_name, check_rows, no_double_backward, register
 from ..logits.reduction import write_row_weights
 from ..rows import DIFFERENTIABLE, DIFFERENTIABLE_INDEX, RowStats
 from . import chunked, tiled
@@ -35,9 +36,36 @@ def _at(per_row: Tensor | None, rows: slice | Tensor) -> Tensor | None:
 
 # ---- implementations
 
+_FLOATS = (torch.float32, torch.float64)
+_PER_ROW: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
+    "token_ids": ((torch.int64,), ()),
+    "mask": ((torch.bool,), ()),
+    "weights": (_FLOATS, ()),
+    "stats": (_FLOATS, (STATISTICS,)),
+    "coefficients": (_FLOATS, (len(DIFFERENTIABLE),)),
+    "constants": (_FLOATS, (4,)),
+}
+"""Types and leading dimensions of what comes for each row."""
+
+
+def _checked(operands: tuple, **per_row: Tensor | None) -> Operands:
+    """The operands of a call that anyone may have made, and its numbers for each row: kernels take sizes on trust."""
+    heads = Operands(*operands)
+    arguments.check_temperature(heads.temperature)
+    weights = [heads.student_weight] + ([] if heads.teacher is None else [heads.teacher.weight])
+    arguments.resolve_vocab_size(heads.vocab_size, *(weight.shape[0] for weight in weights))
+    if heads.student_hidden.dim() != 2 or (heads.teacher is not None and len(heads.teacher.hidden) != heads.n_rows):
+        raise ValueError("hidden states are [N, H], of both models with the same N")
+    if heads.chunk_rows is not None and heads.chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {heads.chunk_rows}")
+    for name, x in per_row.items():
+        dtypes, fields = _PER_ROW[name]
+        check_rows(heads.student_hidden, name, x, dtypes, *fields)
+    return heads
+
 
 def _linear_stats(token_ids: Tensor | None, mask: Tensor | None, *operands: Any) -> Tensor:
-    heads = Operands(*operands)
+    heads = _checked(operands, token_ids=token_ids, mask=mask)
     if heads.impl == "tiled":
         return tiled.statistics(heads, token_ids, mask)
     sweep = Sweep(heads, mask)
@@ -50,7 +78,7 @@ def _linear_stats(token_ids: Tensor | None, mask: Tensor | None, *operands: Any)
 def _linear_stats_grad(
     token_ids: Tensor | None, stats: Tensor, coefficients: Tensor, needs: list[bool], *operands: Any
 ) -> tuple[Tensor, ...]:
-    heads = Operands(*operands)
+    heads = _checked(operands, token_ids=token_ids, stats=stats, coefficients=coefficients)
     if heads.impl == "tiled":
         return tuple(tiled.gradients(heads, token_ids, stats, coefficients, needs))
     sweep = Sweep(heads, (coefficients != 0).any(0), needs)
@@ -65,7 +93,7 @@ def _linear_stats_loss(
     token_ids: Tensor | None, mask: Tensor | None, coefficients: Tensor, needs: list[bool], *operands: Any
 ) -> tuple[Tensor, ...]:
     """The coefficients are 0 in the rows that the mask leaves out."""
-    heads = Operands(*operands)
+    heads = _checked(operands, token_ids=token_ids, mask=mask, coefficients=coefficients)
     if heads.impl == "tiled":
         stats = tiled.statistics(heads, token_ids, mask)
         gradients = tiled.gradients(heads, token_ids, stats, coefficients, needs)
@@ -84,7 +112,8 @@ def _linear_stats_loss(
 
 
 def _linear_divergence(mask: Tensor | None, divergence: str, beta: float, *operands: Any) -> Tensor:
-    sweep = Sweep(Operands(*operands), mask)
+    check_divergence_name(divergence, beta)
+    sweep = Sweep(_checked(operands, mask=mask), mask)
     values = sweep.outputs(1)[0]
     for rows in sweep:
         stats = sweep.backend.row_stats(sweep.pair, None, sweep.mask)
@@ -103,7 +132,7 @@ def _linear_divergence_loss(
     *operands: Any,
 ) -> tuple[Tensor, ...]:
     """`weights` of the rows, None where each counts once, and the reduction, as in logits/loss_ops.py."""
-    heads = Operands(*operands)
+    heads = _checked(operands, weights=weights)
     mask = None if weights is None else weights != 0
     coefficients = heads.student_hidden.new_zeros((len(DIFFERENTIABLE), heads.n_rows), dtype=heads.accumulator)
     own = (weights, reduction, normalizer, divisor)
@@ -111,6 +140,7 @@ def _linear_divergence_loss(
         write_row_weights(coefficients[DIFFERENTIABLE.index(divergence)], *own)
         loss, _stats, *gradients = _linear_stats_loss(None, mask, coefficients, needs, *operands)
         return loss, *gradients
+    check_divergence_name(divergence, beta)
     row_weights = write_row_weights(coefficients[0], *own)
     sweep = Sweep(heads, mask, needs)
     per_row = sweep.outputs(1)[0]
@@ -136,7 +166,8 @@ def _linear_minillm_loss(
     *operands: Any,
 ) -> tuple[Tensor, ...]:
     """`constants` [4, N]: Policy's tensors. loss_scale: 1 / normalizer."""
-    heads, everywhere = Operands(*operands), Policy.of(constants, clip_range, entropy_coef)
+    heads = _checked(operands, token_ids=token_ids, mask=counts, constants=constants)
+    everywhere = Policy.of(constants, clip_range, entropy_coef)
     if heads.impl == "tiled":
         stats = tiled.statistics(heads, token_ids, counts)
         coefficients = loss_coefficients(RowStats(*stats.unbind(0)), everywhere) * loss_scale

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..backends import choose
 from ..rows import DIFFERENTIABLE, DIFFERENTIABLE_INDEX, Pair, RowStats, accumulator
-from .ops import check_divergence, check_rows, checked_pair, gradient_of_logits, register
+from .ops import check_divergence_name, check_rows, checked_pair, gradient_of_logits, register
 from .reduction import write_row_weights
 
 
@@ -56,7 +56,7 @@ def _divergence_loss(student, teacher, weights, normalizer, divisor, reduction, 
     check_rows(student, "weights", weights, (torch.float32, torch.float64))
     linear = divergence in DIFFERENTIABLE
     if not linear:
-        check_divergence(student, mask=None, stats=None, divergence=divergence, beta=beta)
+        check_divergence_name(divergence, beta)
     chosen = choose.resolve(backend, student, teacher)
     mask = None if weights is None else weights != 0
     values, grad = student.new_empty(0), student.new_empty(0)

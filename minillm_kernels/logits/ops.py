@@ -101,10 +101,14 @@ def _check_gradient(student, token_ids, stats, coefficients) -> None:
     check_rows(student, "coefficients", coefficients, _FLOATS, len(DIFFERENTIABLE))
 
 
-def check_divergence(student, mask, stats, divergence, beta) -> None:
+def check_divergence_name(divergence: str, beta: float) -> None:
     if divergence not in MIXTURE_DIVERGENCES:
         raise ValueError(f"unknown divergence {divergence!r}: expected one of {', '.join(MIXTURE_DIVERGENCES)}")
     arguments.check_unit_interval("beta", beta)
+
+
+def check_divergence(student, mask, stats, divergence, beta) -> None:
+    check_divergence_name(divergence, beta)
     check_rows(student, "mask", mask, _BOOL)
     check_rows(student, "stats", stats, _FLOATS, len(RowStats._fields))
 

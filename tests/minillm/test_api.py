@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -130,3 +131,19 @@ def test_an_evaluation_refuses_what_it_would_not_read():
         minillm.evaluate("student", "eval.jsonl", optim={"lr": 1})
     with pytest.raises(ConfigError, match="teacher is a dict; expected the path"):
         minillm.evaluate("student", "eval.jsonl", teacher={"dtype": "float32"})
+
+
+def test_a_model_that_decodes_by_another_law_is_not_measured(files, make_tokenizer):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=257, hidden_size=32, num_hidden_layers=2, state_size=8))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(files / "mamba")
+    make_tokenizer().save_pretrained(files / "mamba")
+    with pytest.raises(ConfigError, match="decodes by another law than its forward pass"):
+        minillm.evaluate(files / "mamba", files / "eval.jsonl")
+    assert main(["generate", str(files / "mamba"), "--prompt", "a"]) == 2
