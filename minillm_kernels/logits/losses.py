@@ -167,13 +167,13 @@ def fused_divergence_loss(
     name = check_divergence(divergence, beta, reduction)
     vocab_size = arguments.resolve_vocab_size(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1])
     w = row_weights(student_logits, labels, weights, ignore_index)
-    if inplace and not torch.compiler.is_compiling():  # constants that the operator does not see
-        arguments.check_inplace(student_logits, teacher_logits=teacher_logits, labels=labels, weights=weights)
     settings = (temperature, vocab_size, choose.requested())
     if reduction != "none":
         needed = wants_gradient(student_logits)
         scalar = (*split_normalizer(normalizer, student_logits), reduction, name, beta, inplace, needed)
-        return torch.ops.minillm.divergence_loss(student_logits, teacher_logits, w, *scalar, *settings)[0]
+        loss = torch.ops.minillm.divergence_loss(student_logits, teacher_logits, w, *scalar, *settings)[0]
+        _check_constants(inplace, student_logits, labels, weights)
+        return loss
     mask = None if w is None else w != 0
     if name in RowStats._fields:
         stats = torch.ops.minillm.row_stats(student_logits, teacher_logits, None, mask, inplace, *settings)
@@ -184,7 +184,14 @@ def fused_divergence_loss(
         per_row = torch.ops.minillm.row_divergence(
             student_logits, teacher_logits, mask, stats, inplace, name, beta, *settings
         )[0]
+    _check_constants(inplace, student_logits, labels, weights)
     return per_row if w is None else per_row * w
+
+
+def _check_constants(inplace: bool, logits: Tensor, labels: Tensor | None, weights: Tensor | None) -> None:
+    """What the operator, which has checked the logits, does not see. Compiled code does not come by here."""
+    if inplace and not torch.compiler.is_compiling():
+        arguments.check_inplace(logits, labels=labels, weights=weights)
 
 
 def check_divergence(divergence: str, beta: float, reduction: str) -> str:

@@ -254,7 +254,7 @@ def test_samples(core, pair, alpha, top_k, top_p, T, outside):
         law = (lp if x.from_teacher[i] else lq).exp()
         assert law[token] > 0
         assert law[:token].sum() <= uniforms[i, 1] + 1e-5 and law[: token + 1].sum() >= uniforms[i, 1] - 1e-5
-        lq, lp = lq[token], lp[token]
+        lq, lp = (log.float().double()[token] for log in (lq, lp))  # below the least float32, -inf
         mixture = torch.logaddexp(lp + torch.tensor(alpha).double().log(), lq + torch.tensor(-alpha).double().log1p())
         assert error(x.student_logprobs[i], lq) < 3e-6
         assert error(x.teacher_logprobs[i], lp) < 3e-6

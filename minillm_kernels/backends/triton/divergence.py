@@ -133,7 +133,7 @@ def row_divergence_kernel(
 @triton.jit
 def divergence_gradient(a, b, origins, centre, factor, scale, beta, KIND: tl.constexpr):
     q, _, q_slope = divergence_term(a, b, origins, scale, beta, KIND)
-    return tl.where(rm.outside(a, b) | (a == rm.MINUS_INF), 0.0, (q_slope - q * centre) * factor)
+    return tl.where(rm.outside(a, b) | rm.is_minus_inf(a), 0.0, (q_slope - q * centre) * factor)
 
 
 @triton.jit(do_not_specialize=["N", "V", "width"])

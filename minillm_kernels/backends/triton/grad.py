@@ -62,7 +62,7 @@ def gradient(k, a, b, is_token, scale, PAIR: tl.constexpr):
     if PAIR:
         g -= kp * tl.exp2(t - log2Zt)
     g = tl.where(is_token, g + ky, g)
-    return tl.where(rm.outside(a, b) | (a == rm.MINUS_INF), 0.0, g)
+    return tl.where(rm.outside(a, b) | rm.is_minus_inf(a), 0.0, g)
 
 
 @triton.jit(do_not_specialize=["N", "V", "width"])

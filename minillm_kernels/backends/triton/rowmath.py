@@ -176,6 +176,12 @@ def load_pair(pointers, columns, lead, V, PAIR: tl.constexpr, MASKED: tl.constex
 
 
 @triton.jit
+def is_minus_inf(a):
+    """Of half the number, in fp32: a comparison of the number itself is made in the type it was loaded in."""
+    return 0.5 * a == MINUS_INF
+
+
+@triton.jit
 def outside(a, b):
     """-inf in one model and not NaN or +inf in the other; by halves: the sum of two finite numbers may overflow."""
     return 0.5 * a + 0.5 * b == MINUS_INF
