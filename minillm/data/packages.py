@@ -11,7 +11,6 @@ own licences and never enter this repository.
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -22,6 +21,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import IO
 
@@ -164,8 +164,12 @@ def download(package: Package, folder: Path) -> Path:
     name = package.requirement.partition("==")[0]
     kind = ["--no-binary", name, "--no-build-isolation"] if package.source_only else ["--only-binary", name]
     pip = ["download", "--quiet", "--no-deps", "--disable-pip-version-check", "--ignore-requires-python", *kind]
-    if importlib.util.find_spec("pip") is None:
-        raise PackageError(f"{package.requirement} is fetched by pip, which is not installed: python -m ensurepip")
+    try:
+        metadata.distribution("pip")  # looking for the module would make setuptools give up distutils in this process
+    except metadata.PackageNotFoundError:
+        raise PackageError(
+            f"{package.requirement} is fetched by pip, which is not installed: python -m ensurepip"
+        ) from None
     say(f"fetching {package.requirement} with pip")
     target, scratch = folder / "archive", folder / "pip"
     target.mkdir()

@@ -117,7 +117,7 @@ class Head:
 
 def as_heads(*heads: Head | Tensor) -> tuple[Head, ...]:
     for head in heads:
-        if not isinstance(head, Head | Tensor):
+        if not isinstance(head, (Head, Tensor)):
             raise TypeError(
                 f"a head must be its weight [V, H] or a minillm_kernels.Head, got {type(head).__name__}: pass "
                 "lm_head.weight, or Head(lm_head.weight, lm_head.bias)"

