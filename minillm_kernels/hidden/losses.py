@@ -17,7 +17,7 @@ from ..logits.reduction import split_normalizer
 from ..rows import MIXTURE_DIVERGENCES, RowStats
 from . import ops  # noqa: F401  (registers torch.ops.minillm)
 from .head import Head, as_heads
-from .operands import flat, like_logits, operands
+from .operands import flat, like_logits, needs_of, operands
 from .tiled import COMPUTES
 
 
@@ -210,7 +210,7 @@ def fused_linear_divergence_loss(
             per_row = torch.ops.minillm.linear_stats(None, mask, *heads)[RowStats._fields.index(name)]
         per_row = per_row.reshape(like.shape[:-1])
         return per_row if w is None else per_row * w
-    scalar = (*split_normalizer(normalizer, student_hidden), reduction, name, beta, heads.needs)
+    scalar = (*split_normalizer(normalizer, student_hidden), reduction, name, beta, needs_of(heads))
     return torch.ops.minillm.linear_divergence_loss(flat(w), *scalar, *heads)[0]
 
 

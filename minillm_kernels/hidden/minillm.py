@@ -10,7 +10,7 @@ from ..logits import minillm
 from ..logits.minillm import MiniLLMLoss
 from . import ops  # noqa: F401  (registers torch.ops.minillm)
 from .head import Head, as_heads
-from .operands import flat, like_logits, named, operands
+from .operands import flat, like_logits, named, needs_of, operands
 
 
 def fused_linear_minillm_loss(
@@ -133,7 +133,7 @@ def fused_linear_minillm_loss(
         1.0 / minillm.denominator(counts, normalizer, policy.advantages.dtype),
         clip_range,
         entropy_coef,
-        heads.needs,
+        needs_of(heads),
         *heads,
     )
     return minillm.summarize(named(stats.detach(), like), policy, counts, normalizer)._replace(loss=loss)

@@ -73,12 +73,6 @@ class Operands(NamedTuple):
     def n_rows(self) -> int:
         return self.student_hidden.shape[0]
 
-    @property
-    def needs(self) -> list[bool]:
-        """Which of the student's hidden states, weight and bias want a gradient."""
-        student = (self.student_hidden, self.student_weight, self.student_bias)
-        return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in student]
-
 
 def operands(
     student: tuple[Tensor, Head],
@@ -96,13 +90,14 @@ def operands(
         _check_teacher(*teacher, student[0])
         models.append(_projection("teacher_hidden", "teacher_head", *teacher))
     backend = _check_driver(impl, chunk_rows, gather)
-    nothing: tuple[None, None, None] = (None, None, None)
-    hidden, weight, bias = models[1][:3] if teacher is not None else nothing
+    own, other = models[0], models[1] if teacher is not None else None
     return Operands(
-        *models[0][:3],
-        hidden,
-        weight,
-        bias,
+        own.hidden,
+        own.weight,
+        own.bias,
+        None if other is None else other.hidden,
+        None if other is None else other.weight,
+        None if other is None else other.bias,
         softcap=[model.softcap for model in models],
         scale=[model.scale for model in models],
         temperature=arguments.check_temperature(temperature),
@@ -112,6 +107,13 @@ def operands(
         gather=gather,
         backend=backend,
     )
+
+
+def needs_of(heads: Operands) -> list[bool]:
+    """Which of the student's hidden states, weight and bias want a gradient. No property: older torch cannot trace one
+    of a named tuple."""
+    student = (heads.student_hidden, heads.student_weight, heads.student_bias)
+    return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in student]
 
 
 def like_logits(heads: Operands, leading: torch.Size) -> Tensor:

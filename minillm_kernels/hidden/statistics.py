@@ -12,7 +12,7 @@ from ..logits import statistics
 from ..logits.statistics import DistillLoss, DistillStats, weighted_rows
 from . import ops  # noqa: F401  (registers torch.ops.minillm)
 from .head import Head, as_heads
-from .operands import flat, like_logits, named, operands
+from .operands import flat, like_logits, named, needs_of, operands
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -276,6 +276,6 @@ def fused_linear_distill_loss(
     like = like_logits(heads, student_hidden.shape[:-1])
     rows = weighted_rows(given, like, teacher is not None, token_ids, ignore_index)
     loss, stats, *_gradients = torch.ops.minillm.linear_stats_loss(
-        flat(rows.token_ids), flat(rows.counts), rows.coefficients.reshape(5, heads.n_rows), heads.needs, *heads
+        flat(rows.token_ids), flat(rows.counts), rows.coefficients.reshape(5, heads.n_rows), needs_of(heads), *heads
     )
     return DistillLoss(loss, DistillStats.of(named(stats.detach(), like)))

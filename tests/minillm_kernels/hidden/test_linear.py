@@ -340,6 +340,7 @@ def test_what_arrives_for_the_loss_multiplies_the_gradients(factor, backend):
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of resident memory is Linux's")
+@pytest.mark.skipif(mk.available_backends()["cpu"] != "ok", reason="the reference scales into new memory")
 @pytest.mark.parametrize("name", ["rkl", "minillm"])
 def test_the_backward_pass_makes_nothing_of_the_weights_size(name):
     """The gradients are there since the forward pass; zeros for outputs that nobody asked about would be seen here."""
