@@ -51,9 +51,16 @@ class DistillStats(NamedTuple):
 
     @classmethod
     def of(cls, stats: RowStats) -> DistillStats:
-        kept = cls(*(getattr(stats, name) for name in cls._fields))
-        teacher = (kept.teacher_logprobs.detach(), kept.teacher_logsumexp.detach())
-        return kept._replace(teacher_logprobs=teacher[0], teacher_logsumexp=teacher[1])
+        constant = stats.teacher_logprobs.detach(), stats.teacher_logsumexp.detach()
+        return cls(
+            stats.reverse_kl,
+            stats.forward_kl,
+            stats.student_logprobs,
+            constant[0],
+            stats.student_entropy,
+            stats.student_logsumexp,
+            constant[1],
+        )
 
 
 class DistillLoss(NamedTuple):
