@@ -138,14 +138,14 @@ def study(options: argparse.Namespace, flags: list[str]) -> int:
 
     if flags:
         raise ConfigError(f"study does not know {flags[0]!r}; its settings are those of the YAML file")
-    plan = load_study(options.study, options.smoke)
+    plan = load_study(options.study, options.profile or "")
     if options.list:
         say("\n".join(f"{'done' if plan.result(c).exists() else '    '}  {c.path}" for c in plan.cells()))
         return 0
     if options.report:
         from minillm.study.document import write_document
 
-        command = f"minillm study {options.study} --report"
+        command = f"minillm study {options.study}{f' --{options.profile}' if options.profile else ''} --report"
         say(f"wrote {write_document(plan, Path(options.report), command)}")
         return 0
     from minillm.run.interrupt import Interrupted, exit_on_signal
@@ -306,7 +306,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--report", nargs="?", const="docs/study.md", metavar="FILE", help="write the page (docs/study.md)"
     )
-    sub.add_argument("--smoke", action="store_true", help="apply the study's `smoke:` section, which makes it short")
+    for name, what in (("smoke", "makes it short"), ("card", "is for a GPU")):
+        help = f"apply the study's `{name}:` section, which {what}"
+        sub.add_argument(f"--{name}", dest="profile", action="store_const", const=name, help=help)
     sub = command("generate", generate, "answer one prompt, or each line of standard input")
     sub.add_argument("model", help="hub id, directory or package:NAME")
     sub.add_argument("--prompt", help="the prompt; without it, lines of standard input")

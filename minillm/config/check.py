@@ -34,6 +34,7 @@ def check_run(run: RunConfig) -> None:
     one_of("teacher.dtype", run.teacher.dtype, ("checkpoint", *DTYPES))
     _at_least_one(run.eval, "eval", "samples", "sample_tokens", "greedy_tokens", "batch_size", "max_prompt_length")
     _at_least_one(run.log, "log", "every", "checkpoints_kept")
+    one_of("eval.overlong_references", run.eval.overlong_references, ("cut", "drop"))
     if run.eval.prompts < 0:
         raise ConfigError(f"eval.prompts is {run.eval.prompts}; give a number, or 0 for all")
     if run.lora.rank < 0:
@@ -62,6 +63,7 @@ def check_stage(stage: StageConfig, run: RunConfig) -> None:
     one_of("method", stage.method, METHODS)
     one_of("loss.divergence", stage.loss.divergence, DIVERGENCES)
     one_of("optim.schedule", stage.optim.schedule, ("constant", "linear", "cosine"))
+    one_of("data.overlong_answers", stage.data.overlong_answers, ("cut", "drop"))
     one_of("data.overlong_prompts", stage.data.overlong_prompts, ("error", "drop"))
     one_of("data.empty_answers", stage.data.empty_answers, ("error", "drop"))
     one_of("data.train_on", stage.data.train_on, ("last", "all"))

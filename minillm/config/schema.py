@@ -84,7 +84,9 @@ class DataConfig:
     max_prompt_length: int = 256
     """Tokens of the longest prompt accepted."""
     max_response_length: int = 256
-    """Tokens after which a reference answer is cut."""
+    """Tokens of the longest answer learnt from, end-of-sequence included."""
+    overlong_answers: str = "cut"
+    """`cut` answers at the limit, after which nothing teaches the model to stop there, or `drop` the records."""
     overlong_prompts: str = "error"
     """`error`, or `drop` to leave prompts longer than the limit out."""
     empty_answers: str = "error"
@@ -245,7 +247,9 @@ class EvalConfig:
     max_prompt_length: int = 256
     """Longer prompts are left out of the evaluation."""
     max_reference_length: int = 256
-    """Tokens after which a reference answer is cut, where a model reads it."""
+    """Tokens of the longest reference that a model reads, end-of-sequence included."""
+    overlong_references: str = "cut"
+    """`cut` longer references where a model reads them, or `drop` the prompts from the evaluation."""
     samples: int = 2
     """Samples of the student per prompt for the reverse KL on its own text."""
     sample_tokens: int = 32

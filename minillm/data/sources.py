@@ -64,7 +64,8 @@ def locate(source: str) -> Path | None:
         return None
     raise FileNotFoundError(
         f"no data at {source!r}: give the path of a JSONL, JSON, CSV or Parquet file or of a `datasets` directory, a "
-        f"hub id (ORG/NAME or ORG/NAME:SPLIT), or package:NAME with NAME one of {', '.join(packages.DATA)}"
+        "hub id (ORG/NAME or ORG/NAME:SPLIT), or package:NAME with NAME one of "
+        f"{', '.join((*packages.DATA, *packages.JOINED))}"
     )
 
 

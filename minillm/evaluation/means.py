@@ -50,6 +50,8 @@ class Mean:
     """[P] float64, per prompt the number of tokens (or responses) in that sum; likewise."""
     seeds: Seeds | None = None
     """For sampled responses, the mean of each seed."""
+    samples: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.float64))
+    """[S, P] float64, for sampled responses the sum of each seed and prompt; empty where only means were kept."""
 
     @classmethod
     def of(cls, totals: Tensor, counts: Tensor) -> "Mean":
@@ -64,7 +66,8 @@ class Mean:
         totals, counts = (
             torch.stack(values).sum(0) for values in zip(*((m.totals, m.counts) for m in means), strict=True)
         )
-        return replace(cls.of(totals, counts), mean=seeds.mean, seeds=seeds)
+        samples = torch.stack([each.totals for each in means])
+        return replace(cls.of(totals, counts), mean=seeds.mean, seeds=seeds, samples=samples)
 
     def to_dict(self) -> dict[str, Any]:
         """Without the values per prompt."""
@@ -77,11 +80,17 @@ class Mean:
         return tree if self.seeds is None else tree | self.seeds.to_dict()
 
     @classmethod
-    def from_dict(cls, tree: dict[str, Any], per_prompt: Sequence[Sequence[float]] = ((), ())) -> "Mean":
-        """What `to_dict` gave; `per_prompt` are totals and counts."""
-        totals, counts = (torch.tensor(values, dtype=torch.float64) for values in per_prompt)
+    def from_dict(cls, tree: dict[str, Any], per_prompt: Sequence[Sequence[Any]] = ()) -> "Mean":
+        """What `to_dict` gave, with the `values_per_prompt`."""
         seeds = Seeds(tuple(tree["by_seed"])) if "by_seed" in tree else None
-        return cls(tree["mean"], tree["standard_error"], tree["prompts"], tree["count"], totals, counts, seeds)
+        values = [torch.tensor(column, dtype=torch.float64) for column in per_prompt]
+        known = dict(zip(("totals", "counts", "samples"), values, strict=False))
+        return cls(tree["mean"], tree["standard_error"], tree["prompts"], tree["count"], seeds=seeds, **known)
+
+    def values_per_prompt(self) -> list[list[Any]]:
+        """Totals, counts and, of sampled responses, the sums of each seed."""
+        known = [self.totals, self.counts, *([self.samples] if self.samples.numel() else [])]
+        return [column.tolist() for column in known]
 
 
 def difference(after: Mean, before: Mean) -> dict[str, float]:

@@ -53,6 +53,7 @@ def evaluation_set(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", seen
         max_prompt_length=config.eval.max_prompt_length,
         max_response_length=config.eval.max_reference_length,
         overlong_prompts="drop",
+        overlong_answers=config.eval.overlong_references,
     )
     seen_prompts = {record.prompt for name in set(seen) for record in read_records(name)}
     examples = [
@@ -63,7 +64,7 @@ def evaluation_set(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", seen
     if len(examples) < max(1, config.eval.prompts):
         raise DataError(
             f"{config.data.eval} has {len(examples)} held-out prompts of at most {config.eval.max_prompt_length} "
-            f"tokens with an answer; eval.prompts asks for {config.eval.prompts or 'all'}"
+            f"tokens with a reference; eval.prompts asks for {config.eval.prompts or 'all'}"
         )
     return random.Random(config.eval.seed).sample(examples, config.eval.prompts or len(examples))
 

@@ -89,7 +89,7 @@ class Evaluation:
         tree |= {"length": length, "calibration": self.calibration, "exposure_bias": self.exposure_bias}
         tree |= {"tokens_per_second": self.tokens_per_second, "responses": self.responses, "seconds": self.seconds}
         if per_prompt:
-            tree["per_prompt"] = {k: [m.totals.tolist(), m.counts.tolist()] for k, m in self.means.items()}
+            tree["per_prompt"] = {name: mean.values_per_prompt() for name, mean in self.means.items()}
         return plain({key: value for key, value in tree.items() if value not in (None, {}, ())})
 
     @classmethod
@@ -102,7 +102,7 @@ class Evaluation:
             metric, _, along = name.partition("/")
             found = defined.get(metric, {}).get(along) if along else defined.get(metric)
             if found:
-                means[name] = Mean.from_dict(found, defined.get("per_prompt", {}).get(name, ((), ())))
+                means[name] = Mean.from_dict(found, defined.get("per_prompt", {}).get(name, ()))
         length = dict(defined.get("length", {}))
         reference_length = length.pop("references", None)
         bias = defined.get("exposure_bias")

@@ -139,6 +139,16 @@ def buckets(results: Mapping[str, Evaluation], score: str = "rouge_l/sampled") -
     return figure
 
 
+def curves(name: str, at: Sequence[float], panels: Mapping[str, Sequence[tuple[float, float]]]) -> "Figure":
+    """A panel each of means and standard errors against one quantity."""
+    figure = new_figure(4.2 * len(panels), 3)
+    for panel, (title, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        means, errors = zip(*points, strict=True)
+        panel.errorbar(at, means, yerr=[0.0 if math.isnan(e) else e for e in errors], marker="o", capsize=3)
+        panel.set(xlabel=name, title=title)
+    return figure
+
+
 def plain(label: str) -> str:
     """A name that matplotlib takes as it is: between dollar signs it would read a formula."""
     return label.replace("$", r"\$")

@@ -5,24 +5,28 @@ at.
 """
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from filelock import Timeout
 
 import minillm
 from minillm.config.recipe import Recipe
-from minillm.config.schema import ModelConfig
+from minillm.config.schema import ModelConfig, RunConfig
 from minillm.data.examples import Example, Shuffled, encode, read_records
 from minillm.evaluation.measure import evaluation_set, measure
-from minillm.files import read_lines, write_atomically
+from minillm.evaluation.result import START, TEACHER
+from minillm.files import publish, read_lines, write_atomically
 from minillm.model.head import CausalLM
 from minillm.model.load import load_model, load_tokenizer
 from minillm.run.directory import environment
-from minillm.study.plan import REFERENCE, START, TEACHER, Cell, Study
+from minillm.study.choice import budget, check_gate, choose, read
+from minillm.study.plan import REFERENCE, Cell, Study
 from minillm.terminal import say
 from minillm.train.loop import METHODS
 from minillm.train.preflight import prepare
@@ -32,13 +36,22 @@ if TYPE_CHECKING:
 
 KEPT = ("stage", "step", "loss", "kl/reverse", "reward/mean", "completions/mean_length", "entropy", "clip_fraction",
         "grad_norm", "loss/pt", "tokens_per_second")  # fmt: skip
+VALIDATED = ("samples", "calibration")
+"""Parts of an evaluation by which is chosen: ROUGE-L, and the loss."""
+SAMPLED = ("minillm", "gkd")
+"""Methods that learn from what the student samples."""
 
 
 def run_next(study: Study, command: str) -> Path | None:
-    """Run the first cell that can run now; None if other runs are at all of those."""
+    """Run the first cell that can run now; None if other runs are at all of those.
+
+    Raises ConfigError at the first cell of a method where the gate is not passed.
+    """
     for cell in study.unfinished():
         if not all(study.result(needed).exists() for needed in study.needs(cell)):
             continue
+        if cell.name not in (TEACHER, START):
+            check_gate(study)
         try:
             held = study.lock(cell.path).acquire(blocking=False)
         except Timeout:
@@ -52,62 +65,93 @@ def run_next(study: Study, command: str) -> Path | None:
 
 def run_cell(study: Study, cell: Cell, command: str) -> Path:
     """Returns the path of the JSON written. Asked to stop by a signal, raises Interrupted after a checkpoint."""
+    record: dict[str, Any] = {"cell": cell._asdict(), "command": command, **trained(study, cell)}
     started = time.perf_counter()
-    record: dict[str, Any] = {"cell": cell._asdict(), "command": command}
-    if cell.name == TEACHER:
-        answer(study)
-        source = study.base["model"]["teacher"]
-    else:
-        record |= train(study, cell)
-        source = str(study.work / cell.path / "model")
-    trained = time.perf_counter()
-    record |= evaluations(study, source, cell.name != TEACHER)
-    spent = record["training"]["seconds"] if "training" in record else trained - started  # over all resumptions
-    record["seconds"] = {"training": spent, "evaluation": time.perf_counter() - trained}
+    first = cell.seed == study.seeds[0]
+    model, teacher = _load(study, cell), None if cell.name == TEACHER else _load(study, study.teacher)
+    tokenizer = load_tokenizer(str(study.model(cell)))
+    if first and "validation" not in record:
+        config = study.evaluation("validate")
+        found = measure(model, None, tokenizer, _prompts(study, config, tokenizer), config, VALIDATED)
+        record["validation"] = found.to_dict()
+    if not cell.candidate and (first or cell.name != START):
+        record["evaluations"] = {}
+        for name, parts in study.parts.items():
+            config = study.evaluation(name)
+            examples = _prompts(study, config, tokenizer)
+            say(f"evaluating on {len(examples)} prompts ({name})")
+            found = measure(model, teacher, tokenizer, examples, config, parts)
+            lengths = [len(example.response) for example in examples]
+            record["evaluations"][name] = found.to_dict() | {"reference_lengths": lengths}
+    record["seconds"] = {"training": record["training"]["seconds"], "evaluation": time.perf_counter() - started}
     record["environment"] = environment()
     target = study.result(cell)
     write_atomically(target, json.dumps(rounded(record), ensure_ascii=False) + "\n")
-    if cell.name != TEACHER:  # gigabytes in all; other cells need nothing but the model of `start`
-        shutil.rmtree(study.work / cell.path / ("checkpoints" if cell.name == START else ""), ignore_errors=True)
+    _tidy(study, cell)
     return target
 
 
-def train(study: Study, cell: Cell) -> dict[str, Any]:
-    """Train a cell, from its last checkpoint if it has one.
+def trained(study: Study, cell: Cell) -> dict[str, Any]:
+    """What was trained for a cell, whose model then is in `study.model(cell)`: a cell of the first seed takes over
+    the candidate that was chosen."""
+    chosen = "" if cell.candidate else choose(study, cell.name)
+    candidate = Cell(cell.name, cell.seed, chosen)
+    if not (chosen and candidate in study.candidates(cell.name)):
+        return train(study, cell, chosen)
+    if not study.model(cell).exists():
+        if not study.model(candidate).exists():
+            say(f"{candidate.path} has left no model here: trained again")
+            train(study, candidate, "")
+        study.model(cell).parent.mkdir(parents=True, exist_ok=True)
+        publish(study.model(candidate), study.model(cell))
+    kept = ("parameters", "config", "training", "metrics", "validation")
+    return {key: value for key, value in read(study, candidate).items() if key in kept}
 
-    The model that it begins from is trained again if only the JSON of that cell is here, as on another machine.
-    """
-    start = Cell(cell.size, START, cell.seed)
-    if cell != start:
-        with study.lock(start.path):  # several cells may begin there at once
-            if not (study.work / start.path / "model").exists():
-                say(f"{start.path} has left no model here: trained again")
-                train(study, start)
-    recipe = study.recipe(cell)
-    if recipe.stages[cell.name].method == "seqkd":
-        answer(study)
-    if study.matched(cell):
-        reference = study.result(Cell(cell.size, REFERENCE, cell.seed))
-        budget = json.loads(reference.read_text(encoding="utf-8"))["training"]["num_tokens"]
-        batch_size = recipe.stages[cell.name].optim.batch_size
-        steps = steps_to_reach(budget, lengths(study, recipe, cell.name), cell.seed, batch_size)
-        recipe = study.recipe(cell, steps)
+
+def train(study: Study, cell: Cell, chosen: str) -> dict[str, Any]:
+    """Train a cell at the candidate `chosen`, where it is none itself, from its last checkpoint if it has one."""
+    models = {TEACHER: [], START: [study.teacher]}.get(cell.name, [study.teacher, Cell(START, cell.seed)])
+    for needed in models:
+        with study.lock(needed.path):  # several cells may begin there at once
+            if not study.model(needed).exists():
+                say(f"{needed.path} has left no model here: trained again")  # only its JSON, as on another machine
+                trained(study, needed)
+    recipe = study.recipe(cell, chosen)
+    stage = recipe.stages[cell.name]
+    if stage.method == "seqkd":
+        answer(study, recipe, cell.name)
+    if study.matched(cell.name):
+        recipe = study.recipe(cell, chosen, _steps(study, recipe, cell))
     folder = study.work / cell.path
     if not (folder / "summary.json").exists():
         minillm.distill(recipe, resume="auto")
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in read_lines(folder / "metrics.jsonl")]
+    done, size = recipe.stages[cell.name].optim.steps, stage.optim.batch_size
+    if stage.method in SAMPLED:
+        learnt = size * sum(row["completions/mean_length"] for row in rows)
+    else:
+        responses = _responses(study, recipe, cell.name)
+        learnt = sum(responses[i] for i in Shuffled(len(responses), cell.seed).take(0, done * size))
     return {
         "parameters": summary["student"]["parameters"],
         "config": recipe.to_dict(),
-        "training": summary["stages"][cell.name],
+        "training": {**summary["stages"][cell.name], "response_tokens": learnt},
         "metrics": [{key: row[key] for key in KEPT if key in row} for row in rows],
     }
 
 
+def answer(study: Study, recipe: Recipe, stage: str) -> None:
+    """Sample the teacher's answers to the training prompts, which seqkd learns from, once for all seeds."""
+    with study.lock(study.answers.stem):
+        if not study.answers.exists():
+            teacher, tokenizer = _load(study, study.teacher), load_tokenizer(str(study.model(study.teacher)))
+            METHODS["seqkd"](prepare(recipe.run, recipe.stages[stage], teacher, teacher, tokenizer), study.work)
+
+
 def steps_to_reach(budget: float, tokens: Sequence[int], seed: int, batch_size: int) -> int:
-    """The fewest steps whose sequences, prompts included, have at least `budget` tokens: of examples with these
-    numbers of tokens, in the order that training takes them."""
+    """The fewest steps whose responses have at least `budget` tokens: of examples with these numbers of tokens, in
+    the order that training takes them."""
     order, steps, seen = Shuffled(len(tokens), seed), 0, 0
     while seen < budget:
         seen += sum(tokens[i] for i in order.take(steps * batch_size, batch_size))
@@ -115,52 +159,43 @@ def steps_to_reach(budget: float, tokens: Sequence[int], seed: int, batch_size: 
     return steps
 
 
-def lengths(study: Study, recipe: Recipe, stage: str) -> list[int]:
-    """Tokens of the sequences that a method learns from, per example."""
-    examples = examples_of(recipe, stage, load_tokenizer(recipe.run.model.teacher))
-    responses = [example.response for example in examples]
-    if recipe.stages[stage].method == "seqkd":
-        responses = [json.loads(line)["token_ids"] for line in read_lines(study.answers)]
-    return [len(e.prompt) + len(response) for e, response in zip(examples, responses, strict=True)]
+def _steps(study: Study, recipe: Recipe, cell: Cell) -> int:
+    """Steps that reach minillm's response tokens; where the student samples, at the length of its answers there."""
+    tokens, size = budget(study, cell.seed), recipe.stages[cell.name].optim.batch_size
+    if recipe.stages[cell.name].method not in SAMPLED:
+        return steps_to_reach(tokens, _responses(study, recipe, cell.name), cell.seed, size)
+    (held,) = [c for c in study.held_to(cell.seed) if c.candidate in ("", choose(study, REFERENCE))]
+    lengths = [row["completions/mean_length"] for row in read(study, held)["metrics"]]
+    return math.ceil(tokens / (size * fmean(lengths)))
 
 
-def examples_of(recipe: Recipe, stage: str, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
-    method, data = recipe.stages[stage].method, recipe.stages[stage].data
-    answers = method not in ("minillm", "seqkd")
-    return encode(read_records(data.train), tokenizer, recipe.run.data, data, data.train, answers).examples
+def _responses(study: Study, recipe: Recipe, stage: str) -> list[int]:
+    """Tokens of the responses that a method learns from, per example."""
+    config = recipe.stages[stage]
+    if config.method == "seqkd":
+        return [len(json.loads(line)["token_ids"]) for line in read_lines(study.answers)]
+    tokenizer, data = load_tokenizer(study.base["model"]["teacher"]), config.data
+    encoded = encode(read_records(data.train), tokenizer, recipe.run.data, data, data.train, answers=True)
+    return [len(example.response) for example in encoded.examples]
 
 
-def answer(study: Study) -> None:
-    """Sample the teacher's answers to the training prompts, which seqkd learns from, once for all seeds."""
-    seqkd = [name for name, tree in study.methods.items() if tree.get("method") == "seqkd"]
-    with study.lock(study.answers.stem):
-        if seqkd and not study.answers.exists():
-            size = next(iter(study.sizes))
-            recipe = study.recipe(Cell(size, seqkd[0], 0))
-            source = recipe.run.model.teacher
-            teacher = CausalLM(load_model(source))
-            training = prepare(recipe.run, recipe.stages[seqkd[0]], teacher, teacher, load_tokenizer(source))
-            METHODS["seqkd"](training, study.work)
+def _load(study: Study, cell: Cell) -> CausalLM:
+    return CausalLM(load_model(str(study.model(cell)), ModelConfig().dtype))
 
 
-def evaluations(study: Study, source: str, against_teacher: bool) -> dict[str, Any]:
-    """Evaluate one model on every data set of the study; everything on the first, samples alone on the others."""
-    teacher_source = study.base["model"]["teacher"]
-    tokenizer, settings = load_tokenizer(source), ModelConfig()
-    model = CausalLM(load_model(source, settings.dtype))
-    teacher = CausalLM(load_model(teacher_source, settings.dtype)) if against_teacher else None
-    found: dict[str, Any] = {}
-    for i, name in enumerate(study.evaluate):
-        config = study.evaluation(name)
-        examples = evaluation_set(config, tokenizer, [study.base["data"]["train"]])
-        say(f"evaluating on {len(examples)} prompts of {config.data.eval}")
-        if i == 0:
-            evaluation = measure(model, teacher, tokenizer, examples, config)
-        else:
-            examples.sort(key=lambda example: len(example.prompt))  # less padding in a batch
-            evaluation = measure(model, None, tokenizer, examples, config, ["samples"])
-        found[name] = evaluation.to_dict(per_prompt=False)
-    return {"evaluations": found}
+def _prompts(study: Study, config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
+    """By length, so that a batch pads less; the same order for every model."""
+    examples = evaluation_set(config, tokenizer, [study.base["data"]["train"]])
+    return sorted(examples, key=lambda example: len(example.prompt))
+
+
+def _tidy(study: Study, cell: Cell) -> None:
+    """Delete what nothing needs any more: gigabytes in all. Others need the models of the teacher and the starts, and
+    those of candidates until one of them is chosen."""
+    folders = [study.work / each.path for each in study.candidates(cell.name)] if not cell.candidate else []
+    folders.append(study.work / cell.path / ("checkpoints" if cell.name in (TEACHER, START) or cell.candidate else ""))
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def rounded(tree: Any) -> Any:

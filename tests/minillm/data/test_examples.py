@@ -184,6 +184,16 @@ def test_counts_of_the_filters(tokenizer):
     assert str(encoded) == "2 of 5 records (1 overlong prompts left out, 2 empty answers left out, 1 answers cut)"
 
 
+def test_overlong_answers_are_left_out_where_asked(tokenizer):
+    data = DataConfig(max_response_length=3, overlong_answers="drop")
+    records = [Record([USER], text) for text in ("Hello", "ab", "abc")]  # and the end: 6, 3 and 4 tokens
+    encoded = encode(records, tokenizer, CHAT, data, "x", answers=True)
+    assert [example.record.answer for example in encoded.examples] == ["ab"]
+    assert str(encoded) == "1 of 3 records (2 overlong answers left out)"
+    with pytest.raises(DataError, match=r"or its answer than data.max_response_length = 3"):
+        encode(records[:1], tokenizer, CHAT, data, "x", answers=True)
+
+
 def test_packed_rows_hold_the_same_targets_in_the_same_order():
     prompts, responses = [[1, 2, 3], [4], [5, 6], [7]], [[7, 0], [8, 9, 8, 0], [], [1, 2]]
     plain, packed = collate(prompts, responses), collate(prompts, responses, row_length=8)

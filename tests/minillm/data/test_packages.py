@@ -221,6 +221,20 @@ def test_every_alpaca_prompt_is_on_one_side_of_the_split():
     assert 60 < len(held_out) < 150  # a tenth; binomial deviation 10
 
 
+def test_sets_to_fit_validate_and_test_share_no_prompt_and_lose_none():
+    alpaca = [{"instruction": f"Task {i}", "input": ""} for i in range(1000)]
+    others = [{"instruction": f"Ask {i}", "dataset": ("koala", "vicuna", "selfinstruct")[i % 3]} for i in range(900)]
+    rows = {packages.ALPACA: alpaca, packages.ANSWERS: others}
+
+    def members(name):
+        _, member, read = packages.DATA[name]
+        return [row["instruction"] for row in read(io.BytesIO(json.dumps(rows[member]).encode()))]
+
+    found = {name: [p for part in parts for p in members(part)] for name, parts in packages.JOINED.items()}
+    assert sorted(p for part in found.values() for p in part) == sorted(r["instruction"] for r in alpaca + others)
+    assert 80 < len(found["instructions-validation"]) < 190  # a tenth of 1,300 (26 of 256); binomial deviation 11
+
+
 def test_the_papers_sets_are_chosen_by_name():
     rows = json.dumps(
         [{"dataset": name, "instruction": name} for name in ("vicuna", "selfinstruct", "koala")]

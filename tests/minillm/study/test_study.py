@@ -11,7 +11,8 @@ import minillm
 from minillm.cli import main
 from minillm.config.recipe import merge
 from minillm.config.schema import ConfigError
-from minillm.study import cell, document
+from minillm.evaluation.result import Evaluation
+from minillm.study import cell, choice
 from minillm.study.cell import rounded, steps_to_reach
 from minillm.study.plan import Cell, load_study
 
@@ -22,90 +23,96 @@ RECIPE = Path(__file__).parents[3] / "recipes/study/study.yaml"
 def tree(files):
     """The committed study, its smoke sizes, and nothing of it but models and data replaced."""
     tree = yaml.safe_load(RECIPE.read_text())
+    tree.pop("appendix")
+    sets = {name: {"data": {"eval": str(files / "eval.jsonl")}} for name in tree["evaluate"]}
     tiny = {
         "base": {
             "model": {"teacher": str(files / "teacher")},
             "data": {"train": str(files / "train.jsonl"), "text": str(files / "text.txt")},
         },
-        "sizes": {"24-layers": {"model": {"drop_layers": [2, 3]}}, "18-layers": {"model": {"drop_layers": [1, 3]}}},
-        "smoke": {
-            "results": str(files / "results"),
-            "work": str(files / "work"),
-            "base": {"data": {"max_prompt_length": 64}},
-            "methods": {"minillm": {"objective": {"pt_length": 16}}},
-            "evaluate": {name: {"data": {"eval": str(files / "eval.jsonl")}} for name in tree["evaluate"]},
-        },
+        "start": {"model": {"drop_layers": [2, 3]}},
+        "smoke": {"results": str(files / "results"), "work": str(files / "work")},
+        "validate": {"data": {"eval": str(files / "eval.jsonl")}},
+        "evaluate": sets,
     }
-    for name in tree["evaluate"]:
-        tiny["smoke"]["evaluate"][name]["eval"] = {"max_prompt_length": 64}
     merge(tree, tiny)
     return tree
 
 
 @pytest.fixture
 def study(files, tree):
-    del tree["sizes"]["24-layers"], tree["ablations"]["no-teacher-mixing"], tree["ablations"]["no-single-step"]
+    """Without what is like something else in it."""
+    del tree["ablations"]["no-teacher-mixing"], tree["ablations"]["no-single-step"], tree["methods"]["kd"]
+    for name in ("sft", "seqkd", "gkd"):
+        del tree["methods"][name]["grid"]
     path = files / "study.yaml"
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return path
 
 
-def test_the_committed_study_is_the_one_asked_for():
+def test_the_committed_study_is_the_one_laid_down():
     plan = load_study(RECIPE)
     cells = plan.cells()
-    assert len(cells) == len(set(cells)) == 1 + 3 * (2 * 5 + 3 + 2)
-    assert list(plan.methods) == ["minillm", "sft", "kd", "seqkd"] and len(plan.sizes) == 2
+    assert len(cells) == len(set(cells)) == (2 + 1) + 3 + (3 + 4 * 2) + 3 * 5 + (3 + 2)
+    assert plan.methods == ["minillm", "sft", "kd", "seqkd", "gkd"] and plan.gate == 2.5
     for name, section, key, value in (
         ("no-length-norm", "objective", "length_norm", False),
         ("no-teacher-mixing", "rollout", "alpha", 0.0),
         ("no-single-step", "objective", "single_step", False),
     ):
-        config = plan.recipe(Cell(plan.ablated_size, name, 1)).stages[name]
+        config = plan.recipe(Cell(name, 0), "lr=2e-05").stages[name]
         assert config.method == "minillm" and getattr(getattr(config, section), key) == value
-    lr = {name: plan.recipe(Cell("24-layers", name, 1)).stages[name].optim.lr for name in ("lower-lr", "sft")}
-    assert lr["lower-lr"] < lr["sft"]
-    names = (*plan.methods, *plan.ablations, *plan.variations)
-    starts = {plan.recipe(Cell("18-layers", name, 2)).run.model.student for name in names}
-    assert len(starts) == 1  # the same initialisation
+        assert config.optim.lr == 2e-5
+    assert plan.recipe(Cell("minillm", 1), "lr=2e-05").stages["minillm"].objective.pt_weight == 0
+    starts = {plan.recipe(Cell(name, 2)).run.model.student for name in plan.methods}
+    assert starts == {"runs/study/start-2/model"}  # the same initialisation
+    teachers = {plan.recipe(c).run.model.teacher for c in cells if c.name != "teacher"}
+    assert teachers == {"runs/study/teacher-0/model"}
+    profile = load_study(RECIPE, "card").recipe(Cell("minillm", 0)).stages["minillm"]
+    assert (profile.optim.batch_size, profile.rollout.max_new_tokens, profile.optim.steps) == (64, 128, 128)
 
 
 def test_one_cell_after_the_other_then_the_page(study, files, capsys):
     pytest.importorskip("matplotlib", reason="the page is an optional extra")
     command = ["study", str(study), "--smoke"]
-    assert main([*command, "--report", str(files / "study.md")]) == 2
-    assert "no finished cell" in capsys.readouterr().err
+    assert main([*command, "--report", str(files / "study.md")]) == 0
+    assert "14 of 14 cells are not done yet" in (files / "study.md").read_text()  # the protocol, before any cell
     assert main(command) == 0
-    assert "== teacher" in capsys.readouterr().out and (files / "work/teacher-answers.jsonl").exists()
+    assert "== grid/teacher-lr=3e-05" in capsys.readouterr().out
     assert main([*command, "--all"]) == 0
-    assert "0 of 8 cells left" in capsys.readouterr().out
+    assert "0 of 14 cells left" in capsys.readouterr().out
     assert main([*command, "--list"]) == 0
-    assert capsys.readouterr().out.count("done") == 8
+    assert capsys.readouterr().out.count("done") == 14
 
-    plan = load_study(study, smoke=True)
+    plan = load_study(study, "smoke")
     found = {c: json.loads(plan.result(c).read_text()) for c in plan.cells()}
-    for size in plan.sizes:
-        budget = found[Cell(size, "minillm", 0)]["training"]["num_tokens"]
-        for name in ("sft", "kd", "seqkd"):
-            config = found[Cell(size, name, 0)]["config"]["stages"][name]
-            tokens, steps = found[Cell(size, name, 0)]["training"]["num_tokens"], config["optim"]["steps"]
-            assert tokens >= budget and tokens * (steps - 1) / steps < budget * 1.2  # equal to about a step
-        assert (files / "work" / size / "start-0/model").exists()  # others begin there; the rest is deleted
-        assert not (files / "work" / size / "sft-0").exists()
-    record = found[Cell("18-layers", "no-length-norm", 0)]
-    assert set(record["evaluations"]) == {"held-out", "selfinst", "vicuna"}
-    assert (
-        "exposure_bias" in record["evaluations"]["held-out"] and "calibration" not in record["evaluations"]["vicuna"]
-    )
+    losses = {c.candidate: found[c]["validation"]["loss"]["mean"] for c in plan.candidates("teacher")}
+    assert choice.choose(plan, "teacher") == min(losses, key=losses.get)
+    scores = {c.candidate: found[c]["validation"]["rouge_l"]["sampled"]["mean"] for c in plan.candidates("minillm")}
+    chosen = choice.choose(plan, "minillm")
+    assert scores[chosen] == max(scores.values())
+    ours, candidate = found[Cell("minillm", 0)], found[Cell("minillm", 0, chosen)]
+    assert ours["training"] == candidate["training"] and ours["validation"] == candidate["validation"]
+    assert "evaluations" not in candidate
+    assert f"lr={found[Cell('half-teacher', 0)]['config']['stages']['half-teacher']['optim']['lr']}" == chosen
+    budget = ours["training"]["response_tokens"]
+    for name in ("sft", "seqkd"):
+        config = found[Cell(name, 0)]["config"]["stages"][name]
+        tokens, steps = found[Cell(name, 0)]["training"]["response_tokens"], config["optim"]["steps"]
+        assert budget <= tokens and tokens * (steps - 1) / steps < budget * 1.2  # equal to about a step
+        assert not (files / "work" / f"{name}-0/model").exists()
+    assert (files / "work/start-0/model").exists() and (files / "work/teacher-0/model").exists()  # others need them
+    record = found[Cell("no-length-norm", 0)]
+    assert set(record["evaluations"]) == {"test", "exposure"}
+    totals, counts, samples = record["evaluations"]["test"]["per_prompt"]["rouge_l/sampled"]
+    assert [sum(column) for column in zip(*samples, strict=True)] == pytest.approx(totals) and counts == [2, 2, 2, 2]
+    assert len(record["evaluations"]["test"]["reference_lengths"]) == 4
+    assert "exposure_bias" in record["evaluations"]["exposure"]
 
     assert main([*command, "--report", str(files / "study.md")]) == 0
     text = (files / "study.md").read_text()
-    tokens = found[Cell("18-layers", "kd", 0)]["training"]["num_tokens"]
-    assert (
-        f"| kd | 1 | {tokens:,.0f} |" in text and "**open**" in text and "**holds**" not in text
-    )  # one seed decides nothing
-    lower = found[Cell("18-layers", "lower-lr", 0)]["training"]["num_tokens"]
-    assert f"| lower-lr | 1 | {lower:,.0f} |" in text and "`{optim: {lr: 3e-5}}`" in text
-    assert not [line for line in text.partition("## Variations")[2].splitlines() if "**open**" in line]
+    assert f"| minillm | 1 | {budget:,.0f} |" in text and "the gate, -100, is passed" in text
+    assert "ROUGE-L of minillm minus " + choice.best_rival(plan) in text
     images = [line.partition("](")[2].rstrip(")") for line in text.splitlines() if line.startswith("![")]
     assert len(images) == 4 and all((files / image).exists() for image in images)
 
@@ -119,57 +126,106 @@ def test_the_committed_page_is_what_the_committed_cells_give(tmp_path, monkeypat
     assert figures == {path.name for path in Path("docs/study").glob("*.png")}
 
 
-def test_several_runs_share_the_cells_and_wait_for_what_they_need(study, monkeypatch, capsys):
-    plan, ran = load_study(study, smoke=True), []
+def written(plan, each, rouge=10.0, loss=1.0, tokens=100.0):
+    """The JSON of a cell, as far as the choice reads it."""
+    mean = {"standard_error": 0.1, "prompts": 4, "count": 4}
+    means = {"rouge_l": {"sampled": {"mean": rouge} | mean}, "loss": {"mean": loss} | mean}
+    tree = {"validation": {"prompts": 4, "generation": {}} | means, "training": {"response_tokens": tokens}}
+    plan.result(each).parent.mkdir(parents=True, exist_ok=True)
+    plan.result(each).write_text(json.dumps(tree))
+    assert Evaluation.from_dict(tree["validation"]).means["loss"].mean == loss
 
-    def run(plan, cell, command):
-        ran.append(cell.path)
-        plan.result(cell).parent.mkdir(parents=True, exist_ok=True)
-        plan.result(cell).write_text("{}")
-        return plan.result(cell)
+
+def test_the_validation_chooses_and_the_gate_stops(study, monkeypatch):
+    plan = load_study(study, "smoke")
+    one, other = plan.candidates("teacher")
+    written(plan, one, rouge=20, loss=2.0)
+    written(plan, other, rouge=10, loss=1.5)
+    assert choice.choose(plan, "teacher") == other.candidate  # by the loss
+    low, high, middle = plan.candidates("minillm")
+    for each, rouge, tokens in ((low, 1, 10), (high, 3, 30), (middle, 2, 20)):
+        written(plan, each, rouge=rouge, tokens=tokens)
+    assert choice.choose(plan, "minillm") == choice.choose(plan, "half-teacher") == high.candidate
+    assert choice.budget(plan, 0) == 30
+    for name, rouge in (("sft", 2), ("seqkd", 4), ("gkd", 3)):
+        written(plan, Cell(name, 0), rouge=rouge)
+    assert choice.best_rival(plan) == "seqkd"
+    written(plan, plan.teacher, rouge=12)
+    written(plan, Cell("start", 0), rouge=10)
+    assert choice.headroom(plan) == 2
+    strict = load_study(study)
+    assert strict.gate == 2.5
+    monkeypatch.setattr(type(plan), "unfinished", lambda self: [Cell("sft", 0)])
+    with pytest.raises(ConfigError, match=r"2\.00 above the start's .* the gate asks for 2\.5"):
+        cell.run_next(load_with(study, plan, strict.gate), "")
+
+
+def load_with(path, plan, gate):
+    """The study of the smoke profile at another gate."""
+    tree = yaml.safe_load(path.read_text())
+    tree["smoke"]["gate"] = gate
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return load_study(path, "smoke")
+
+
+def test_several_runs_share_the_cells_and_wait_for_what_they_need(study, monkeypatch, capsys):
+    plan, ran = load_study(study, "smoke"), []
+
+    def run(plan, each, command):
+        ran.append(each.path)
+        written(plan, each)
+        return plan.result(each)
 
     monkeypatch.setattr(cell, "run_cell", run)
     command = ["study", str(study), "--smoke"]
-    with plan.lock("teacher"):
-        assert main(command) == 0 and ran == ["18-layers/start-0"]
-        assert main(command) == 0 and ran == ["18-layers/start-0"]  # all others need the teacher's answers
+    with plan.lock("grid/teacher-lr=3e-05"):
+        assert main(command) == 0 and ran == ["grid/teacher-lr=0.0001"]
+        assert main(command) == 0 and len(ran) == 1  # all others need the teacher
         assert "other runs are at all cells that could run now" in capsys.readouterr().out
-    main(command)
-    with plan.lock("18-layers/minillm-0"):
-        main(command)
-        assert ran[1:] == ["teacher", "18-layers/no-length-norm-0"]  # those in between are held to minillm's tokens
     main([*command, "--all"])
-    assert ran[3:] == [f"18-layers/{name}-0" for name in ("minillm", "sft", "kd", "seqkd", "lower-lr")]
+    assert ran[1:4] == ["grid/teacher-lr=3e-05", "teacher-0", "start-0"]
+    assert ran[4:7] == [each.path for each in plan.candidates("minillm")]
+    assert ran[7:] == [f"{name}-0" for name in ("minillm", "sft", "seqkd", "gkd", *plan.ablations, *plan.variations)]
+
+
+def test_what_is_needed_comes_before(study):
+    plan = load_study(RECIPE)
+    order = {each: i for i, each in enumerate(plan.cells())}
+    for each in plan.cells():
+        assert all(order[needed] < order[each] for needed in plan.needs(each)), each
+    assert Cell("minillm", 1) in plan.needs(Cell("kd", 1)) and plan.needs(plan.candidates("teacher")[0]) == []
 
 
 def test_what_stops_an_evaluation_does_not_cost_the_training(study, monkeypatch):
-    plan, calls = load_study(study, smoke=True), []
-    trained, evaluated = minillm.distill, cell.evaluations
+    plan, calls = load_study(study, "smoke"), []
+    trained, measured = minillm.distill, cell.measure
     monkeypatch.setattr(minillm, "distill", lambda *args, **options: calls.append(1) or trained(*args, **options))
 
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cell, "evaluations", fail)
-    start = plan.cells()[1]
+    monkeypatch.setattr(cell, "measure", fail)
+    first = plan.cells()[0]
     with pytest.raises(KeyboardInterrupt):
-        cell.run_cell(plan, start, "")
-    assert plan.unfinished()[1] == start and calls == [1]
-    monkeypatch.setattr(cell, "evaluations", evaluated)
-    cell.run_cell(plan, start, "")
-    assert start not in plan.unfinished() and calls == [1]
+        cell.run_cell(plan, first, "")
+    assert plan.unfinished()[0] == first and calls == [1]
+    monkeypatch.setattr(cell, "measure", measured)
+    cell.run_cell(plan, first, "")
+    assert first not in plan.unfinished() and calls == [1]
 
 
 def test_a_study_goes_on_where_only_its_json_is(study, files, capsys):
-    plan = load_study(study, smoke=True)
-    teacher, start, minillm, *_, seqkd, _, _ = plan.cells()
-    for each in (teacher, start, minillm):
-        cell.run_cell(plan, each, "")
-    before = json.loads(plan.result(start).read_text())["training"]["num_tokens"]
+    plan = load_study(study, "smoke")
+    for _ in range(4):
+        cell.run_next(plan, "")
+    before = json.loads(plan.result(Cell("start", 0)).read_text())["training"]["num_tokens"]
     shutil.rmtree(files / "work")
-    record = json.loads(cell.run_cell(plan, seqkd, "").read_text())
-    assert "trained again" in capsys.readouterr().out and record["training"]["num_tokens"] > 0
-    assert json.loads(plan.result(start).read_text())["training"]["num_tokens"] == before
+    candidate = plan.candidates("minillm")[0]
+    record = json.loads(cell.run_cell(plan, candidate, "").read_text())
+    out = capsys.readouterr().out
+    assert "teacher-0 has left no model here: trained again" in out and record["training"]["num_tokens"] > 0
+    assert "start-0 has left no model here: trained again" in out
+    assert json.loads(plan.result(Cell("start", 0)).read_text())["training"]["num_tokens"] == before
 
 
 def test_steps_reach_the_budget_and_no_more():
@@ -177,14 +233,6 @@ def test_steps_reach_the_budget_and_no_more():
     assert steps_to_reach(100, tokens, 0, 2) == 2
     assert steps_to_reach(101, tokens, 0, 2) == 3
     assert steps_to_reach(1, tokens, 0, 2) == 1
-
-
-def test_verdicts_by_hand():
-    low, high = document.interval([1.0, 2.0, 3.0])
-    assert (low, high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
-    assert document.judge(0.1, 0.3, better=1) == "holds" and document.judge(0.1, 0.3, better=-1) == "fails"
-    assert document.judge(-0.3, -0.1, better=-1) == "holds" and document.judge(-0.1, 0.1, better=1) == "open"
-    assert document.judge(*document.interval([5.0]), better=1) == "open"
 
 
 def test_rounding_keeps_six_digits():
@@ -196,9 +244,13 @@ def test_rounding_keeps_six_digits():
     [
         ({"methds": {}}, "did you mean 'methods'"),
         ({"seeds": []}, "no section `seeds`"),
-        ({"ablations": {"size": "9-layers"}}, "value of ablations.size: '9-layers'"),
         ({"methods": {"sft": {"optim": {"lrr": 1}}}}, "did you mean 'lr'"),
-        ({"evaluate": {"vicuna": {"eval": {"sampls": 1}}}}, "did you mean 'samples'"),
+        ({"methods": {"sft": {"grid": {"values": []}}}}, "grid of sft is"),
+        ({"methods": {"sft": {"grid": {"by": "los"}}}}, "did you mean 'loss'"),
+        ({"ablations": {"no-single-step": {"grid": {"key": "optim.lr", "values": [1.0]}}}}, "has a grid"),
+        ({"evaluate": {"test": {"eval": {"sampls": 1}}}}, "did you mean 'samples'"),
+        ({"evaluate": {"test": {"parts": ["sample"]}}}, "did you mean 'samples'"),
+        ({"validate": {"eval": {"sampls": 1}}}, "did you mean 'samples'"),
     ],
 )
 def test_a_study_that_cannot_be_run(files, tree, change, message):
@@ -209,32 +261,3 @@ def test_a_study_that_cannot_be_run(files, tree, change, message):
         load_study(path)
     with pytest.raises(FileNotFoundError, match="no study at"):
         load_study(files / "none.yaml")
-
-
-def test_differences_are_within_seed_and_size_and_all_sizes_are_their_union():
-    metric = document.Metric("ROUGE-L", lambda record: record["value"], 2, 1)
-    values = {("small", 0): (3, 1), ("small", 1): (5, 1), ("large", 0): (9, 1)}
-    records = {
-        Cell(size, name, seed): {"value": value}
-        for (size, seed), pair in values.items()
-        for name, value in zip(("minillm", "kd"), pair, strict=True)
-    }
-    del records[Cell("small", "kd", 1)]  # not done yet
-    pair = ("minillm", "kd")
-    records[Cell("large", "kd", 2)] = {"value": 7}
-    assert document._difference(records, "small", ["small"], pair, metric).values == [2]
-    assert document._difference(records, document.ALL, ["small", "large"], pair, metric).values == [2, 8]
-    assert document._difference(records, "small", ["small"], ("minillm", "sft"), metric) is None
-
-
-def test_verdicts_in_words_name_what_is_decided_and_count_what_is_open():
-    metric = document.Metric("ROUGE-L", float, 2, 1)
-
-    def difference(rival, *values):
-        return document.Difference("small", rival, metric, list(values))
-
-    found = [difference("sft", 1.0, 1.1, 0.9), difference("kd", -1.0, -1.1, -0.9), difference("seqkd", 1.0, -1.0, 0.5)]
-    text = document.in_words([*found, difference("gkd", 9.0)])  # of one seed: open, whatever it is
-    assert "- ROUGE-L: holds against sft (small); fails against kd (small); open in 2 of 4." in text
-    assert "3 of these differences have two seeds or more" in text
-    assert str(found[0]) == "+1.00 [+0.75, +1.25] **holds**"
