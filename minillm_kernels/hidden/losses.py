@@ -227,6 +227,7 @@ class FusedLinearRKLLoss(nn.Module):
         reduction: "none", "sum", "mean" or "batchmean".
         ignore_index: the label of rows that do not count.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
+        group: as in `fused_linear_rkl_loss`.
 
     Raises:
         ValueError: a temperature or reduction that `fused_linear_rkl_loss` would refuse.
@@ -250,6 +251,7 @@ class FusedLinearRKLLoss(nn.Module):
         reduction: str = "batchmean",
         ignore_index: int = -100,
         vocab_size: int | None = None,
+        group: object = None,
     ) -> None:
         super().__init__()
         losses.check_reduction(reduction)
@@ -263,6 +265,7 @@ class FusedLinearRKLLoss(nn.Module):
             "ignore_index": ignore_index,
             "vocab_size": vocab_size,
         }
+        self.group = group
 
     def forward(
         self,
@@ -290,7 +293,8 @@ class FusedLinearRKLLoss(nn.Module):
             What `fused_linear_rkl_loss` returns.
         """
         models = (student_hidden, student_head, teacher_hidden, teacher_head)
-        return fused_linear_rkl_loss(*models, labels, weights=weights, normalizer=normalizer, **self.options)
+        options = {**self.options, "group": self.group}
+        return fused_linear_rkl_loss(*models, labels, weights=weights, normalizer=normalizer, **options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

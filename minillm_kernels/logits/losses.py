@@ -231,6 +231,7 @@ class FusedRKLLoss(nn.Module):
         ignore_index: the label of rows that do not count.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
         inplace: the backward pass writes the gradient over the student's logits.
+        group: as in `fused_rkl_loss`.
 
     Raises:
         ValueError: a temperature or reduction that `fused_rkl_loss` would refuse.
@@ -253,6 +254,7 @@ class FusedRKLLoss(nn.Module):
         ignore_index: int = -100,
         vocab_size: int | None = None,
         inplace: bool = False,
+        group: object = None,
     ) -> None:
         super().__init__()
         arguments.check_temperature(temperature)
@@ -262,6 +264,7 @@ class FusedRKLLoss(nn.Module):
         self.ignore_index = ignore_index
         self.vocab_size = vocab_size
         self.inplace = inplace
+        self.group = group
 
     def forward(
         self,
@@ -295,6 +298,7 @@ class FusedRKLLoss(nn.Module):
             ignore_index=self.ignore_index,
             vocab_size=self.vocab_size,
             inplace=self.inplace,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:

@@ -28,16 +28,17 @@ from .collectives import add, gather
 from .merge import exchanged, merged
 from .ranks import Ranks, different_splits, local, ranks_of
 
-_last_widths: WeakKeyDictionary = WeakKeyDictionary()  # of each group: the first guess of the next call
+_last_widths: WeakKeyDictionary = WeakKeyDictionary()  # of each group, the same on all its ranks
 _Y, _L = DIFFERENTIABLE.index("student_logprobs"), DIFFERENTIABLE.index("student_logsumexp")
 
 
 class Split(Backend):
     """For one call of a public function, its backward pass included.
 
-    Where a rank's columns begin depends on how many the others hold. DTensors tell. Plain tensors do not: then the
-    widths are what they were in the call before, or all alike, and travel with the first gather, after which every
-    rank knows whether that was right. Where it was not, all of them do their part again.
+    Where a rank's columns begin depends on how many the others hold. DTensors tell. Plain tensors do not: then a rank
+    takes it to be as in the call before, or where it held another number then, all ranks to hold as many as itself.
+    The widths travel with the first gather, after which every rank knows whether all were right. Where one was not,
+    all of them do their part again.
     """
 
     def __init__(self, ranks: Ranks, vocab_size: int | None, widths: tuple[int, ...], name: str) -> None:
@@ -46,9 +47,9 @@ class Split(Backend):
         if vocab_size is not None and vocab_size < 1:
             raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
         self.group, self.vocab_size, self.own, self.name = ranks.group, vocab_size, widths, name
-        self.rank, n_ranks = dist.get_rank(ranks.group), dist.get_world_size(ranks.group)
+        self.rank = dist.get_rank(ranks.group)
         self.known = ranks.widths is not None
-        self.widths = ranks.widths or _last_widths.get(ranks.group) or (min(widths),) * n_ranks
+        self.widths = ranks.widths or self._assumed(self.rank, min(widths))
         if self.known:
             self._check_vocabulary()
 
@@ -60,8 +61,9 @@ class Split(Backend):
 
     def here(self, pair: Pair) -> tuple[Backend, Pair, int]:
         """What runs here, on which columns of this rank, and the place of the first of them in the vocabulary."""
-        first = sum(self.widths[: self.rank])
-        count = min(max(self._total - first, 0), pair.vocab_size)
+        first, count = sum(self.widths[: self.rank]), pair.vocab_size
+        if self.vocab_size is not None:
+            count = min(max(self.vocab_size - first, 0), count)
         return choose.resolve(self.name, pair.student, pair.teacher), pair._replace(vocab_size=count), first
 
     def gathered(self, part: Callable[[], Tensor], placed: bool) -> Tensor:
@@ -157,13 +159,7 @@ class Split(Backend):
             shape, dtype = (len(RowStats._fields), *pair.student.shape[:-1]), accumulator(pair.student, pair.teacher)
             return RowStats(*pair.student.new_full(shape, -math.inf, dtype=dtype))
         held, ids = (None, None) if token_ids is None else _held(token_ids, own, first)
-        stats = backend.row_stats(own, ids, mask)
-        # NaN is what a row without support has, and one that holds a NaN. The sum of |p - q| tells them apart: it is
-        # one of nothing, or NaN again. No other row is read.
-        unknown = torch.isnan(RowStats(*stats).student_logz)
-        both = own._replace(teacher=own.student if own.teacher is None else own.teacher)
-        distance = backend.row_divergence(both, unknown, torch.zeros_like(stats), "tvd", 0.5)[0]
-        own_stats = RowStats(*torch.where(unknown & (distance == 0), -math.inf, stats))
+        own_stats = RowStats(*stats_of_slice(backend, own, ids, mask))
         if held is None:
             return own_stats
         tokens = {name: getattr(own_stats, name) for name in ("student_logprobs", "teacher_logprobs")}
@@ -182,19 +178,36 @@ class Split(Backend):
         return row._replace(**{name: torch.where(known, getattr(row, name), math.nan) for name in names})
 
     def _learn(self, widths: Tensor) -> bool:
-        """Takes note of [P, 2] how many columns every rank has of each model; whether that was assumed."""
+        """Takes note of [P, 2] how many columns every rank has of each model; whether all began where they assumed."""
         student, teacher = zip(*widths.long().tolist(), strict=True)
         both = tuple(map(min, student, teacher))
         starts = (tuple(accumulate(x, initial=0)) for x in (both, student, teacher))
         if any(count and len({*begins}) > 1 for count, *begins in zip(both, *starts, strict=False)):
             raise different_splits(student, teacher)
-        right, self.known = both == self.widths, True
-        self.widths = _last_widths[self.group] = both
+        assumed = [sum(self._assumed(rank, width)[:rank]) for rank, width in enumerate(both)]
+        self.known, self.widths = True, both
+        _last_widths[self.group] = both
         self._check_vocabulary()
-        return right
+        return assumed == list(accumulate(both, initial=0))[:-1]
+
+    def _assumed(self, rank: int, width: int) -> tuple[int, ...]:
+        """What a rank of that width takes the widths to be."""
+        last = _last_widths.get(self.group)
+        return last if last is not None and last[rank] == width else (width,) * dist.get_world_size(self.group)
 
     def _check_vocabulary(self) -> None:
         arguments.resolve_vocab_size(self._total, sum(self.widths))
+
+
+def stats_of_slice(backend: Backend, pair: Pair, token_ids: Tensor | None, mask: Tensor | None) -> Tensor:
+    """row_stats of some columns of each row: -inf, and not NaN, in rows without support there."""
+    stats = backend.row_stats(pair, token_ids, mask)
+    # NaN is what such a row has, and one that holds a NaN. The sum of |p - q| tells them apart: it is one of nothing,
+    # or NaN again. No other row is read.
+    unknown = torch.isnan(RowStats(*stats).student_logz)
+    both = pair._replace(teacher=pair.student if pair.teacher is None else pair.teacher)
+    distance = backend.row_divergence(both, unknown, torch.zeros_like(stats), "tvd", 0.5)[0]
+    return torch.where(unknown & (distance == 0), -math.inf, stats)
 
 
 def columns(ranks: Ranks | None, vocab_size: int | None, *widths: int) -> tuple[int, str | Split]:
