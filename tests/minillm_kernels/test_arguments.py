@@ -268,7 +268,7 @@ GROUPED = {
 @pytest.mark.parametrize("name", GROUPED)
 def test_group_is_a_process_group(name):
     constants = {"advantages": ZERO, "old_logprobs": ZERO} if "minillm" in name else {}
-    with pytest.raises(TypeError, match="group must be a torch.distributed process group .*, got 'world'"):
+    with pytest.raises(TypeError, match=r"group must be a torch\.distributed process group .*, got 'world'"):
         getattr(minillm_kernels, name)(*GROUPED[name], group="world", **constants)
 
 

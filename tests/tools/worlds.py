@@ -3,10 +3,13 @@
 import multiprocessing
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,6 +23,8 @@ class World:
     def __init__(self, size: int, module: str) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([module])
+        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+            forkserver.ensure_running()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
