@@ -290,7 +290,7 @@ def in_16_bits() -> None:
     for cast, autocast in ((torch.bfloat16, False), (torch.float32, True)):
         results = []
         for part, group in ((slice(None), {}), (here, {"group": dist.group.WORLD})):
-            hidden, weight = h_s.to(cast).requires_grad_(), w_s[part].to(cast).requires_grad_()
+            hidden, weight = (x.to(cast, copy=True).requires_grad_() for x in (h_s, w_s[part]))
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 loss = mk.fused_linear_rkl_loss(hidden, weight, h_t.to(cast), w_t[part].to(cast), **group)
             loss.backward()
@@ -302,6 +302,40 @@ def in_16_bits() -> None:
             dw_2 - dw[here]
         ).abs().max() <= 2**-7 * dw.abs().max()
         agree(loss_2, dh_2)
+    z_s, z_t = (h_s @ w_s.T).bfloat16(), (h_t @ w_t.T).bfloat16()
+    gradients = []
+    for part, group in ((slice(None), {}), (here, {"group": dist.group.WORLD})):
+        student = z_s[:, part].clone().requires_grad_()
+        (3 * mk.fused_rkl_loss(student, z_t[:, part], **group)).backward()  # formed with the loss, and again for the 3
+        gradients.append(student.grad)
+    assert (gradients[1] - gradients[0][:, here]).abs().max() <= 2**-7 * gradients[0].abs().max()
+
+
+def as_modules() -> None:
+    h_s, w_s, h_t, w_t = models(50)
+    z_s, z_t, here, group = h_s @ w_s.T, h_t @ w_t.T, cut(50), dist.group.WORLD
+    close("logits", mk.FusedRKLLoss(group=group)(z_s[:, here], z_t[:, here]), mk.FusedRKLLoss()(z_s, z_t))
+    of_slices = mk.FusedLinearRKLLoss(group=group)(h_s, w_s[here], h_t, w_t[here])
+    close("hidden states", of_slices, mk.FusedLinearRKLLoss()(h_s, w_s, h_t, w_t))
+
+
+def compiled() -> None:
+    """Between two graphs, and never inside one."""
+    h_s, w_s, h_t, w_t = models(50)
+    z_s, z_t, here = h_s @ w_s.T, h_t @ w_t.T, cut(50)
+
+    def function(student: Tensor) -> Tensor:
+        return 3 * mk.fused_rkl_loss(2 * student, z_t[:, here], group=dist.group.WORLD)
+
+    student, plain = (z_s[:, here].clone().requires_grad_() for _ in range(2))
+    loss = torch.compile(function, backend="aot_eager")(student)
+    loss.backward()
+    function(plain).backward()
+    close("loss", loss, 3 * mk.fused_rkl_loss(2 * z_s, z_t))
+    close("gradient", student.grad, plain.grad)
+    torch.compiler.reset()
+    whole = partial(torch.compile(function, backend="aot_eager", fullgraph=True), student)
+    raises(RuntimeError, "cannot be part of a compiled graph", whole)
 
 
 def gradients_anew() -> None:

@@ -90,6 +90,15 @@ def test_16_bits(world):
     world.run(split_cases.in_16_bits)
 
 
+def test_modules(world):
+    world.run(split_cases.as_modules)
+
+
+@pytest.mark.parametrize("world", [2], indirect=True)
+def test_under_torch_compile(world):
+    world.run(split_cases.compiled)
+
+
 def test_gradients_in_place_and_again(world):
     world.run(split_cases.gradients_anew)
 
