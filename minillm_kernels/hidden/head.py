@@ -28,8 +28,9 @@ class Head:
     is then its namesake on logits: the same call serves a model whose head cannot be read.
 
     Args:
-        weight: [V, H] floating point, as `lm_head.weight`; or None, without any of the following.
-        bias: [V], of the weight's type, or None.
+        weight: [V, H] floating point, as `lm_head.weight`; a DTensor where its rows are split over ranks; or None,
+            without any of the following.
+        bias: [V], of the weight's type and split as it is, or None.
         softcap: a number > 0 (Gemma's `final_logit_softcapping`), or None.
         scale: a finite number (Cohere's `logit_scale`; 1 / `logits_scaling` of Granite).
 

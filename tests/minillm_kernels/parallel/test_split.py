@@ -1,6 +1,7 @@
-"""A vocabulary split over 2, 3 and 4 processes gives what one process gives (tests/tools/split_cases.py)."""
+"""A vocabulary split over 2, 3 and 4 processes gives what one process gives (split_cases.py and split_calls.py)."""
 
 import pytest
+import split_calls
 import split_cases
 import torch
 from worlds import World
@@ -12,7 +13,7 @@ F32, F64 = torch.float32, torch.float64
 
 @pytest.fixture(scope="module", params=[2, 3, 4])
 def world(request):
-    with World(request.param, "split_cases") as world:
+    with World(request.param, "split_calls") as world:
         yield world
 
 
@@ -91,32 +92,32 @@ def test_16_bits(world):
 
 
 def test_modules(world):
-    world.run(split_cases.as_modules)
+    world.run(split_calls.as_modules)
 
 
 @pytest.mark.parametrize("world", [2], indirect=True)
 def test_under_torch_compile(world):
-    world.run(split_cases.compiled)
+    world.run(split_calls.compiled)
 
 
 def test_gradients_in_place_and_again(world):
-    world.run(split_cases.gradients_anew)
+    world.run(split_calls.gradients_anew)
 
 
 def test_collectives(world):
-    world.run(split_cases.counted_collectives)
+    world.run(split_calls.counted_collectives)
 
 
 @pytest.mark.parametrize("V, dtype", [(515, F64), (515, F32), (5, F32), (2, F64)])
 def test_tokens_are_those_of_one_process(world, V, dtype):
-    world.run(split_cases.sampled, V, dtype)
+    world.run(split_calls.sampled, V, dtype)
 
 
 def test_tokens_follow_the_law(world):
-    counts = world.run(split_cases.drawn, 40_000)[0]
-    expected = 40_000 * split_cases.law()
+    counts = world.run(split_calls.drawn, 40_000)[0]
+    expected = 40_000 * split_calls.law()
     assert ((counts - expected) ** 2 / expected).sum() < 48.3  # 99.9 % of chi-square with 22 degrees of freedom
 
 
 def test_errors_are_those_of_all_ranks(world):
-    world.run(split_cases.errors)
+    world.run(split_calls.errors)
