@@ -201,3 +201,24 @@ def errors() -> None:
     )
     none = z_s[:, :0]
     raises(ValueError, "vocab_size 0 must lie between 1", lambda: mk.fused_rkl_loss(none, none, group=group))
+
+
+def two_by_two() -> None:
+    """Two tensor-parallel groups of two, each with rows of its own."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    h_s, w_s, h_t, w_t = models(51)
+    rows = slice(0, 12) if mesh.get_local_rank("data") == 0 else slice(12, N)
+    whole, hidden = (h_s[rows].clone().requires_grad_() for _ in range(2))
+    head, teacher = (distribute_tensor(w, mesh["tensor"], [Shard(0)]) for w in (w_s, w_t))
+    expected = mk.fused_linear_rkl_loss(whole, w_s, h_t[rows], w_t)
+    expected.backward()
+    loss = mk.fused_linear_rkl_loss(hidden, head, h_t[rows], teacher)
+    loss.backward()
+    close("loss", loss, expected)
+    close("hidden", hidden.grad, whole.grad)
+    group = mesh.get_group("tensor")
+    drawn = mk.mixed_sample(*(h[rows] @ w.to_local().T for h, w in ((h_s, head), (h_t, teacher))), group=group)
+    assert drawn.token_ids.shape == (rows.stop - rows.start,) and drawn.mixture_logprobs.isfinite().all()
+    across = distribute_tensor(w_s, mesh, [Shard(0), Shard(0)])
+    message = "on a mesh of one dimension"
+    raises(ValueError, message, partial(mk.fused_linear_rkl_loss, hidden, across, h_t[rows], across))

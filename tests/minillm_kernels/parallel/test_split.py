@@ -100,6 +100,11 @@ def test_under_torch_compile(world):
     world.run(split_calls.compiled)
 
 
+@pytest.mark.parametrize("world", [4], indirect=True)
+def test_groups_beside_each_other(world):
+    world.run(split_calls.two_by_two)
+
+
 def test_gradients_in_place_and_again(world):
     world.run(split_calls.gradients_anew)
 
