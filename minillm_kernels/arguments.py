@@ -16,8 +16,9 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TEMPERATURES = (1e-15, 1e37)
 
 
-def check_logits(student: Tensor, teacher: Tensor | None) -> None:
-    """Floating-point [..., V], contiguous columns, equal leading shapes, one device, a teacher without gradient."""
+def check_logits(student: Tensor, teacher: Tensor | None, least: int = 1) -> None:
+    """Floating-point [..., V], contiguous columns, equal leading shapes, one device, a teacher without gradient; at
+    least so many columns, 0 where other ranks have them."""
     for name, x in (("student_logits", student), ("teacher_logits", teacher)):
         if x is None:
             continue
@@ -25,8 +26,8 @@ def check_logits(student: Tensor, teacher: Tensor | None) -> None:
         check_no_tangent(name, x)
         if x.dtype not in LOGIT_DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
-        if x.dim() == 0 or x.shape[-1] == 0:
-            raise ValueError(f"{name} must be [..., V] with V >= 1, got shape {tuple(x.shape)}")
+        if x.dim() == 0 or x.shape[-1] < least:
+            raise ValueError(f"{name} must be [..., V] with V >= {least}, got shape {tuple(x.shape)}")
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(
                 f"{name} has stride {x.stride(-1)} in its last dimension; the vocabulary must be contiguous (1):"
@@ -73,12 +74,12 @@ def check_floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
 
 
-def resolve_vocab_size(vocab_size: int | None, *head_sizes: int) -> int:
-    """The number of leading columns that count: by default the smaller head."""
+def resolve_vocab_size(vocab_size: int | None, *head_sizes: int, least: int = 1) -> int:
+    """The number of leading columns that count, at least `least`: by default the smaller head."""
     smaller = min(head_sizes)
     if vocab_size is None:
         return smaller
-    if not 1 <= vocab_size <= smaller:
+    if not least <= vocab_size <= smaller:
         sizes = " and ".join(map(str, head_sizes))
         raise ValueError(f"vocab_size {vocab_size} must lie between 1 and the smaller head (head sizes {sizes})")
     return vocab_size
@@ -195,8 +196,3 @@ def check_normalizer(normalizer: float | Tensor, like: Tensor, dtype: torch.dtyp
 
 def nonzero(denominator: Tensor) -> Tensor:
     return torch.where(denominator == 0, math.inf, denominator)
-
-
-def check_group(group: object) -> None:
-    if group is not None:
-        raise NotImplementedError("group= (a vocabulary split over ranks) is not implemented; pass group=None")

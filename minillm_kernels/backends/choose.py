@@ -107,19 +107,22 @@ def requested() -> str:
     return request.name if torch.compiler.is_compiling() else request.NAME.get()
 
 
-def resolve(name: str, *tensors: Tensor | None) -> Backend:
-    """The backend that runs on these tensors: `name`, or for "auto" the first on their device that can.
+def resolve(name: str | Backend, *tensors: Tensor | None) -> Backend:
+    """The backend that runs on these tensors: `name`, or for "auto" the first on their device that can; a backend is
+    itself.
 
     Raises RuntimeError where the backend of that name cannot.
     """
+    if not isinstance(name, str):
+        return name
     chosen = _choose(name, tensors)
     _state["last"] = chosen
     return BACKENDS[chosen]
 
 
-def kept(name: str, *tensors: Tensor | None) -> str:
+def kept(name: str | Backend, *tensors: Tensor | None) -> str | Backend:
     """The name for the backward pass of an operation that ran on these tensors under `name`."""
-    if name != "auto" or torch.compiler.is_compiling():
+    if not isinstance(name, str) or name != "auto" or torch.compiler.is_compiling():
         return name
     return _choose(name, tensors)
 

@@ -40,14 +40,19 @@ def _relative(z: Tensor, z_max: Tensor, outside: Tensor, temperature: float) -> 
     return s.masked_fill(outside, 0)
 
 
-def _scaled(pair: Pair) -> _Scaled:
+def _scaled(pair: Pair, stats: Tensor | None = None) -> _Scaled:
+    """Relative to the origins in the statistics, where there are some: those of the whole rows, of which the pair may
+    have a part of the columns."""
     student, teacher, temperature, vocab_size = pair
     dtype = accumulator(student, teacher)
     z_s = student[..., :vocab_size].to(dtype)
     z_t = z_s if teacher is None else teacher[..., :vocab_size].to(dtype)
     outside = _outside(z_s, z_t)
-    s_max = z_s.masked_fill(outside, -math.inf).amax(-1)
-    t_max = z_t.masked_fill(outside, -math.inf).amax(-1)
+    if stats is None:
+        s_max, t_max = (z.masked_fill(outside, -math.inf).amax(-1) for z in (z_s, z_t))
+    else:
+        r = RowStats(*stats.to(dtype))
+        s_max, t_max = r.student_origin, r.student_origin if teacher is None else r.teacher_origin
     s = _relative(z_s, s_max, outside, temperature)
     t = _relative(z_t, t_max, outside, temperature)
     return _Scaled(s, t, (~outside).to(dtype), outside | torch.isneginf(z_s), s_max, t_max)
@@ -118,6 +123,15 @@ def _filtered(z: Tensor, top_k: int, top_p: float) -> Tensor:
     return z
 
 
+def three_logprobs(lq: Tensor, lp: Tensor | None = None, *, alpha: float) -> Tensor:
+    """[3, ...]: of a token under student, teacher (0 without one) and mixture."""
+    if lp is None:
+        return torch.stack((lq, torch.zeros_like(lq), lq))
+    if alpha in (0.0, 1.0):
+        return torch.stack((lq, lp, lp if alpha else lq))
+    return torch.stack((lq, lp, torch.logaddexp(lp + math.log(alpha), lq + math.log1p(-alpha))))
+
+
 class Reference(Backend):
     """Any device, any floating-point type."""
 
@@ -175,7 +189,7 @@ class Reference(Backend):
         out: Tensor | None = None,
         factor: Tensor | None = None,
     ) -> Tensor:
-        x = _scaled(pair)
+        x = _scaled(pair, stats)
         r = RowStats(*stats.to(x.s.dtype).unsqueeze(-1).unbind(0))
         coefficients = coefficients if factor is None else factor * coefficients
         c_r, c_f, c_y, c_h, c_l = coefficients.to(x.s.dtype).unsqueeze(-1).unbind(0)
@@ -197,7 +211,7 @@ class Reference(Backend):
 
     def row_divergence(self, pair: Pair, mask: Tensor | None, stats: Tensor, divergence: str, beta: float) -> Tensor:
         assert divergence in MIXTURE_DIVERGENCES
-        x = _scaled(pair)
+        x = _scaled(pair, stats)
         probabilities = _probabilities(x, stats)
         value, slope = _divergence_terms(*probabilities, divergence, beta)
         out = torch.stack((value.sum(-1), _weighted(probabilities[0], slope).sum(-1)))
@@ -213,7 +227,7 @@ class Reference(Backend):
         beta: float,
         out: Tensor | None = None,
     ) -> Tensor:
-        x = _scaled(pair)
+        x = _scaled(pair, stats)
         probabilities = _probabilities(x, stats)
         _, slope = _divergence_terms(*probabilities, divergence, beta)
         grad = _weighted(probabilities[0], slope - values[1].unsqueeze(-1)) * (scale / pair.temperature).unsqueeze(-1)
@@ -250,12 +264,8 @@ class Reference(Backend):
         from_teacher = from_teacher & ~undrawable
         logprobs = log_laws.gather(-1, token_ids.expand(len(models), *token_ids.shape).unsqueeze(-1)).squeeze(-1)
         logprobs = logprobs.masked_fill(undrawable, math.nan)
-        lq = logprobs[0]
-        lp = logprobs[1] if teacher is not None else torch.zeros_like(lq)
-        mixture = lq if teacher is None or alpha == 0 else lp if alpha == 1 else None
-        if mixture is None:
-            mixture = torch.logaddexp(lp + math.log(alpha), lq + math.log1p(-alpha))
-        return token_ids, torch.stack((lq, lp, mixture)).to(accumulator(student, teacher)), from_teacher
+        three = three_logprobs(*logprobs, alpha=alpha)
+        return token_ids, three.to(accumulator(student, teacher)), from_teacher
 
 
 backend = Reference()

@@ -130,7 +130,7 @@ def default_chunk_rows(heads: Operands) -> int:
     """On a CPU as many rows as keep the logits of a chunk within BUFFER_BYTES, in whole multiples of 16."""
     models = 1 if heads.teacher_weight is None else 2
     element = heads.student_weight.element_size()
-    if heads.student_weight.is_cuda:
+    if heads.student_weight.is_cuda or not isinstance(heads.backend, str):  # ranks of unequal slices: equal chunks
         return chunk_rows_of_matmuls(heads.student_weight.shape[1], models * element)
     return max(16, BUFFER_BYTES // (models * heads.vocab_size * element) // 16 * 16)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import arguments
+from ..parallel.ranks import Ranks, local, ranks_of, replicated
 from .matmul import linear
 
 
@@ -27,8 +28,9 @@ class Head:
     is then its namesake on logits: the same call serves a model whose head cannot be read.
 
     Args:
-        weight: [V, H] floating point, as `lm_head.weight`; or None, without any of the following.
-        bias: [V], of the weight's type, or None.
+        weight: [V, H] floating point, as `lm_head.weight`; a DTensor where its rows are split over ranks; or None,
+            without any of the following.
+        bias: [V], of the weight's type and split as it is, or None.
         softcap: a number > 0 (Gemma's `final_logit_softcapping`), or None.
         scale: a finite number (Cohere's `logit_scale`; 1 / `logits_scaling` of Granite).
 
@@ -123,6 +125,22 @@ def as_heads(*heads: Head | Tensor) -> tuple[Head, ...]:
                 "lm_head.weight, or Head(lm_head.weight, lm_head.bias)"
             )
     return tuple(Head(head) if isinstance(head, Tensor) else head for head in heads)
+
+
+def models_here(group: object, *models: tuple[Tensor, Head]) -> tuple[Ranks | None, list[tuple[Tensor, Head]]]:
+    """The ranks that the vocabulary is split over, None for a whole one, and what this one holds of each model: hidden
+    states and the rows of the head, or for Head(None) the columns of the logits."""
+    held = [(hidden, -1) if head.weight is None else (head.weight, 0) for hidden, head in models]
+    ranks = ranks_of(group, *((x, dim) for x, dim in held if isinstance(x, Tensor)))
+    return ranks, list(models) if ranks is None else [_here(ranks, *model) for model in models]
+
+
+def _here(ranks: Ranks, hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
+    if head.weight is None:
+        return local(hidden), head
+    head = Head(local(head.weight), local(head.bias), head.softcap, head.scale)
+    differentiable = isinstance(hidden, Tensor) and hidden.requires_grad and torch.is_grad_enabled()
+    return replicated(hidden, ranks) if differentiable else hidden, head
 
 
 def check_hidden(name: str, hidden: Tensor, weight: Tensor) -> None:

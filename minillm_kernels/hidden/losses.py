@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import arguments
 from ..logits import losses
+from ..logits.ops import call
 from ..logits.reduction import split_normalizer
 from ..rows import MIXTURE_DIVERGENCES, RowStats
 from . import ops  # noqa: F401  (registers torch.ops.minillm)
-from .head import Head, as_heads
+from .head import Head, as_heads, models_here
 from .operands import flat, like_logits, needs_of, operands
 from .tiled import COMPUTES
 
@@ -66,7 +66,8 @@ def fused_linear_rkl_loss(
         normalizer: replaces the denominator of "mean" and "batchmean": the global token count under accumulation.
         ignore_index: the label of rows that do not count; they are not read.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
-        group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
+        group: a process group whose ranks hold the heads' rows, a vocabulary split over ranks as the kernels'
+            page says; None where they are whole, or DTensors that say so.
 
     Returns:
         A float32 scalar, or [...] for "none"; float64 when an input is float64.
@@ -75,7 +76,7 @@ def fused_linear_rkl_loss(
         TypeError: an argument is no tensor, or of a type that does not fit.
         ValueError: shapes, devices, names or numbers do not fit, or a constant requires a gradient.
         RuntimeError: "tiled" where the Triton backend does not run.
-        NotImplementedError: `group` is given.
+        NotImplementedError: "tiled" with a split vocabulary.
 
     Examples:
         >>> import torch
@@ -154,7 +155,8 @@ def fused_linear_divergence_loss(
         normalizer: replaces the denominator of "mean" and "batchmean".
         ignore_index: the label of rows that do not count; they are not read.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
-        group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
+        group: a process group whose ranks hold the heads' rows, a vocabulary split over ranks as the kernels'
+            page says; None where they are whole, or DTensors that say so.
 
     Returns:
         A float32 scalar, or [...] for "none"; float64 when an input is float64.
@@ -163,7 +165,7 @@ def fused_linear_divergence_loss(
         TypeError: an argument is no tensor, or of a type that does not fit.
         ValueError: shapes, devices, names or numbers do not fit, or a constant requires a gradient.
         RuntimeError: "tiled" where the Triton backend does not run.
-        NotImplementedError: `group` is given, or "tiled" for a divergence that it cannot compute.
+        NotImplementedError: "tiled" for a divergence that it cannot compute, or with a split vocabulary.
 
     Examples:
         Two heads with the soft-cap of Gemma 2:
@@ -177,13 +179,13 @@ def fused_linear_divergence_loss(
         >>> fused_linear_divergence_loss(hidden, student, hidden, student, "jsd", beta=0.1).abs() < 1e-6
         tensor(True)
     """
-    arguments.check_group(group)
     name = losses.check_divergence(divergence, beta, reduction)
     student_head, teacher_head = as_heads(student_head, teacher_head)
-    if student_head.weight is None or teacher_head.weight is None:
+    ranks, (student, teacher) = models_here(group, (student_hidden, student_head), (teacher_hidden, teacher_head))
+    if student[1].weight is None or teacher[1].weight is None:
         return losses.fused_divergence_loss(
-            student_head.logits(student_hidden),
-            teacher_head.logits(teacher_hidden),
+            student[1].logits(student[0]),
+            teacher[1].logits(teacher[0]),
             divergence,
             labels,
             beta=beta,
@@ -193,25 +195,25 @@ def fused_linear_divergence_loss(
             normalizer=normalizer,
             ignore_index=ignore_index,
             vocab_size=vocab_size,
+            group=ranks,
         )
     if impl == "tiled" and name in MIXTURE_DIVERGENCES:
         raise NotImplementedError(
             f'impl="tiled" computes {COMPUTES}; {name}, whose mixture needs both normalisers first: use impl="chunked"'
         )
-    student, teacher = (student_hidden, student_head), (teacher_hidden, teacher_head)
-    heads = operands(student, teacher, impl, chunk_rows, gather, temperature, vocab_size)
+    heads = operands(student, teacher, impl, chunk_rows, gather, temperature, vocab_size, ranks)
     like = like_logits(heads, student_hidden.shape[:-1])
     w = losses.row_weights(like, labels, weights, ignore_index)
     if reduction == "none":
         mask = None if w is None else flat(w != 0)
         if name in MIXTURE_DIVERGENCES:
-            per_row = torch.ops.minillm.linear_divergence(mask, name, beta, *heads)
+            per_row = call("linear_divergence", mask, name, beta, *heads)
         else:
-            per_row = torch.ops.minillm.linear_stats(None, mask, *heads)[RowStats._fields.index(name)]
+            per_row = call("linear_stats", None, mask, *heads)[RowStats._fields.index(name)]
         per_row = per_row.reshape(like.shape[:-1])
         return per_row if w is None else per_row * w
     scalar = (*split_normalizer(normalizer, student_hidden), reduction, name, beta, needs_of(heads))
-    return torch.ops.minillm.linear_divergence_loss(flat(w), *scalar, *heads)[0]
+    return call("linear_divergence_loss", flat(w), *scalar, *heads)[0]
 
 
 class FusedLinearRKLLoss(nn.Module):
@@ -225,6 +227,7 @@ class FusedLinearRKLLoss(nn.Module):
         reduction: "none", "sum", "mean" or "batchmean".
         ignore_index: the label of rows that do not count.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
+        group: as in `fused_linear_rkl_loss`.
 
     Raises:
         ValueError: a temperature or reduction that `fused_linear_rkl_loss` would refuse.
@@ -248,6 +251,7 @@ class FusedLinearRKLLoss(nn.Module):
         reduction: str = "batchmean",
         ignore_index: int = -100,
         vocab_size: int | None = None,
+        group: object = None,
     ) -> None:
         super().__init__()
         losses.check_reduction(reduction)
@@ -261,6 +265,7 @@ class FusedLinearRKLLoss(nn.Module):
             "ignore_index": ignore_index,
             "vocab_size": vocab_size,
         }
+        self.group = group
 
     def forward(
         self,
@@ -288,7 +293,8 @@ class FusedLinearRKLLoss(nn.Module):
             What `fused_linear_rkl_loss` returns.
         """
         models = (student_hidden, student_head, teacher_hidden, teacher_head)
-        return fused_linear_rkl_loss(*models, labels, weights=weights, normalizer=normalizer, **self.options)
+        options = {**self.options, "group": self.group}
+        return fused_linear_rkl_loss(*models, labels, weights=weights, normalizer=normalizer, **options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

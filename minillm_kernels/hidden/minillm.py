@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import arguments
 from ..logits import minillm
 from ..logits.minillm import MiniLLMLoss
+from ..logits.ops import call
 from . import ops  # noqa: F401  (registers torch.ops.minillm)
-from .head import Head, as_heads
+from .head import Head, as_heads, models_here
 from .operands import flat, like_logits, named, needs_of, operands
 
 
@@ -66,7 +66,8 @@ def fused_linear_minillm_loss(
         gather: leave rows that do not count out of the matmuls, as in `fused_linear_rkl_loss`.
         temperature: both models' logits are divided by it.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
-        group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
+        group: a process group whose ranks hold the heads' rows, a vocabulary split over ranks as the kernels'
+            page says; None where they are whole, or DTensors that say so.
 
     Returns:
         MiniLLMLoss: `loss`, differentiable, and parts and statistics for logging.
@@ -76,7 +77,7 @@ def fused_linear_minillm_loss(
         ValueError: shapes, devices, names or numbers do not fit, or a constant requires a gradient.
         IndexError: a token outside the vocabulary, on CPU tensors (on CUDA: NaN).
         RuntimeError: "tiled" where the Triton backend does not run.
-        NotImplementedError: `group` is given.
+        NotImplementedError: "tiled" with a split vocabulary.
 
     Examples:
         Two sampled tokens and a row of padding:
@@ -92,12 +93,12 @@ def fused_linear_minillm_loss(
         (-1.0, 0.0)
         >>> result.loss.backward()
     """
-    arguments.check_group(group)
     student_head, teacher_head = as_heads(student_head, teacher_head)
-    if student_head.weight is None or teacher_head.weight is None:
+    ranks, (student, teacher) = models_here(group, (student_hidden, student_head), (teacher_hidden, teacher_head))
+    if student[1].weight is None or teacher[1].weight is None:
         return minillm.minillm_loss(
-            student_head.logits(student_hidden),
-            teacher_head.logits(teacher_hidden),
+            student[1].logits(student[0]),
+            teacher[1].logits(teacher[0]),
             token_ids,
             advantages=advantages,
             old_logprobs=old_logprobs,
@@ -110,9 +111,9 @@ def fused_linear_minillm_loss(
             normalizer=normalizer,
             temperature=temperature,
             vocab_size=vocab_size,
+            group=ranks,
         )
-    student, teacher = (student_hidden, student_head), (teacher_hidden, teacher_head)
-    heads = operands(student, teacher, impl, chunk_rows, gather, temperature, vocab_size)
+    heads = operands(student, teacher, impl, chunk_rows, gather, temperature, vocab_size, ranks)
     like = like_logits(heads, student_hidden.shape[:-1])
     ids, counts = arguments.check_token_ids(token_ids, like, ignore_index)
     policy = minillm.check_policy(
@@ -126,7 +127,8 @@ def fused_linear_minillm_loss(
         weight_single_step,
         entropy_coef,
     )
-    loss, stats, *_gradients = torch.ops.minillm.linear_minillm_loss(
+    loss, stats, *_gradients = call(
+        "linear_minillm_loss",
         flat(ids),
         flat(counts),
         policy.tensors.reshape(4, heads.n_rows),

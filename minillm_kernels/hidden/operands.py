@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .. import arguments
 from ..backends import choose
+from ..parallel.ranks import Ranks
+from ..parallel.split import Split, columns
 from ..rows import RowStats, accumulator
 from .head import Head, check_hidden
 
@@ -42,7 +44,7 @@ class Operands(NamedTuple):
     impl: str
     chunk_rows: int | None
     gather: bool
-    backend: str
+    backend: str | Split
 
     @property
     def student(self) -> Projection:
@@ -82,6 +84,7 @@ def operands(
     gather: bool,
     temperature: float,
     vocab_size: int | None,
+    ranks: Ranks | None = None,
 ) -> Operands:
     """Checked, flattened to [N, H] and cast as `torch.nn.functional.linear` casts. Both heads have weights."""
     names = ("hidden", "head") if teacher is None else ("student_hidden", "student_head")
@@ -89,7 +92,13 @@ def operands(
     if teacher is not None:
         _check_teacher(*teacher, student[0])
         models.append(_projection("teacher_hidden", "teacher_head", *teacher))
-    backend = _check_driver(impl, chunk_rows, gather)
+    backend: str | Split = _check_driver(impl, chunk_rows, gather)
+    temperature = arguments.check_temperature(temperature)
+    vocab_size, above_ranks = columns(ranks, vocab_size, *(model.weight.shape[0] for model in models))
+    if ranks is not None:
+        if impl == "tiled":
+            raise NotImplementedError('impl="tiled" needs the whole vocabulary on one rank: use impl="chunked"')
+        backend = above_ranks
     own, other = models[0], models[1] if teacher is not None else None
     return Operands(
         own.hidden,
@@ -100,8 +109,8 @@ def operands(
         None if other is None else other.bias,
         softcap=[model.softcap for model in models],
         scale=[model.scale for model in models],
-        temperature=arguments.check_temperature(temperature),
-        vocab_size=arguments.resolve_vocab_size(vocab_size, *(model.weight.shape[0] for model in models)),
+        temperature=temperature,
+        vocab_size=vocab_size,
         impl=impl,
         chunk_rows=chunk_rows,
         gather=gather,

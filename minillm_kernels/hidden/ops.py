@@ -20,7 +20,7 @@ from .. import arguments
 from ..backends import choose
 from ..logits.loss_ops import weighted_sum
 from ..logits.minillm import Policy, loss_coefficients, loss_terms
-from ..logits.ops import check_divergence_name, check_rows, no_double_backward, register
+from ..logits.ops import call, check_divergence_name, check_rows, least_columns, no_double_backward, register
 from ..logits.reduction import write_row_weights
 from ..rows import DIFFERENTIABLE, DIFFERENTIABLE_INDEX, RowStats
 from . import chunked, tiled
@@ -53,7 +53,8 @@ def _checked(operands: tuple, **per_row: Tensor | None) -> Operands:
     heads = Operands(*operands)
     arguments.check_temperature(heads.temperature)
     weights = [heads.student_weight] + ([] if heads.teacher is None else [heads.teacher.weight])
-    arguments.resolve_vocab_size(heads.vocab_size, *(weight.shape[0] for weight in weights))
+    sizes = (weight.shape[0] for weight in weights)
+    arguments.resolve_vocab_size(heads.vocab_size, *sizes, least=least_columns(heads.backend))
     if heads.student_hidden.dim() != 2 or (heads.teacher is not None and len(heads.teacher.hidden) != heads.n_rows):
         raise ValueError("hidden states are [N, H], of both models with the same N")
     if heads.chunk_rows is not None and heads.chunk_rows < 1:
@@ -268,7 +269,7 @@ def _stats_backward(ctx, grad_stats):
     if mask is not None:  # a masked row has gradient 0 even when what arrives is NaN
         coefficients = torch.where(mask, coefficients, 0)
     own = (token_ids, stats, coefficients, _needs(ctx))
-    return _input_gradients(ctx, torch.ops.minillm.linear_stats_grad(*own, *tensors, *ctx.settings))
+    return _input_gradients(ctx, call("linear_stats_grad", *own, *tensors, *ctx.settings))
 
 
 def _divergence_context(ctx, inputs, output) -> None:
@@ -282,7 +283,7 @@ def _divergence_backward(ctx, grad_values):
     mask, *tensors = ctx.saved_tensors
     weights = grad_values if mask is None else torch.where(mask, grad_values, 0)
     own = (weights, None, None, "sum", ctx.divergence, ctx.beta, _needs(ctx))
-    _, *gradients = torch.ops.minillm.linear_divergence_loss(*own, *tensors, *ctx.settings)
+    _, *gradients = call("linear_divergence_loss", *own, *tensors, *ctx.settings)
     return _input_gradients(ctx, tuple(gradients))
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, overload
 
-import torch
 from torch import Tensor
 
 from .. import arguments
 from ..logits import statistics
+from ..logits.ops import call
 from ..logits.statistics import DistillLoss, DistillStats, weighted_rows
 from . import ops  # noqa: F401  (registers torch.ops.minillm)
-from .head import Head, as_heads
+from .head import Head, as_heads, models_here
 from .operands import flat, like_logits, named, needs_of, operands
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def fused_linear_token_logprobs(
         return_entropy: also return the entropy of each row, from the same sweep.
         ignore_index: rows with this id are not read: 0, with gradient 0.
         vocab_size: only the first `vocab_size` columns count, by default all.
-        group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
+        group: a process group whose ranks hold the heads' rows, a vocabulary split over ranks as the kernels'
+            page says; None where they are whole, or DTensors that say so.
 
     Returns:
         [...] float32 (float64 for float64 inputs); with `return_entropy` a pair of them, log-probabilities and
@@ -85,7 +86,7 @@ def fused_linear_token_logprobs(
         ValueError: shapes, devices, names or numbers do not fit.
         IndexError: a token outside the vocabulary, on CPU tensors (on CUDA: NaN).
         RuntimeError: "tiled" where the Triton backend does not run.
-        NotImplementedError: `group` is given.
+        NotImplementedError: "tiled" with a split vocabulary.
 
     Examples:
         >>> import torch
@@ -96,15 +97,15 @@ def fused_linear_token_logprobs(
         >>> torch.isclose(logprobs[0], expected, rtol=1e-4), logprobs[1]
         (tensor(True), tensor(0.))
     """
-    arguments.check_group(group)
     (head,) = as_heads(head)
+    ranks, (model,) = models_here(group, (hidden, head))
     if head.weight is None:
-        stats = statistics.token_stats(hidden, token_ids, temperature, ignore_index, vocab_size)
+        stats = statistics.token_stats(model[0], token_ids, temperature, ignore_index, vocab_size, ranks)
     else:
-        heads = operands((hidden, head), None, impl, chunk_rows, gather, temperature, vocab_size)
+        heads = operands(model, None, impl, chunk_rows, gather, temperature, vocab_size, ranks)
         like = like_logits(heads, hidden.shape[:-1])
         ids, counts = arguments.check_token_ids(token_ids, like, ignore_index)
-        stats = named(torch.ops.minillm.linear_stats(flat(ids), flat(counts), *heads), like)
+        stats = named(call("linear_stats", flat(ids), flat(counts), *heads), like)
     return (stats.student_logprobs, stats.student_entropy) if return_entropy else stats.student_logprobs
 
 
@@ -140,7 +141,8 @@ def fused_linear_distill_stats(
         temperature: both models' logits are divided by it.
         ignore_index: rows with this id are not read: all is 0, with gradient 0.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
-        group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
+        group: a process group whose ranks hold the heads' rows, a vocabulary split over ranks as the kernels'
+            page says; None where they are whole, or DTensors that say so.
 
     Returns:
         DistillStats, [...] each. A token outside the support has log-probabilities -inf and gradient 0.
@@ -150,7 +152,7 @@ def fused_linear_distill_stats(
         ValueError: shapes, devices, names or numbers do not fit, or the teacher requires a gradient.
         IndexError: a token outside the vocabulary, on CPU tensors (on CUDA: NaN).
         RuntimeError: "tiled" where the Triton backend does not run.
-        NotImplementedError: `group` is given.
+        NotImplementedError: "tiled" with a split vocabulary.
 
     Examples:
         >>> import torch
@@ -160,22 +162,22 @@ def fused_linear_distill_stats(
         >>> stats.reverse_kl > 0
         tensor([ True, False])
     """
-    arguments.check_group(group)
     student_head, teacher_head = as_heads(student_head, teacher_head)
-    if student_head.weight is None or teacher_head.weight is None:
+    ranks, (student, teacher) = models_here(group, (student_hidden, student_head), (teacher_hidden, teacher_head))
+    if student[1].weight is None or teacher[1].weight is None:
         return statistics.distill_stats(
-            student_head.logits(student_hidden),
-            teacher_head.logits(teacher_hidden),
+            student[1].logits(student[0]),
+            teacher[1].logits(teacher[0]),
             token_ids,
             temperature=temperature,
             ignore_index=ignore_index,
             vocab_size=vocab_size,
+            group=ranks,
         )
-    student, teacher = (student_hidden, student_head), (teacher_hidden, teacher_head)
-    heads = operands(student, teacher, impl, chunk_rows, gather, temperature, vocab_size)
+    heads = operands(student, teacher, impl, chunk_rows, gather, temperature, vocab_size, ranks)
     like = like_logits(heads, student_hidden.shape[:-1])
     ids, counts = arguments.check_token_ids(token_ids, like, ignore_index)
-    stats = torch.ops.minillm.linear_stats(flat(ids), flat(counts), *heads)
+    stats = call("linear_stats", flat(ids), flat(counts), *heads)
     return DistillStats.of(named(stats, like))
 
 
@@ -224,7 +226,8 @@ def fused_linear_distill_loss(
         temperature: both models' logits are divided by it.
         ignore_index: rows with this id do not count. Nor do rows whose coefficients are all 0.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
-        group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
+        group: a process group whose ranks hold the heads' rows, a vocabulary split over ranks as the kernels'
+            page says; None where they are whole, or DTensors that say so.
 
     Returns:
         DistillLoss(loss, stats): a float32 scalar (float64 for float64 inputs), and the statistics for logging.
@@ -235,7 +238,7 @@ def fused_linear_distill_loss(
             devices, names or numbers that do not fit; a constant that requires a gradient.
         IndexError: a token outside the vocabulary, on CPU tensors (on CUDA: NaN).
         RuntimeError: "tiled" where the Triton backend does not run.
-        NotImplementedError: `group` is given.
+        NotImplementedError: "tiled" with a split vocabulary.
 
     Examples:
         Cross entropy with two labels, of a model alone:
@@ -249,18 +252,18 @@ def fused_linear_distill_loss(
         True
         >>> loss.backward()
     """
-    arguments.check_group(group)
     if teacher_hidden is None or teacher_head is None:
         if teacher_hidden is not teacher_head:
             raise ValueError("teacher_hidden and teacher_head come together: pass both, or neither")
-        (student_head,), teacher = as_heads(student_head), None
+        ranks, (student,) = models_here(group, (student_hidden, as_heads(student_head)[0]))
+        teacher = None
     else:
         student_head, teacher_head = as_heads(student_head, teacher_head)
-        teacher = (teacher_hidden, teacher_head)
+        ranks, (student, teacher) = models_here(group, (student_hidden, student_head), (teacher_hidden, teacher_head))
     given = (reverse_kl, forward_kl, student_logprobs, student_entropy, student_logsumexp)
-    if student_head.weight is None or (teacher is not None and teacher[1].weight is None):
+    if student[1].weight is None or (teacher is not None and teacher[1].weight is None):
         return statistics.distill_loss(
-            student_head.logits(student_hidden),
+            student[1].logits(student[0]),
             None if teacher is None else teacher[1].logits(teacher[0]),
             token_ids,
             reverse_kl=reverse_kl,
@@ -271,11 +274,17 @@ def fused_linear_distill_loss(
             temperature=temperature,
             ignore_index=ignore_index,
             vocab_size=vocab_size,
+            group=ranks,
         )
-    heads = operands((student_hidden, student_head), teacher, impl, chunk_rows, gather, temperature, vocab_size)
+    heads = operands(student, teacher, impl, chunk_rows, gather, temperature, vocab_size, ranks)
     like = like_logits(heads, student_hidden.shape[:-1])
     rows = weighted_rows(given, like, teacher is not None, token_ids, ignore_index)
-    loss, stats, *_gradients = torch.ops.minillm.linear_stats_loss(
-        flat(rows.token_ids), flat(rows.counts), rows.coefficients.reshape(5, heads.n_rows), needs_of(heads), *heads
+    loss, stats, *_gradients = call(
+        "linear_stats_loss",
+        flat(rows.token_ids),
+        flat(rows.counts),
+        rows.coefficients.reshape(5, heads.n_rows),
+        needs_of(heads),
+        *heads,
     )
     return DistillLoss(loss, DistillStats.of(named(stats.detach(), like)))

@@ -31,7 +31,7 @@ def wants_gradient(student: Tensor) -> bool:
 
 def _stats_loss(student, teacher, token_ids, coefficients, inplace, needed, temperature, vocab_size, backend):
     """(the sum of coefficients * differentiable statistics, the statistics, the gradient where it is formed now)."""
-    pair = checked_pair(student, teacher, temperature, vocab_size, inplace)
+    pair = checked_pair(student, teacher, temperature, vocab_size, backend, inplace)
     check_rows(student, "token_ids", token_ids, (torch.int64,))
     check_rows(student, "coefficients", coefficients, (torch.float32, torch.float64), len(DIFFERENTIABLE))
     chosen = choose.resolve(backend, student, teacher)
@@ -52,7 +52,7 @@ def _divergence_loss(student, teacher, weights, normalizer, divisor, reduction, 
     """(the reduced divergence; for the backward pass the weight of each row, statistics, values of row_divergence, and
     the gradient where it is formed now)."""
     inplace, needed, temperature, vocab_size, backend = rest
-    pair = checked_pair(student, teacher, temperature, vocab_size, inplace)
+    pair = checked_pair(student, teacher, temperature, vocab_size, backend, inplace)
     check_rows(student, "weights", weights, (torch.float32, torch.float64))
     linear = divergence in DIFFERENTIABLE
     if not linear:

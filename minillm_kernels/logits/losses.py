@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import arguments
-from ..backends import choose
+from ..parallel.split import checked_rows
 from ..rows import DIVERGENCES, RowStats
 from .loss_ops import wants_gradient
+from .ops import call
 from .reduction import split_normalizer
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -54,7 +55,8 @@ def fused_rkl_loss(
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
         inplace: the backward pass writes the gradient over `student_logits` (saves a tensor of their size). Their rows
             share no memory with each other, nor with the other tensors.
-        group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
+        group: a process group whose ranks hold the logits' columns, a vocabulary split over ranks as the kernels'
+            page says; None where they are whole, or DTensors that say so.
 
     Returns:
         A float32 scalar, or [...] for "none"; float64 when an input is float64.
@@ -64,7 +66,6 @@ def fused_rkl_loss(
         ValueError: shapes, devices or numbers do not fit, a constant requires a gradient, or `inplace` would
             overwrite what is read.
         RuntimeError: the logits carry a forward-mode tangent (torch.func.jvp).
-        NotImplementedError: `group` is given.
 
     Examples:
         A student that knows nothing and a teacher that is sure of token 1, of four:
@@ -139,7 +140,8 @@ def fused_divergence_loss(
         ignore_index: the label of rows that do not count; they are not read.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
         inplace: the backward pass writes the gradient over `student_logits`; nothing else shares their memory.
-        group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
+        group: a process group whose ranks hold the logits' columns, a vocabulary split over ranks as the kernels'
+            page says; None where they are whole, or DTensors that say so.
 
     Returns:
         A float32 scalar, or [...] for "none"; float64 when an input is float64.
@@ -149,7 +151,6 @@ def fused_divergence_loss(
         ValueError: shapes, devices, names or numbers do not fit, a constant requires a gradient, or `inplace` would
             overwrite what is read.
         RuntimeError: the logits carry a forward-mode tangent (torch.func.jvp).
-        NotImplementedError: `group` is given.
 
     Examples:
         >>> import torch
@@ -161,29 +162,28 @@ def fused_divergence_loss(
         jsd 0.1308
         tvd 0.5
     """
-    arguments.check_logits(student_logits, teacher_logits)
-    arguments.check_group(group)
+    student_logits, teacher_logits, vocab_size, backend = checked_rows(
+        student_logits, teacher_logits, vocab_size, group
+    )
     temperature = arguments.check_temperature(temperature)
     name = check_divergence(divergence, beta, reduction)
-    vocab_size = arguments.resolve_vocab_size(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1])
     w = row_weights(student_logits, labels, weights, ignore_index)
-    settings = (temperature, vocab_size, choose.requested())
+    settings = (temperature, vocab_size, backend)
     if reduction != "none":
         needed = wants_gradient(student_logits)
         scalar = (*split_normalizer(normalizer, student_logits), reduction, name, beta, inplace, needed)
-        loss = torch.ops.minillm.divergence_loss(student_logits, teacher_logits, w, *scalar, *settings)[0]
+        loss = call("divergence_loss", student_logits, teacher_logits, w, *scalar, *settings)[0]
         _check_constants(inplace, student_logits, labels, weights)
         return loss
     mask = None if w is None else w != 0
     if name in RowStats._fields:
-        stats = torch.ops.minillm.row_stats(student_logits, teacher_logits, None, mask, inplace, *settings)
+        stats = call("row_stats", student_logits, teacher_logits, None, mask, inplace, *settings)
         per_row = stats[RowStats._fields.index(name)]
     else:
         with torch.no_grad():  # the formula of row_divergence's gradient includes the way through the normalisers
-            stats = torch.ops.minillm.row_stats(student_logits, teacher_logits, None, mask, False, *settings)
-        per_row = torch.ops.minillm.row_divergence(
-            student_logits, teacher_logits, mask, stats, inplace, name, beta, *settings
-        )[0]
+            stats = call("row_stats", student_logits, teacher_logits, None, mask, False, *settings)
+        args = (student_logits, teacher_logits, mask, stats, inplace, name, beta, *settings)
+        per_row = call("row_divergence", *args)[0]
     _check_constants(inplace, student_logits, labels, weights)
     return per_row if w is None else per_row * w
 
@@ -231,6 +231,7 @@ class FusedRKLLoss(nn.Module):
         ignore_index: the label of rows that do not count.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
         inplace: the backward pass writes the gradient over the student's logits.
+        group: as in `fused_rkl_loss`.
 
     Raises:
         ValueError: a temperature or reduction that `fused_rkl_loss` would refuse.
@@ -253,6 +254,7 @@ class FusedRKLLoss(nn.Module):
         ignore_index: int = -100,
         vocab_size: int | None = None,
         inplace: bool = False,
+        group: object = None,
     ) -> None:
         super().__init__()
         arguments.check_temperature(temperature)
@@ -262,6 +264,7 @@ class FusedRKLLoss(nn.Module):
         self.ignore_index = ignore_index
         self.vocab_size = vocab_size
         self.inplace = inplace
+        self.group = group
 
     def forward(
         self,
@@ -295,6 +298,7 @@ class FusedRKLLoss(nn.Module):
             ignore_index=self.ignore_index,
             vocab_size=self.vocab_size,
             inplace=self.inplace,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:

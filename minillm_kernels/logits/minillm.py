@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from .. import arguments
-from ..backends import choose
+from ..parallel.split import checked_rows
 from ..rows import DIFFERENTIABLE, RowStats
-from . import ops  # noqa: F401  (registers torch.ops.minillm)
+from .ops import call
 
 
 class MiniLLMLoss(NamedTuple):
@@ -221,7 +221,8 @@ def minillm_loss(
         temperature: both models' logits are divided by it; in [1e-15, 1e37], where float32 holds the quotients.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
         inplace: the backward pass writes the gradient over `student_logits`; nothing else shares their memory.
-        group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
+        group: a process group whose ranks hold the logits' columns, a vocabulary split over ranks as the kernels'
+            page says; None where they are whole, or DTensors that say so.
 
     Returns:
         MiniLLMLoss: `loss`, differentiable, and parts and statistics for logging.
@@ -232,7 +233,6 @@ def minillm_loss(
             overwrite what is read.
         IndexError: a token outside the vocabulary, on CPU tensors (on CUDA: NaN).
         RuntimeError: the logits carry a forward-mode tangent (torch.func.jvp).
-        NotImplementedError: `group` is given.
 
     Examples:
         The student draws token 1; its reward afterwards was good, so the gradient raises that token's logit. The
@@ -251,10 +251,10 @@ def minillm_loss(
         tensor([[ 0.2500, -0.7500,  0.2500,  0.2500],
                 [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
-    arguments.check_logits(student_logits, teacher_logits)
-    arguments.check_group(group)
+    student_logits, teacher_logits, vocab_size, backend = checked_rows(
+        student_logits, teacher_logits, vocab_size, group
+    )
     temperature = arguments.check_temperature(temperature)
-    vocab_size = arguments.resolve_vocab_size(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1])
     ids, counts = arguments.check_token_ids(token_ids, student_logits, ignore_index)
     policy = check_policy(
         student_logits,
@@ -267,8 +267,8 @@ def minillm_loss(
         weight_single_step,
         entropy_coef,
     )
-    settings = (temperature, vocab_size, choose.requested())
-    stats = torch.ops.minillm.row_stats(student_logits, teacher_logits, ids, counts, inplace, *settings)
+    settings = (temperature, vocab_size, backend)
+    stats = call("row_stats", student_logits, teacher_logits, ids, counts, inplace, *settings)
     if inplace and not torch.compiler.is_compiling():  # the operator has checked the logits; constants it does not see
         constants = {"advantages": advantages, "old_logprobs": old_logprobs, "importance_weights": importance_weights}
         arguments.check_inplace(student_logits, token_ids=token_ids, **constants)

@@ -9,16 +9,29 @@ Legend: ... rows, V' the width of the student's head, V = vocab_size <= V' the c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import arguments
 from ..backends import choose
+from ..backends.protocol import Backend
 from ..rows import DIFFERENTIABLE, DIFFERENTIABLE_INDEX, MIXTURE_DIVERGENCES, Pair, RowStats, accumulator
 
 _library = torch.library.Library("minillm", "DEF")
+
+
+class Operator(NamedTuple):
+    implementation: Callable
+    backward: Callable | None
+    setup_context: Callable | None
+
+
+_operators: dict[str, Operator] = {}
 
 
 def register(
@@ -31,6 +44,7 @@ def register(
     """An operator of torch.ops.minillm: one implementation for every device, `fake` for shapes and types alone, and
     how it is differentiated, if it can be."""
     name = schema.partition("(")[0]
+    _operators[name] = Operator(implementation, backward, setup_context)
     _library.define(schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"minillm::{name}", _of_one_device(fake), lib=_library)
@@ -38,6 +52,41 @@ def register(
         torch.library.register_autograd(f"minillm::{name}", backward, setup_context=setup_context, lib=_library)
     if "(a!)" not in schema:
         torch.library.register_vmap(f"minillm::{name}", _no_vmap, lib=_library)
+
+
+def call(name: str, *args: Any) -> Any:
+    """The operator of that name. The last argument is the backend: a name, or one above the ranks of a process group,
+    which is no argument of torch.ops and communicates. Then what the operator is made of runs without the operator."""
+    if isinstance(args[-1], str):
+        return getattr(torch.ops.minillm, name)(*args)
+    apply = _Undispatched.apply
+    if "torch._dynamo" in sys.modules:  # what takes seconds to import; without it nothing is compiled
+        apply = torch.compiler.disable(apply)
+    return apply(*args, name)
+
+
+class _Undispatched(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        *inputs, name = args
+        operator = ctx.operator = _operators[name]
+        with _no_autocast():
+            output = operator.implementation(*inputs)
+        if operator.setup_context is not None:
+            operator.setup_context(ctx, tuple(inputs), output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *grads):
+        with _no_autocast():
+            return *ctx.operator.backward(ctx, *grads), None
+
+
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    """As below the dispatcher: operands have been cast."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def _of_one_device(fake: Callable) -> Callable:
@@ -70,7 +119,7 @@ def no_double_backward(ctx, *_grads):
 _IDS, _BOOL, _FLOATS = (torch.int64,), (torch.bool,), (torch.float32, torch.float64)
 
 
-def checked_pair(student, teacher, temperature, vocab_size, inplace=False, argmax_allowed=False) -> Pair:
+def checked_pair(student, teacher, temperature, vocab_size, backend, inplace=False, argmax_allowed=False) -> Pair:
     """inplace: the gradient will be written over the student; said here, where compiled code comes by too."""
     arguments.check_temperature(temperature, argmax_allowed)
     width = student.shape[-1]
@@ -78,10 +127,15 @@ def checked_pair(student, teacher, temperature, vocab_size, inplace=False, argma
         width = min(width, teacher.shape[-1])
         if teacher.shape[:-1] != student.shape[:-1] or teacher.device != student.device:
             arguments.check_logits(student, teacher)  # says which
-    arguments.resolve_vocab_size(vocab_size, width)
+    arguments.resolve_vocab_size(vocab_size, width, least=least_columns(backend))
     if inplace:
         arguments.check_inplace(student, teacher_logits=teacher)
     return Pair(student, teacher, temperature, vocab_size)
+
+
+def least_columns(backend: str | Backend) -> int:
+    """That a call must have: a rank of several may have none."""
+    return 1 if isinstance(backend, str) else 0
 
 
 def check_rows(student: Tensor, name: str, x: Tensor | None, dtypes: tuple[torch.dtype, ...], *fields: int) -> None:
@@ -123,40 +177,40 @@ def _check_divergence_gradient(student, stats, values, scale, divergence, beta) 
 
 
 def _row_stats(student, teacher, token_ids, mask, inplace, temperature, vocab_size, backend):
-    pair = checked_pair(student, teacher, temperature, vocab_size, inplace)
+    pair = checked_pair(student, teacher, temperature, vocab_size, backend, inplace)
     check_rows(student, "token_ids", token_ids, _IDS)
     check_rows(student, "mask", mask, _BOOL)
     return choose.resolve(backend, student, teacher).row_stats(pair, token_ids, mask)
 
 
 def _row_grad(student, teacher, token_ids, stats, coefficients, temperature, vocab_size, backend):
-    pair = checked_pair(student, teacher, temperature, vocab_size)
+    pair = checked_pair(student, teacher, temperature, vocab_size, backend)
     _check_gradient(student, token_ids, stats, coefficients)
     return choose.resolve(backend, student, teacher).row_grad(pair, token_ids, stats, coefficients)
 
 
 def _row_grad_(student, teacher, token_ids, stats, coefficients, temperature, vocab_size, backend):
-    pair = checked_pair(student, teacher, temperature, vocab_size, inplace=True)
+    pair = checked_pair(student, teacher, temperature, vocab_size, backend, inplace=True)
     _check_gradient(student, token_ids, stats, coefficients)
     choose.resolve(backend, student, teacher).row_grad(pair, token_ids, stats, coefficients, out=student)
     torch.autograd.graph.increment_version(student)  # written behind torch's back
 
 
 def _row_divergence(student, teacher, mask, stats, inplace, divergence, beta, temperature, vocab_size, backend):
-    pair = checked_pair(student, teacher, temperature, vocab_size, inplace)
+    pair = checked_pair(student, teacher, temperature, vocab_size, backend, inplace)
     check_divergence(student, mask, stats, divergence, beta)
     return choose.resolve(backend, student, teacher).row_divergence(pair, mask, stats, divergence, beta)
 
 
 def _row_divergence_grad(student, teacher, stats, values, scale, divergence, beta, temperature, vocab_size, backend):
-    pair = checked_pair(student, teacher, temperature, vocab_size)
+    pair = checked_pair(student, teacher, temperature, vocab_size, backend)
     _check_divergence_gradient(student, stats, values, scale, divergence, beta)
     chosen = choose.resolve(backend, student, teacher)
     return chosen.row_divergence_grad(pair, stats, values, scale, divergence, beta)
 
 
 def _row_divergence_grad_(student, teacher, stats, values, scale, divergence, beta, temperature, vocab_size, backend):
-    pair = checked_pair(student, teacher, temperature, vocab_size, inplace=True)
+    pair = checked_pair(student, teacher, temperature, vocab_size, backend, inplace=True)
     _check_divergence_gradient(student, stats, values, scale, divergence, beta)
     chosen = choose.resolve(backend, student, teacher)
     chosen.row_divergence_grad(pair, stats, values, scale, divergence, beta, out=student)
@@ -164,7 +218,7 @@ def _row_divergence_grad_(student, teacher, stats, values, scale, divergence, be
 
 
 def _row_sample(student, teacher, uniforms, alpha, temperature, top_k, top_p, vocab_size, backend):
-    pair = checked_pair(student, teacher, temperature, vocab_size, argmax_allowed=True)
+    pair = checked_pair(student, teacher, temperature, vocab_size, backend, argmax_allowed=True)
     arguments.check_law(teacher, alpha, top_k, top_p)
     arguments.check_uniforms(uniforms, student)
     return choose.resolve(backend, student, teacher).row_sample(pair, uniforms, alpha, top_k, top_p)
@@ -236,9 +290,9 @@ def _divergence_backward(ctx, grad_values: Tensor):
 def gradient_of_logits(ctx, operator: str, student: Tensor, args: tuple) -> Tensor:
     """By the operator of that name, or where ctx.inplace says so by its namesake that overwrites the student."""
     if not ctx.inplace:
-        return getattr(torch.ops.minillm, operator)(student, *args)
+        return call(operator, student, *args)
     logits = student.detach()  # shares memory and version counter: a second backward pass, or another user, is told
-    getattr(torch.ops.minillm, f"{operator}_")(logits, *args)
+    call(f"{operator}_", logits, *args)
     return logits
 
 

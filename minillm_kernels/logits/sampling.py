@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import arguments
-from ..backends import choose
-from . import ops  # noqa: F401  (registers torch.ops.minillm)
+from ..parallel.split import checked_rows
+from .ops import call
 
 
 class MixedSample(NamedTuple):
@@ -48,6 +48,7 @@ def mixed_sample(
     generator: torch.Generator | None = None,
     uniforms: Tensor | None = None,
     vocab_size: int | None = None,
+    group: object = None,
 ) -> MixedSample:
     """Draws a token per row from alpha p + (1 - alpha) q, teacher p and student q (Gu et al., ICLR 2024, eq. 4).
 
@@ -68,6 +69,9 @@ def mixed_sample(
             token (the first in vocabulary order whose cumulative probability exceeds it). The same uniforms give the
             same tokens.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
+        group: a process group whose ranks hold the logits' columns, a vocabulary split over ranks as the kernels'
+            page says; None where they are whole, or DTensors that say so. The uniforms of its first rank count
+            for all.
 
     Returns:
         MixedSample: tokens, log-probabilities in nats, and which model drew.
@@ -77,6 +81,7 @@ def mixed_sample(
         ValueError: shapes, devices or numbers do not fit, or alpha > 0 without a teacher; a uniform outside [0, 1), on
             CPU tensors. On CUDA, where finding out would wait for the device, it draws some token of the model.
         RuntimeError: the logits carry a forward-mode tangent.
+        NotImplementedError: top_k or top_p with a split vocabulary.
 
     Examples:
         The first coin is below alpha, the second is not:
@@ -92,14 +97,14 @@ def mixed_sample(
         tensor([0.5800, 0.4200])
     """
     with torch.no_grad():  # constants here, the teacher too
-        arguments.check_logits(student_logits, teacher_logits)
+        student_logits, teacher_logits, vocab_size, backend = checked_rows(
+            student_logits, teacher_logits, vocab_size, group
+        )
     student_logits = student_logits.detach()
     teacher_logits = None if teacher_logits is None else teacher_logits.detach()
     alpha = float(alpha)
     arguments.check_law(teacher_logits, alpha, top_k, top_p)
     temperature = arguments.check_temperature(temperature, zero_allowed=True)
-    sizes = [x.shape[-1] for x in (student_logits, teacher_logits) if x is not None]
-    vocab_size = arguments.resolve_vocab_size(vocab_size, *sizes)
     leading = student_logits.shape[:-1]
     if uniforms is None:
         # generator=None would forbid dynamic shapes
@@ -107,7 +112,8 @@ def mixed_sample(
         uniforms = torch.rand(*leading, 2, dtype=torch.float64, device=student_logits.device, **source)
     else:
         arguments.check_uniforms(uniforms, student_logits)
-    token_ids, logprobs, from_teacher = torch.ops.minillm.row_sample(
+    token_ids, logprobs, from_teacher = call(
+        "row_sample",
         student_logits,
         teacher_logits,
         uniforms,
@@ -116,7 +122,7 @@ def mixed_sample(
         int(top_k),
         float(top_p),
         vocab_size,
-        choose.requested(),
+        backend,
     )
     student, teacher, mixture = logprobs.unbind(0)
     return MixedSample(token_ids, student, None if teacher_logits is None else teacher, mixture, from_teacher)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import arguments
-from ..backends import choose
+from ..parallel.split import checked_rows
 from ..rows import DIFFERENTIABLE, RowStats
 from .loss_ops import wants_gradient
+from .ops import call
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -120,7 +121,8 @@ def token_logprobs(
         return_entropy: also return the entropy of each row, from the same read.
         ignore_index: rows with this id are not read: 0, with gradient 0.
         vocab_size: only the first `vocab_size` columns count, by default all.
-        group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
+        group: a process group whose ranks hold the logits' columns, a vocabulary split over ranks as the kernels'
+            page says; None where they are whole, or DTensors that say so.
 
     Returns:
         [...] float32 (float64 for float64 logits); with `return_entropy` a pair of them, log-probabilities and
@@ -132,7 +134,6 @@ def token_logprobs(
         IndexError: a token outside the vocabulary, on CPU tensors. On CUDA, where finding out would wait for the
             device, its log-probability is NaN.
         RuntimeError: the logits carry a forward-mode tangent (torch.func.jvp).
-        NotImplementedError: `group` is given.
 
     Examples:
         >>> import torch
@@ -144,20 +145,18 @@ def token_logprobs(
         >>> entropy
         tensor([1.0397, 0.0000])
     """
-    arguments.check_group(group)
-    stats = token_stats(logits, token_ids, temperature, ignore_index, vocab_size)
+    stats = token_stats(logits, token_ids, temperature, ignore_index, vocab_size, group)
     return (stats.student_logprobs, stats.student_entropy) if return_entropy else stats.student_logprobs
 
 
 def token_stats(
-    logits: Tensor, token_ids: Tensor, temperature: float, ignore_index: int, vocab_size: int | None
+    logits: Tensor, token_ids: Tensor, temperature: float, ignore_index: int, vocab_size: int | None, group: object
 ) -> RowStats:
-    arguments.check_logits(logits, None)
+    logits, _, vocab_size, backend = checked_rows(logits, None, vocab_size, group)
     temperature = arguments.check_temperature(temperature)
-    vocab_size = arguments.resolve_vocab_size(vocab_size, logits.shape[-1])
     ids, counts = arguments.check_token_ids(token_ids, logits, ignore_index)
-    settings = (temperature, vocab_size, choose.requested())
-    return RowStats(*torch.ops.minillm.row_stats(logits, None, ids, counts, False, *settings).unbind(0))
+    settings = (temperature, vocab_size, backend)
+    return RowStats(*call("row_stats", logits, None, ids, counts, False, *settings).unbind(0))
 
 
 def distill_stats(
@@ -182,7 +181,8 @@ def distill_stats(
         temperature: both models' logits are divided by it; in [1e-15, 1e37], where float32 holds the quotients.
         ignore_index: rows with this id are not read: all is 0, with gradient 0.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
-        group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
+        group: a process group whose ranks hold the logits' columns, a vocabulary split over ranks as the kernels'
+            page says; None where they are whole, or DTensors that say so.
 
     Returns:
         DistillStats, [...] each. A token outside the support has log-probabilities -inf and gradient 0.
@@ -192,7 +192,6 @@ def distill_stats(
         ValueError: shapes, devices or numbers do not fit, or the teacher requires a gradient.
         IndexError: a token outside the vocabulary, on CPU tensors (on CUDA: NaN).
         RuntimeError: the logits carry a forward-mode tangent (torch.func.jvp).
-        NotImplementedError: `group` is given.
 
     Examples:
         >>> import torch
@@ -202,13 +201,13 @@ def distill_stats(
         >>> stats.reverse_kl, stats.teacher_logprobs.exp()
         (tensor([0.5108]), tensor([0.9000]))
     """
-    arguments.check_logits(student_logits, teacher_logits)
-    arguments.check_group(group)
+    student_logits, teacher_logits, vocab_size, backend = checked_rows(
+        student_logits, teacher_logits, vocab_size, group
+    )
     temperature = arguments.check_temperature(temperature)
-    vocab_size = arguments.resolve_vocab_size(vocab_size, student_logits.shape[-1], teacher_logits.shape[-1])
     ids, counts = arguments.check_token_ids(token_ids, student_logits, ignore_index)
-    settings = (temperature, vocab_size, choose.requested())
-    stats = torch.ops.minillm.row_stats(student_logits, teacher_logits, ids, counts, False, *settings)
+    settings = (temperature, vocab_size, backend)
+    stats = call("row_stats", student_logits, teacher_logits, ids, counts, False, *settings)
     return DistillStats.of(RowStats(*stats.unbind(0)))
 
 
@@ -251,7 +250,8 @@ def distill_loss(
         ignore_index: rows with this id do not count. They are not read, nor are rows whose coefficients are all 0.
         vocab_size: only the first `vocab_size` columns count, by default the smaller head.
         inplace: the backward pass writes the gradient over `student_logits`; nothing else shares their memory.
-        group: reserved for a vocabulary split over ranks; anything but None raises NotImplementedError.
+        group: a process group whose ranks hold the logits' columns, a vocabulary split over ranks as the kernels'
+            page says; None where they are whole, or DTensors that say so.
 
     Returns:
         DistillLoss(loss, stats): a float32 scalar (float64 for float64 logits), and the statistics for logging.
@@ -262,7 +262,6 @@ def distill_loss(
             devices or numbers that do not fit; a constant that requires a gradient.
         IndexError: a token outside the vocabulary, on CPU tensors (on CUDA: NaN).
         RuntimeError: the logits carry a forward-mode tangent (torch.func.jvp).
-        NotImplementedError: `group` is given.
 
     Examples:
         Half distillation, half cross entropy with the label:
@@ -276,18 +275,16 @@ def distill_loss(
         >>> torch.isclose(loss, 0.5 * stats.forward_kl.sum() - 0.5 * stats.student_logprobs.sum())
         tensor(True)
     """
-    arguments.check_logits(student_logits, teacher_logits)
-    arguments.check_group(group)
+    student_logits, teacher_logits, vocab_size, backend = checked_rows(
+        student_logits, teacher_logits, vocab_size, group
+    )
     temperature = arguments.check_temperature(temperature)
-    sizes = [x.shape[-1] for x in (student_logits, teacher_logits) if x is not None]
-    vocab_size = arguments.resolve_vocab_size(vocab_size, *sizes)
     given = (reverse_kl, forward_kl, student_logprobs, student_entropy, student_logsumexp)
     rows = weighted_rows(given, student_logits, teacher_logits is not None, token_ids, ignore_index)
-    settings = (temperature, vocab_size, choose.requested())
+    settings = (temperature, vocab_size, backend)
     needed = wants_gradient(student_logits)
-    loss, stats, _gradient = torch.ops.minillm.stats_loss(
-        student_logits, teacher_logits, rows.token_ids, rows.coefficients, inplace, needed, *settings
-    )
+    args = (student_logits, teacher_logits, rows.token_ids, rows.coefficients, inplace, needed, *settings)
+    loss, stats, _gradient = call("stats_loss", *args)
     if inplace and not torch.compiler.is_compiling():  # the operator has checked the logits; constants it does not see
         arguments.check_inplace(student_logits, token_ids=token_ids, **dict(zip(DIFFERENTIABLE, given, strict=True)))
     return DistillLoss(loss, DistillStats.of(RowStats(*stats.detach().unbind(0))))

@@ -255,6 +255,7 @@ GROUPED = {
     "distill_stats": (S, T, IDS),
     "distill_loss": (S, T),
     "minillm_loss": (S, T, IDS),
+    "mixed_sample": (S, T),
     "fused_linear_rkl_loss": (S, S[0], S, S[0]),
     "fused_linear_divergence_loss": (S, S[0], S, S[0], "jsd"),
     "fused_linear_token_logprobs": (S, S[0], IDS),
@@ -265,9 +266,9 @@ GROUPED = {
 
 
 @pytest.mark.parametrize("name", GROUPED)
-def test_group_is_reserved(name):
+def test_group_is_a_process_group(name):
     constants = {"advantages": ZERO, "old_logprobs": ZERO} if "minillm" in name else {}
-    with pytest.raises(NotImplementedError, match=r"group= \(a vocabulary split over ranks\) is not implemented"):
+    with pytest.raises(TypeError, match=r"group must be a torch\.distributed process group .*, got 'world'"):
         getattr(minillm_kernels, name)(*GROUPED[name], group="world", **constants)
 
 

@@ -259,7 +259,7 @@ def test_bad_input():
         ({"teacher_head": case.teacher[1].clone().requires_grad_()}, ValueError, "the teacher is a constant"),
         ({"vocab_size": 1002}, ValueError, r"smaller head \(head sizes 1001 and 1010\)"),
         ({"chunk_rows": 0}, ValueError, "chunk_rows"),
-        ({"group": object()}, NotImplementedError, "group"),
+        ({"group": object()}, TypeError, "group must be a torch.distributed process group"),
     ]
     for changes, error, message in bad:
         with pytest.raises(error, match=message):

@@ -1,0 +1,1 @@
+"""A vocabulary whose columns are split over the ranks of a process group: the row operations over all of them."""
