@@ -4,6 +4,7 @@ Each process writes its shards into a file of its own. They are read back into t
 processes, or into whole ones. Inside, a tensor is called GROUP/NAME.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from minillm.parallel.whole import is_shard, local
 from minillm.run.verify import CheckpointError, check_finite
 
 Groups = dict[str, dict[str, Tensor]]
-PREFIX, FOLDER = "shard-", ".shards"
+PREFIX, FOLDER = "shard-", "shards"
 
 
 def split(groups: Groups) -> tuple[Groups, dict[str, Tensor]]:
@@ -100,4 +101,6 @@ def fill(path: Path, live: Mapping[str, Mapping[str, Tensor]], stored: Groups) -
     }
     if wanted:
         alone = not torch.distributed.is_initialized()
-        dcp.load(wanted, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=alone)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is meant
+            dcp.load(wanted, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=alone)

@@ -9,22 +9,25 @@ found is a line of JSON; tests/minillm/parallel/ says what it must be.
 import dataclasses
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, PartialState
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minillm.config.parallel import ParallelConfig
 from minillm.config.recipe import Recipe, stage_from
-from minillm.config.schema import LoraConfig, RunConfig
+from minillm.config.schema import ConfigError, LoraConfig, RunConfig
 from minillm.data.examples import Example, Record
+from minillm.files import remove_partials
 from minillm.model.adapters import add_adapters
 from minillm.model.head import CausalLM
 from minillm.model.layers import recompute_layers
-from minillm.model.load import load_tokenizer
+from minillm.model.load import load_model, load_tokenizer
 from minillm.parallel import student as parallel
 from minillm.parallel.gathered import gathered
 from minillm.parallel.shard import is_sharded, place_student, place_teacher
@@ -211,6 +214,17 @@ def blamed() -> dict:
     return {"told": told, "rank": everything.process_index, "shards": bool(parallel.to_step(context.student))}
 
 
+def optimised() -> dict:
+    """An optimiser made where the student is gathered."""
+    context = build("sft", SHARDED)
+    with gathered(context.student):
+        try:
+            optimizer_of(context)
+        except AssertionError:
+            return {"refused": True}
+    return {"refused": False}
+
+
 def exported() -> dict:
     """The copy that is saved, beside the model before it was sharded."""
     original, context = llama(3, 1), build("sft", SHARDED)
@@ -222,7 +236,7 @@ def exported() -> dict:
     return found
 
 
-def saved(world: int) -> dict:
+def saved() -> dict:
     """Two steps of four, and a checkpoint."""
     context = build("sft", SHARDED)
     optimizer = optimizer_of(context)
@@ -248,6 +262,68 @@ def resumed(world: int, where: ParallelConfig) -> dict:
     expected = torch.load(straight)
     compared = [key for key in weights if " metric " not in key]
     return {"apart": max(float((weights[key] - expected[key]).abs().max()) for key in compared)}
+
+
+def killed(rank: int) -> dict:
+    """A save during which a process dies by signal 9: one that writes its shards, or the first, before the end."""
+    context = build("sft", SHARDED)
+    optimizer = optimizer_of(context)
+    train(context, optimizer, range(1, 2), FOLDER)
+    state = checkpoint.state_of(context.student.model, context.accelerator.prepare(optimizer), context.accelerator)
+
+    def die(*arguments) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if PartialState().process_index == rank:
+        if rank:
+            dcp.HuggingFaceStorageWriter.write_data = die
+        else:
+            checkpoint.write_manifest = die
+    folder = FOLDER / "run" / "checkpoints"
+    checkpoint.save(folder, recipe(context), Progress("sft", 3), state, context.student.model, 2)
+    PartialState().wait_for_everyone()
+    return {}
+
+
+def left() -> dict:
+    """What such saves left: the checkpoint before, and what the next start clears away."""
+    folder = FOLDER / "run" / "checkpoints"
+    found = {"whole": sorted(path.name for path in folder.glob("step-*")), "hidden": len(list(folder.glob(".*")))}
+    remove_partials(folder)
+    return found | {"cleared": sorted(path.name for path in folder.iterdir())}
+
+
+def peak() -> dict:
+    """Most bytes of tensors that a process holds while a student is exported, beside what the model has."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    context = build("sft", ParallelConfig())
+    model = llama(8, 1, hidden=128).float()
+    weights = {name: p.nbytes for name, p in model.named_parameters()}
+    layers = [sum(p.nbytes for p in layer.parameters()) for layer in model.model.layers]
+    context.student = CausalLM(model)
+    place_student(context.student, SHARDED, torch.float32)
+    tracker = MemTracker()
+    tracker.track_external(context.student)
+    with tracker:
+        copy = whole_model(context.student)
+    found = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    return {"peak": int(found), "model": sum(weights.values()), "layer": max(layers), "copy": copy is not None}
+
+
+def refused() -> dict:
+    """A student that transformers has sharded."""
+    from transformers.distributed import DistributedConfig
+
+    if PartialState().is_main_process:
+        llama(2, 2).save_pretrained(FOLDER / "student")
+    PartialState().wait_for_everyone()
+    model = load_model(str(FOLDER / "student"), distributed=DistributedConfig(fsdp_size=PartialState().num_processes))
+    try:
+        CausalLM(model)
+    except ConfigError as error:
+        return {"told": str(error)}
+    return {"told": ""}
 
 
 def recipe(context: Context) -> Recipe:
@@ -287,10 +363,14 @@ WORLDS = [  # one after the other: processes, what is run
         [
             *((name, lambda name=name: compared(2, name, SHARDED)) for name in CASES),
             ("offload", lambda: compared(2, "kd", ParallelConfig(student="shard", teacher="offload"), "o")),
-            ("counted", counted), ("halves", halves), ("blamed", blamed), ("exported", exported),
-            ("tensor", together), ("saved", lambda: saved(2)),
+            ("counted", counted), ("halves", halves), ("blamed", blamed), ("gathered", optimised),
+            ("exported", exported), ("peak", peak),
+            ("tensor", together), ("saved", saved), ("refused", refused),
         ],
     ),
+    (2, [("killed", lambda: killed(1))]),
+    (2, [("killed", lambda: killed(0))]),
+    (1, [("left", left)]),
     (1, [("resumed", lambda: resumed(1, ParallelConfig()))]),
     (
         3,
@@ -304,7 +384,7 @@ WORLDS = [  # one after the other: processes, what is run
         [
             *((name, lambda name=name: compared(4, name, SHARDED)) for name in FEW),
             *((f"{name} 2 x 2", lambda name=name: compared(4, name, HSDP, "h")) for name in FEW),
-            ("resumed", lambda: resumed(4, HSDP)),
+            ("resumed", lambda: resumed(4, HSDP)), ("peak", peak),
         ],
     ),
 ]  # fmt: skip
@@ -341,7 +421,8 @@ def main() -> int:
             if child == 0:
                 os._exit(rank_of_world(rank, world, cases))
             children.append(child)
-        if any([os.waitpid(child, 0)[1] for child in children]):
+        ended = [os.waitpid(child, 0)[1] for child in children]
+        if any(ended) and "killed" not in dict(cases):
             return 1
     return 0
 
