@@ -18,7 +18,7 @@ from minillm.model.check import check_decoding, check_same_tokenizer
 from minillm.model.head import CausalLM
 from minillm.model.load import load_student, load_teacher, load_tokenizer
 from minillm.parallel.gathered import gathered
-from minillm.parallel.shard import place_student, place_teacher
+from minillm.parallel.shard import place_student, place_teacher, read_teacher
 from minillm.parallel.tensor import teacher_loader
 from minillm.parallel.whole import whole_model
 from minillm.report.summary import card, changes, run_text
@@ -153,13 +153,15 @@ def diagnose(recipe: Recipe) -> dict[str, dict[str, Finding]]:
 
 def load_pair(run: RunConfig) -> "tuple[CausalLM, CausalLM | None, PreTrainedTokenizerBase]":
     """Student, teacher and the tokenizer that they must share."""
-    settings, base = run.model, load_teacher(run, teacher_loader(run.parallel))
+    settings = run.model
+    teacher = read_teacher(run) if settings.drop_layers is None else None  # which cuts from a whole one
+    base = load_teacher(run, teacher_loader(run.parallel)) if teacher is None else None
     student = CausalLM(load_student(run, base), settings.head)
     tokenizer = load_tokenizer(settings.student or settings.teacher)
     if settings.student and settings.teacher:
         check_same_tokenizer(tokenizer, load_tokenizer(settings.teacher))
-    teacher = None if base is None else CausalLM(base, settings.head)
-    if teacher is not None:
+    if base is not None:
+        teacher = CausalLM(base, settings.head)
         place_teacher(teacher, run.parallel)
     return student, teacher, tokenizer
 

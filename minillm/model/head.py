@@ -50,7 +50,7 @@ class CausalLM(nn.Module):
     for a model that cannot be run on token ids alone, or whose predictions see the tokens that they predict.
     """
 
-    def __init__(self, model: "PreTrainedModel", head: str = "fused") -> None:
+    def __init__(self, model: "PreTrainedModel", head: str = "fused", tried: bool = True) -> None:
         super().__init__()
         self.model = model
         self.fused = head == "fused"
@@ -58,6 +58,11 @@ class CausalLM(nn.Module):
         self.whole_head = _whole_head(model) if self.fused else None
         self.copy_with: Callable[[Mapping[str, Tensor]], PreTrainedModel] | None = None  # of a student in shards
         self.takes_masks: bool | None = None  # minillm/model/masks.py tries it
+        if tried:
+            self.check()
+
+    def check(self) -> None:
+        """Try what the class promises, where the model was made without: its weights were not there yet."""
         if self.fused:
             _check_head(self)
         _check_causal(self)

@@ -13,8 +13,10 @@ from accelerate import PartialState
 from torch import nn
 
 from minillm.config.parallel import ParallelConfig
+from minillm.config.schema import RunConfig
 from minillm.model.head import CausalLM
 from minillm.model.layers import layers_of
+from minillm.model.load import own_tensors, unread_model
 from minillm.parallel.mesh import sharding_mesh
 from minillm.parallel.whole import keep_skeleton
 
@@ -42,11 +44,10 @@ def shard_teacher(lm: CausalLM, mesh: "DeviceMesh", offload: bool) -> None:
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
-    cuda, layers = mesh.device_type == "cuda", layers_of(lm.model)[1]
-    inside = {id(parameter) for parameter in layers.parameters()}
-    outside = {parameter for parameter in lm.parameters() if id(parameter) not in inside}
+    cuda, outside = mesh.device_type == "cuda", _outside(lm)
     for tensor in (*outside, *lm.buffers()):
-        tensor.data = tensor.data.to(PartialState().device)
+        if not tensor.is_meta:
+            tensor.data = tensor.data.to(PartialState().device)
     policy = CPUOffloadPolicy(pin_memory=cuda) if offload else OffloadPolicy()
     _fully_shard(lm, mesh, ignored_params=outside, offload_policy=policy)
 
@@ -60,9 +61,52 @@ def place_student(lm: CausalLM, parallel: ParallelConfig, compute_dtype: torch.d
 
 def place_teacher(lm: CausalLM, parallel: ParallelConfig) -> None:
     """The same of the teacher; one process offloads, too."""
-    offload = parallel.teacher == "offload"
-    if offload or (parallel.teacher == "shard" and PartialState().num_processes > 1):
-        shard_teacher(lm, sharding_mesh(parallel), offload)
+    if shards_teacher(parallel):
+        shard_teacher(lm, sharding_mesh(parallel), parallel.teacher == "offload")
+        lm.enter()  # or the first layer that runs would be the root
+
+
+def shards_teacher(parallel: ParallelConfig) -> bool:
+    return parallel.teacher == "offload" or (parallel.teacher == "shard" and PartialState().num_processes > 1)
+
+
+@torch.no_grad()
+def read_teacher(run: RunConfig) -> CausalLM | None:
+    """The teacher read into its shards, so that no process ever holds it whole; None where it is not to be sharded, or
+    its files do not hold it by its own names (`unread_model`). Every process must call it."""
+    if not shards_teacher(run.parallel):
+        return None
+    mesh, offload = sharding_mesh(run.parallel), run.parallel.teacher == "offload"
+    found = unread_model(run.model.teacher, run.teacher.dtype, run.model.attn)
+    if found is None:
+        return None
+    import torch.distributed.checkpoint as dcp
+
+    model, folder = found
+    lm, device = CausalLM(model.requires_grad_(False), run.model.head, tried=False), PartialState().device
+    names, buffers = own_tensors(model), {name: x.clone() for name, x in model.named_buffers()}
+    shard_teacher(lm, mesh, offload)
+    lm.to_empty(device="cpu" if offload else device)
+    model.tie_weights()
+    tensors = model.state_dict(keep_vars=True)
+    dcp.load(
+        {name: tensors[name].detach() for name in names},
+        storage_reader=dcp.HuggingFaceStorageReader(str(folder)),
+    )
+    for name, buffer in model.named_buffers():
+        if name not in names:  # made from the configuration
+            buffer.copy_(buffers[name])
+    for tensor in (*_outside(lm), *lm.buffers()):
+        tensor.data = tensor.data.to(device)
+    lm.enter()
+    lm.check()
+    return lm
+
+
+def _outside(lm: CausalLM) -> set[nn.Parameter]:
+    """The parameters outside its layers."""
+    inside = {id(parameter) for parameter in layers_of(lm.model)[1].parameters()}
+    return {parameter for parameter in lm.parameters() if id(parameter) not in inside}
 
 
 def _fully_shard(
@@ -77,8 +121,6 @@ def _fully_shard(
         group.set_gradient_divide_factor(1.0)
         group.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(lm, "enter")
-    lm.enter()
-    groups_of(lm)[0].reshard()
 
 
 def groups_of(lm: nn.Module) -> "list[Any]":

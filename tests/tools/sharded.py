@@ -17,6 +17,9 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, PartialState
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minillm.config.parallel import ParallelConfig
@@ -28,9 +31,10 @@ from minillm.model.adapters import add_adapters
 from minillm.model.head import CausalLM
 from minillm.model.layers import recompute_layers
 from minillm.model.load import load_model, load_tokenizer
+from minillm.model.sampling import draw_uniforms
 from minillm.parallel import student as parallel
 from minillm.parallel.gathered import gathered
-from minillm.parallel.shard import is_sharded, place_student, place_teacher
+from minillm.parallel.shard import is_sharded, place_student, place_teacher, read_teacher
 from minillm.parallel.tensor import teacher_loader
 from minillm.parallel.whole import whole, whole_model
 from minillm.run import checkpoint
@@ -293,22 +297,82 @@ def left() -> dict:
     return found | {"cleared": sorted(path.name for path in folder.iterdir())}
 
 
+class Held(TorchDispatchMode):
+    """The most bytes that were held at once by tensors that an operator has read or made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[int, StorageWeakRef] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, found)):
+            if isinstance(leaf, torch.Tensor):
+                storage = whole_or_part(leaf).untyped_storage()
+                if storage.device.type == "cpu":
+                    self.known.setdefault(storage._cdata, StorageWeakRef(storage))
+        held = 0
+        for key, reference in list(self.known.items()):
+            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+            if storage is None:
+                del self.known[key]
+            else:
+                held += storage.nbytes()
+        self.peak = max(self.peak, held)
+        return found
+
+
 def peak() -> dict:
     """Most bytes of tensors that a process holds while a student is exported, beside what the model has."""
-    from torch.distributed._tools.mem_tracker import MemTracker
-
     context = build("sft", ParallelConfig())
     model = llama(8, 1, hidden=128).float()
     weights = {name: p.nbytes for name, p in model.named_parameters()}
     layers = [sum(p.nbytes for p in layer.parameters()) for layer in model.model.layers]
     context.student = CausalLM(model)
     place_student(context.student, SHARDED, torch.float32)
-    tracker = MemTracker()
-    tracker.track_external(context.student)
-    with tracker:
+    with Held() as held:
         copy = whole_model(context.student)
-    found = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    return {"peak": int(found), "model": sum(weights.values()), "layer": max(layers), "copy": copy is not None}
+    return {"peak": held.peak, "model": sum(weights.values()), "layer": max(layers), "copy": copy is not None}
+
+
+def read() -> dict:
+    """A teacher that is read into its shards, tied or not: its states and log-probs, beside one that is whole, and the
+    most bytes that this process held meanwhile."""
+    found: dict = {"apart": 0.0}
+    for tied in (False, True):
+        folder, model = FOLDER / f"read-{tied}", llama(8, 2, tied, hidden=128)
+        if PartialState().is_main_process:
+            model.save_pretrained(folder, max_shard_size="500KB")
+        PartialState().wait_for_everyone()
+        context = build("kd", ParallelConfig())
+        batch = micros_of(context, METHODS["kd"](context, FOLDER), 1)[0].batch
+        expected = CausalLM(model.requires_grad_(False)).output(batch)
+        for where in ("shard", "offload"):
+            run = dataclasses.replace(
+                context.run,
+                model=dataclasses.replace(context.run.model, teacher=str(folder)),
+                parallel=ParallelConfig(teacher=where),
+            )
+            with Held() as held:
+                lm = read_teacher(run)
+            states, head = lm.output(batch)
+            found["apart"] = max(
+                found["apart"],
+                float((states - expected.states).abs().max()),
+                float((head.logits(states) - expected.head.logits(expected.states)).abs().max()),
+            )
+            sampled = []
+            for each in (lm, CausalLM(model)):
+                with gathered(each):
+                    prompts = [example.prompt for example in context.examples[: 2 + PartialState().process_index]]
+                    uniforms = draw_uniforms(1, 6, len(prompts))
+                    sampled.append(context.sample_responses(each, None, prompts, uniforms, 0.0).responses())
+            found[f"{where} samples alike"] = sampled[0] == sampled[1]
+            found[f"{where} peak"] = held.peak
+    layers = [sum(p.nbytes for p in layer.parameters()) for layer in model.model.layers]
+    outside = sum(p.nbytes for p in llama(8, 2, hidden=128).parameters()) - sum(layers)
+    return found | {"layers": sum(layers), "layer": max(layers), "outside": outside}
 
 
 def refused() -> dict:
@@ -352,7 +416,7 @@ def together() -> dict:
     return found
 
 
-def whole_or_part(parameter: torch.nn.Parameter) -> torch.Tensor:
+def whole_or_part(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
@@ -365,7 +429,7 @@ WORLDS = [  # one after the other: processes, what is run
             ("offload", lambda: compared(2, "kd", ParallelConfig(student="shard", teacher="offload"), "o")),
             ("counted", counted), ("halves", halves), ("blamed", blamed), ("gathered", optimised),
             ("exported", exported), ("peak", peak),
-            ("tensor", together), ("saved", saved), ("refused", refused),
+            ("tensor", together), ("saved", saved), ("refused", refused), ("read", read),
         ],
     ),
     (2, [("killed", lambda: killed(1))]),

@@ -3,9 +3,12 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +91,45 @@ def test_a_run_that_torchrun_starts_again_resumes_its_newest_checkpoint(monkeypa
     assert resume_after_restart("") == ""
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     assert resume_after_restart("") == resume_after_restart("run/checkpoints/step-5") == "auto"
+
+
+@needs_shards
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
+def test_a_worker_that_is_killed_is_started_again_by_torchrun(files):
+    """The survivor ends with a status that torchrun counts; all start again, and resume by themselves."""
+    tree = yaml.safe_load((files / "recipe.yaml").read_text())
+    tree["stages"] = {"warm-up": tree["stages"]["warm-up"] | {"optim": {"steps": 60, "batch_size": 4, "lr": 1e-3}}}
+    tree |= {"log": {"checkpoint_every": 2}, "parallel": {"student": "shard"}}
+    (files / "recipe.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    written, log = files / "run" / "metrics.jsonl", files / "log"
+    with log.open("w") as output:
+        agent = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+             "--max_restarts", "1", "-m", "minillm", "train", str(files / "recipe.yaml")],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    try:
+        until = time.monotonic() + 200
+        while not (written.exists() and len(written.read_text().splitlines()) >= 5):
+            assert agent.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
+            time.sleep(0.05)
+        os.kill(worker_of(agent.pid, rank=1), signal.SIGKILL)
+        assert agent.wait(timeout=250) == 0, log.read_text()[-3000:]
+    finally:
+        agent.kill()
+    assert "resuming after step" in log.read_text()
+    assert [line["step"] for line in metrics(files / "run")] == list(range(1, 61))
+
+
+def worker_of(agent: int, rank: int) -> int:
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == agent and f"\0LOCAL_RANK={rank}\0" in f"\0{(process / 'environ').read_text()}":
+                return int(process.name)
+        except (OSError, ValueError):  # it has ended meanwhile
+            continue
+    raise AssertionError(f"torchrun has no worker {rank}")
 
 
 @needs_shards

@@ -129,6 +129,14 @@ def test_a_tensor_parallel_teacher_teaches_as_one_that_is_whole(found):
     assert case["held"] < 0.75 * case["all"]
 
 
+def test_a_teacher_is_read_into_its_shards(found):
+    for rank in (0, 1):
+        case = found["read", 2, rank]
+        assert case["apart"] <= 1e-12 and case["shard samples alike"] and case["offload samples alike"]
+        limit = 1.2 * (case["layers"] / 2 + case["outside"] + case["layer"])  # what is outside the layers stays whole
+        assert case["shard peak"] < limit and case["offload peak"] < limit, case
+
+
 def test_a_checkpoint_of_two_processes_is_resumed_by_one_three_and_four(found):
     for world in (1, 3, 4):
         assert found["resumed", world, 0]["apart"] <= 1e-12
