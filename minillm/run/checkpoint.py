@@ -286,9 +286,10 @@ def restore(model: nn.Module, optimizer: Any, accelerator: Accelerator, found: C
     restore_weights(model, groups[weights_name(model)])
     shards.fill(found.path, {weights_name(model): parameters, "optimizer": moments}, groups)
     if len(groups["random"]["cpu"]) == accelerator.num_processes:
-        torch.set_rng_state(groups["random"]["cpu"][accelerator.process_index].cpu())
+        # a copy: a row of a file lies at any address, and torch reads the state as if it were aligned
+        torch.set_rng_state(groups["random"]["cpu"][accelerator.process_index].cpu().clone())
         if accelerator.device.type == "cuda" and "cuda" in groups["random"]:
-            torch.cuda.set_rng_state(groups["random"]["cuda"][accelerator.process_index].cpu())
+            torch.cuda.set_rng_state(groups["random"]["cuda"][accelerator.process_index].cpu().clone())
 
 
 @torch.no_grad()
