@@ -214,15 +214,15 @@ def check_whole(path: Path) -> None:
         )
 
 
-def load(path: Path, recipe: Recipe, student: nn.Module | None = None) -> Checkpoint:
+def load(path: Path, recipe: Recipe, student: nn.Module | None = None, compare: bool = True) -> Checkpoint:
     """Read a checkpoint, which must be whole, undamaged and of this recipe; with `student`, of weights and moments
-    that fit it.
+    that fit it. Without `compare`, another process has compared its files with the manifest.
 
     Raises FileNotFoundError, ConfigError for one of another recipe, CheckpointError for a damaged one.
     """
     check_whole(path)
     try:
-        names = verified_files(path)
+        names = verified_files(path, compare)
         state = json.loads((path / "progress.json").read_text(encoding="utf-8"))
         progress, theirs = Progress(**state["progress"]), dict(flatten(state["config"]))
         files = [name for name in names if name.endswith(".safetensors") and not shards.is_file(name)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
@@ -59,9 +60,15 @@ def write(parts: Mapping[str, Tensor], folder: Path) -> Path | None:
             storage_writer=dcp.HuggingFaceStorageWriter(str(target[0]), save_distributed=True),
         )
     except dcp.CheckpointException as error:
-        remove(target[0])
-        raise OSError(f"its shards: {next(iter(error.failures.values()))[0]}") from error
+        if PartialState().is_main_process:
+            remove(target[0])
+        raise OSError(f"its shards: {_first(error)}") from error
     return target[0]
+
+
+def _first(error: Any) -> Any:
+    """What the first process that failed has raised."""
+    return next(iter(error.failures.values()))[0]
 
 
 def is_file(name: str) -> bool:
@@ -90,7 +97,10 @@ def with_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def fill(path: Path, live: Mapping[str, Mapping[str, Tensor]], stored: Groups) -> None:
     """Read the shards in a checkpoint's files into the tensors of the same names that they are of, which may be
-    sharded otherwise, or whole. Where there are several processes, every one must call it."""
+    sharded otherwise, or whole. Where there are several processes, every one must call it.
+
+    Raises CheckpointError where they cannot be read.
+    """
     import torch.distributed.checkpoint as dcp
 
     wanted = {
@@ -103,4 +113,7 @@ def fill(path: Path, live: Mapping[str, Mapping[str, Tensor]], stored: Groups) -
         alone = not torch.distributed.is_initialized()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is meant
-            dcp.load(wanted, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=alone)
+            try:
+                dcp.load(wanted, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=alone)
+            except dcp.CheckpointException as error:
+                raise CheckpointError(f"{path} cannot be read: {_first(error)}") from error

@@ -9,6 +9,7 @@ found is a line of JSON; tests/minillm/parallel/ says what it must be.
 """
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -40,7 +41,7 @@ from minillm.parallel.shard import is_sharded, place_student, place_teacher, rea
 from minillm.parallel.tensor import teacher_loader
 from minillm.parallel.whole import whole, whole_model
 from minillm.run import checkpoint
-from minillm.run.checkpoint import Progress
+from minillm.run.checkpoint import CheckpointError, Progress
 from minillm.train import loop
 from minillm.train.context import Context, chunks
 from minillm.train.loop import METHODS, Micro
@@ -297,6 +298,29 @@ def killed(rank: int) -> dict:
     return {}
 
 
+def full() -> dict:
+    """A save during which one process finds no room: all are told, and the checkpoint before stays."""
+    context = build("sft", SHARDED)
+    optimizer = optimizer_of(context)
+    train(context, optimizer, range(1, 2), FOLDER)
+    state = checkpoint.state_of(context.student.model, context.accelerator.prepare(optimizer), context.accelerator)
+
+    def no_room(*arguments) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    real, folder = dcp.HuggingFaceStorageWriter.write_data, FOLDER / "run" / "checkpoints"
+    if PartialState().process_index == 1:
+        dcp.HuggingFaceStorageWriter.write_data = no_room
+    try:
+        checkpoint.save(folder, recipe(context), Progress("sft", 3), state, context.student.model, 2)
+        told = ""
+    except CheckpointError as error:
+        told = str(error)
+    dcp.HuggingFaceStorageWriter.write_data = real
+    PartialState().wait_for_everyone()
+    return {"told": told, "there": sorted(path.name for path in folder.iterdir())}
+
+
 def left() -> dict:
     """What such saves left: the checkpoint before, and what the next start clears away."""
     folder = FOLDER / "run" / "checkpoints"
@@ -442,7 +466,7 @@ WORLDS = [  # one after the other: processes, what is run
             ("tensor", together), ("saved", saved), ("refused", refused), ("read", read),
         ],
     ),
-    (2, [("resumed", lambda: resumed(SHARDED))]),
+    (2, [("resumed", lambda: resumed(SHARDED)), ("full", full)]),
     (2, [("killed", lambda: killed(1))]),
     (2, [("killed", lambda: killed(0))]),
     (1, [("left", left)]),

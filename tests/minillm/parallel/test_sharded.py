@@ -160,5 +160,12 @@ def test_processes_killed_in_a_save_leave_the_checkpoint_before(found):
     assert case["cleared"] == ["step-2"]
 
 
+def test_a_disk_that_is_full_for_one_process_is_told_to_all(found):
+    for rank in (0, 1):
+        case = found["full", 2, rank]
+        assert "no checkpoint could be written at step 3" in case["told"] and "No space left" in case["told"]
+        assert case["there"] == ["step-2"]
+
+
 def test_a_student_that_transformers_has_sharded_is_refused(found):
     assert "parallel.student" in found["refused", 2, 1]["told"]
