@@ -80,9 +80,8 @@ class RunDirectory:
             raise failed
         self.resumed: Checkpoint | None = None
         if newest:
-            self.resumed = (
-                self.claim.resumed if self.claim else checkpoint.load(newest, recipe, student, compare=False)
-            )
+            claimed = self.claim.resumed if self.claim else None
+            self.resumed = claimed or checkpoint.load(newest, recipe, student, compare=False)
         self.stages: dict[str, dict[str, Any]] = dict(self.resumed.progress.stages) if self.resumed else {}
         self.environment = environment()
         try:
