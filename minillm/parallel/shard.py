@@ -123,14 +123,14 @@ def _fully_shard(
     register_fsdp_forward_method(lm, "enter")
 
 
-def groups_of(lm: nn.Module) -> "list[Any]":
-    """Its modules whose weights are gathered together; none where it is whole."""
-    if not torch.distributed.is_available():
+def groups_of(lm: object) -> "list[Any]":
+    """Its modules whose weights are gathered together; none where it is whole, or elsewhere."""
+    if not torch.distributed.is_available() or not isinstance(lm, nn.Module):
         return []
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in lm.modules() if isinstance(module, FSDPModule)]
 
 
-def is_sharded(lm: nn.Module) -> bool:
+def is_sharded(lm: object) -> bool:
     return bool(groups_of(lm))

@@ -37,7 +37,8 @@ def teacher_loader(parallel: ParallelConfig) -> Loader:
 
 def runs_together(lm: CausalLM | None) -> bool:
     """Whether all processes must run this model on the same tokens."""
-    return lm is not None and getattr(lm.model, "tp_size", None) not in (None, 1)
+    model = getattr(lm, "model", None)  # a teacher that is elsewhere has none
+    return getattr(model, "tp_size", None) not in (None, 1)
 
 
 def output_of(lm: CausalLM, batch: Batch) -> Output:
