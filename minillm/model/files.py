@@ -49,6 +49,32 @@ def check_generation_config(source: str | Path) -> None:
         raise ConfigError(f"{path} {why}, or delete it")
 
 
+def weights_folder(source: str | Path) -> Path:
+    """The directory of a model's files, fetched from the hub where it is none."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a model's safetensors files; nothing where there are other such files beside
+    them."""
+    from safetensors import safe_open
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+    index, names = folder / SAFE_WEIGHTS_INDEX_NAME, {SAFE_WEIGHTS_NAME}
+    if index.exists():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    found: dict[str, tuple[int, ...]] = {}
+    if names == {path.name for path in folder.glob("*.safetensors")}:
+        for name in names:
+            with safe_open(folder / name, "pt") as file:
+                found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    return found
+
+
 def damaged(source: str | Path) -> str:
     """Which file of a model is damaged, and how; "" where all of them can be read."""
     from transformers.utils import CONFIG_NAME, cached_file

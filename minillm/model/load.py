@@ -15,24 +15,30 @@ from minillm.data.prompts import answer_end
 from minillm.foreign import foreign
 from minillm.model.adapters import StoredAdapters, add_adapters, continue_adapters, merge_adapters, stored_adapters
 from minillm.model.bounds import bounded, check_layers, room
-from minillm.model.files import check_generation_config, check_weight_names, damaged
+from minillm.model.files import check_generation_config, check_weight_names, damaged, stored_shapes, weights_folder
 from minillm.model.layers import drop_layers, recompute_layers
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_model(source: str, dtype: str = "float32", attn: str = "auto") -> "PreTrainedModel":
+def load_model(source: str, dtype: str = "float32", attn: str = "auto", distributed: Any = None) -> "PreTrainedModel":
     """An AutoModelForCausalLM from a hub id, a directory or `package:NAME`, in eval mode (no dropout). Code that comes
     with a model is never run, nor a pickle read. `dtype` "checkpoint" is the one in which it is stored.
 
-    A directory of adapters is loaded as its base model with the adapters merged.
+    A directory of adapters is loaded as its base model with the adapters merged. `distributed` is a DistributedConfig
+    of transformers, under which each process reads its part of the layers.
 
     Raises ConfigError when nothing can be loaded from `source`, or not all of it.
     """
     from transformers import AutoModelForCausalLM
 
     if adapters := _adapters(source):
+        if distributed is not None:
+            raise ConfigError(
+                f"{source!r} holds adapters, which are merged into whole weights: name the directory in which they "
+                "are merged, or set parallel.teacher to shard"
+            )
         model = load_model(adapters.base, dtype, attn)
         continue_adapters(model, adapters)
         return merge_adapters(model)
@@ -42,6 +48,7 @@ def load_model(source: str, dtype: str = "float32", attn: str = "auto") -> "PreT
     chosen = _stored_dtype(config) if dtype == "checkpoint" else getattr(torch, dtype)
     quantised = hasattr(config, "quantization_config")
     packed = 8 if quantised else 1  # weights of 16 bits in 2, at the least
+    over_processes = {} if distributed is None else {"distributed_config": distributed}
     with (
         _reading(f"no causal language model could be loaded from {source!r}", source),
         bounded(source, packed * room()),
@@ -55,6 +62,7 @@ def load_model(source: str, dtype: str = "float32", attn: str = "auto") -> "PreT
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, with their names
+                **over_processes,
             )
         except ImportError as error:
             cause = (
@@ -86,6 +94,36 @@ def skeleton(source: str, dtype: str = "float32", attn: str = "auto") -> "PreTra
     settings = {} if how is None else {"attn_implementation": how}  # a None given here would mean eager
     with _reading(f"no model can be made from the configuration of {source!r}", source), bounded(source):
         return AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=False, **settings).eval()
+
+
+def unread_model(source: str, dtype: str, attn: str) -> "tuple[PreTrainedModel, Path] | None":
+    """The same model with its parameters on the device `meta`, and the directory whose safetensors files hold all of
+    them by the model's own names; None where none does, as of adapters, quantised weights and names of before, which
+    `load_model` reads."""
+    from accelerate import init_empty_weights
+    from transformers import GenerationConfig
+    from transformers.utils import GENERATION_CONFIG_NAME
+
+    if _adapters(source) or hasattr(_description(source), "quantization_config"):
+        return None
+    with init_empty_weights(include_buffers=False):
+        model = skeleton(source, dtype, attn)
+    model.tie_weights()
+    with _reading(f"no causal language model could be loaded from {source!r}", source):
+        folder = weights_folder(_locate(source))
+        stored = stored_shapes(folder)
+    if not own_tensors(model).items() <= stored.items():
+        return None
+    check_generation_config(folder)
+    if (folder / GENERATION_CONFIG_NAME).exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, folder
+
+
+def own_tensors(model: "PreTrainedModel") -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a model is saved as; a tensor that stands in two places is saved once."""
+    once = {id(x): (name, tuple(x.shape)) for name, x in reversed(model.state_dict(keep_vars=True).items())}
+    return dict(once.values())
 
 
 def _reading(failed: str, source: str) -> AbstractContextManager[None]:

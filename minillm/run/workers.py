@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from typing import Any
 
 from minillm.terminal import say, unbroken_output
 
@@ -26,6 +27,28 @@ class WorkerLost(RuntimeError):
         return cls(f"another process of this run has ended ({_first_line(error)}); its own output says why. {go_on}")
 
 
+def resume_after_restart(asked: str) -> str:
+    """What a run resumes from: as asked, and from its newest checkpoint where torchrun has started it again, by the
+    command of the first time."""
+    return "auto" if _restarts() else asked
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _store_of_this_start() -> dict[str, Any]:
+    """Arguments of init_process_group. torchrun keeps the store in which processes find each other when it starts them
+    again, and those before are still in it: look below another name. Agents on several hosts count restarts each for
+    itself; there torchrun must be told to make a new store (docs/scale.md)."""
+    if not _restarts() or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    from torch.distributed import PrefixStore, rendezvous
+
+    store, rank, processes = next(rendezvous("env://"))
+    return {"store": PrefixStore(f"restart-{_restarts()}", store), "rank": rank, "world_size": processes}
+
+
 def _first_line(error: RuntimeError) -> str:
     return str(error).strip().partition("\n")[0][:200]
 
@@ -43,7 +66,7 @@ def first_process_tells() -> Iterator[None]:
     try:
         with _limited(START_SECONDS):
             # without cpu=True, several processes on a machine without accelerator would be as many runs of their own
-            state = PartialState(cpu=not torch.accelerator.is_available())
+            state = PartialState(cpu=not torch.accelerator.is_available(), **_store_of_this_start())
     except torch.distributed.DistError as error:
         raise WorkerLost(f"the processes of this run have not found each other: {_first_line(error)}") from error
     with (

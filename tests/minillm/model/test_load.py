@@ -2,12 +2,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from minillm.config.schema import ConfigError
 from minillm.model.check import check_context, check_same_tokenizer
 from minillm.model.layers import drop_layers
-from minillm.model.load import attention, load_model, load_tokenizer
+from minillm.model.load import attention, load_model, load_tokenizer, unread_model
 
 
 @torch.no_grad()
@@ -104,3 +105,25 @@ def test_flash_attention_where_it_is_installed(monkeypatch):
     assert attention("auto", torch.bfloat16) == "flash_attention_2"
     assert attention("auto", torch.float32) is None  # it has no float32
     assert attention("sdpa", torch.bfloat16) == "sdpa"
+
+
+def test_a_model_whose_files_hold_it_by_its_own_names_can_be_read_in_parts(files, tmp_path, make_llama):
+    found = unread_model(str(files / "teacher"), "checkpoint", "auto")
+    assert found is not None
+    model, folder = found
+    assert folder == files / "teacher" and all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    assert model.generation_config.eos_token_id == load_model(str(files / "teacher")).generation_config.eos_token_id
+    make_llama(2, tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    tied = unread_model(str(tmp_path / "tied"), "checkpoint", "auto")
+    assert tied is not None and tied[0].lm_head.weight is tied[0].model.embed_tokens.weight
+
+
+def test_a_model_whose_files_hold_other_names_or_more_files_is_not_read_in_parts(files):
+    weights = files / "teacher" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({f"old.{name}": value for name, value in tensors.items()}, weights, metadata={"format": "pt"})
+    assert unread_model(str(files / "teacher"), "checkpoint", "auto") is None
+    save_file(tensors, weights, metadata={"format": "pt"})
+    save_file(tensors, files / "teacher" / "consolidated.safetensors", metadata={"format": "pt"})
+    assert unread_model(str(files / "teacher"), "checkpoint", "auto") is None
