@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .. import arguments
 from ..logits import statistics
-from ..logits.statistics import DistillLoss, DistillStats, weighted_rows
+from ..logits.reduction import check_coefficients, weighted_rows
+from ..logits.statistics import DistillLoss, DistillStats
 from . import ops  # noqa: F401  (registers torch.ops.minillm)
 from .head import Head, as_heads
 from .operands import flat, like_logits, named, needs_of, operands
@@ -274,7 +275,8 @@ def fused_linear_distill_loss(
         )
     heads = operands((student_hidden, student_head), teacher, impl, chunk_rows, gather, temperature, vocab_size)
     like = like_logits(heads, student_hidden.shape[:-1])
-    rows = weighted_rows(given, like, teacher is not None, token_ids, ignore_index)
+    check_coefficients(given, teacher is not None, token_ids)
+    rows = weighted_rows(given, like, token_ids, ignore_index)
     loss, stats, *_gradients = torch.ops.minillm.linear_stats_loss(
         flat(rows.token_ids), flat(rows.counts), rows.coefficients.reshape(5, heads.n_rows), needs_of(heads), *heads
     )
