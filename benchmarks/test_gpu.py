@@ -19,7 +19,7 @@ def lines_of(path: Path) -> list[dict]:
 def test_dry(tmp_path):
     out = tmp_path / "dry.jsonl"
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--out", str(out)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=560)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = lines_of(out)
     assert {x["section"] for x in lines} == set(gpu.SECTIONS)

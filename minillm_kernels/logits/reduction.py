@@ -83,9 +83,12 @@ def split_coefficients(given: Coefficients, like: Tensor) -> tuple[list[Tensor |
 def weighted_rows(given: Coefficients, like: Tensor, token_ids: Tensor | None, ignore_index: int) -> WeightedRows:
     """The coefficients as one tensor, checked against the leading shape of `like`."""
     dtype, shape = torch.promote_types(like.dtype, torch.float32), like.shape[:-1]
-    coefficients = torch.empty((len(DIFFERENTIABLE), *shape), dtype=dtype, device=like.device)
+    coefficients = torch.zeros((len(DIFFERENTIABLE), *shape), dtype=dtype, device=like.device)
     for row, name, x in zip(coefficients.unbind(0), DIFFERENTIABLE, given, strict=True):
-        row.copy_(arguments.check_per_row(name, x, like)) if isinstance(x, Tensor) else row.fill_(x)
+        if isinstance(x, Tensor):
+            row.copy_(arguments.check_per_row(name, x, like))
+        elif x != 0:
+            row.fill_(x)
     ids, counts = None, None
     if token_ids is not None:
         ids, counts = arguments.check_token_ids(token_ids, like, ignore_index)
