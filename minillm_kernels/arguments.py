@@ -152,14 +152,19 @@ def check_token_ids(token_ids: Tensor, logits: Tensor, ignore_index: int) -> tup
 
 def rows_that_count(name: str, token_ids: Tensor, logits: Tensor, ignore_index: int) -> Tensor:
     """[...] bool of one integer a row, compared as int64: in a narrower type -100 may be a token (156 in uint8)."""
-    check_tensor(name, token_ids)
-    if token_ids.is_floating_point() or token_ids.dtype == torch.bool:
-        raise TypeError(f"{name} must be integers, got {token_ids.dtype}")
-    if token_ids.shape != logits.shape[:-1]:
-        raise ValueError(f"{name} must have shape {tuple(logits.shape[:-1])}, got {tuple(token_ids.shape)}")
-    if token_ids.device != logits.device:
-        raise ValueError(f"{name} are on {token_ids.device}, the logits on {logits.device}: move one of them")
+    check_integers(name, token_ids, logits)
     return token_ids.long() != ignore_index
+
+
+def check_integers(name: str, x: Tensor, logits: Tensor) -> None:
+    """One integer a row."""
+    check_tensor(name, x)
+    if x.is_floating_point() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {x.dtype}")
+    if x.shape != logits.shape[:-1]:
+        raise ValueError(f"{name} must have shape {tuple(logits.shape[:-1])}, got {tuple(x.shape)}")
+    if x.device != logits.device:
+        raise ValueError(f"{name} are on {x.device}, the logits on {logits.device}: move one of them")
 
 
 def check_per_row(name: str, x: Tensor, logits: Tensor) -> Tensor:

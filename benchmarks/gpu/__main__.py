@@ -1,15 +1,19 @@
-"""What a card shows in a few minutes, offline: python -m benchmarks.gpu [SECTION ...] [--dry] [--out FILE]
+"""What a card shows in about ten minutes, offline: python -m benchmarks.gpu [SECTION ...] [--dry] [--out FILE]
 
-Needs the compiled core with CUDA, or Triton; Liger is measured beside where it is installed. Every record goes at once
-to the file, one JSON object a line, by default benchmarks/results/gpu/CARD.jsonl; a table is printed at the end. --dry
-runs the same code on the CPU at tiny sizes.
+Every record goes at once to the file, one JSON object a line, by default benchmarks/results/gpu/CARD.jsonl; a table is
+printed at the end. Each section runs in processes of its own and within its own time, so that one that fails or hangs
+costs the others nothing. --dry runs the same code on the CPU at tiny sizes.
 
-    env        versions, backends, card             correct    every operation, type and backend against float64
-    ceilings   bandwidth, matmuls                   rows       the row operations beside eager, torch.compile, Liger
-    linear     losses of hidden states and heads    host       microseconds of a call, and of the device alone
-    ncu        a target for NVIDIA's profiler (only when named)
+    build      the core for this card, in place        ceilings   bandwidth, matmuls
+    env        versions, backends, card                correct    every operation, type and backend against float64
+    rows       the row operations beside eager, torch.compile, Liger
+    linear     losses of hidden states and heads, beside the same and the four matmuls
+    host       microseconds of a call, and of the device alone
+    ncu        what NVIDIA's profiler says of the kernels, where it is installed
+    pytest     the tests that need a card              trainer    rollouts and steps of models of random weights
 
-Exit status 1 if a check is wrong or something failed.
+It needs torch with CUDA and Triton, or nvcc and what builds the core. What is not installed (Liger, ncu, pytest-xdist)
+is left out with a record that says so. Exit status 1 if a check is wrong or something failed.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,41 +29,73 @@ from pathlib import Path
 
 import torch
 
-from .ceilings import ceilings, env
-from .correct import correct
-from .host import host, ncu
-from .linear import linear
-from .measure import RUN, attempt
-from .rows import rows
+from .measure import DTYPES, RUN, record
 from .summary import summary
 
-SECTIONS = {f.__name__: f for f in (env, ceilings, correct, rows, linear, host, ncu)}
-SECONDS = {"env": 40, "ceilings": 60, "correct": 240, "rows": 125, "linear": 80, "host": 30, "ncu": 50}
-RESULTS = Path(__file__).parents[1] / "results" / "gpu"
+# Seconds of each section, in order of value.
+SECTIONS = {
+    "build": 300,
+    "ceilings": 60,
+    "env": 40,
+    "correct": 120,
+    "rows": 125,
+    "linear": 80,
+    "host": 30,
+    "ncu": 50,
+    "pytest": 240,
+    "trainer": 100,
+}
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sections = [name for name in SECTIONS if name != "ncu"]
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(SECTIONS))
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help="of those above; by default all")
     parser.add_argument("--dry", action="store_true", help="on the CPU, tiny sizes")
     parser.add_argument("--out", type=Path, help="where the records go")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="for all sections together")
     args = parser.parse_args()
     if unknown := set(args.sections) - set(SECTIONS):
         parser.error(f"unknown section {', '.join(sorted(unknown))}: expected {', '.join(SECTIONS)}")
     if not args.dry and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --dry runs the same code on the CPU")
-    RUN.dry, RUN.out = args.dry, args.out or default_file(args.dry)
+    RUN.dry, RUN.out = args.dry, (args.out or default_file(args.dry)).resolve()
     RUN.out.parent.mkdir(parents=True, exist_ok=True)
     RUN.out.unlink(missing_ok=True)
     RUN.out.touch()
-    for name in args.sections or sections:
-        RUN.section, RUN.seconds, RUN.began = name, SECONDS[name], time.perf_counter()
-        attempt(name, SECTIONS[name], least=0)
+    end = time.perf_counter() + args.seconds
+    for name in args.sections or SECTIONS:
+        most = 600 if args.dry else SECTIONS[name]  # tiny sizes take as long as the machine lets them
+        run(name, min(most, end - time.perf_counter()))
     summary()
     print(f"\n{RUN.out}")
-    wrong = any(json.loads(line).get("ok") is False for line in RUN.out.read_text().splitlines())
-    sys.exit(1 if wrong or RUN.errors else 0)
+    records = [json.loads(line) for line in RUN.out.read_text().splitlines()]
+    sys.exit(any(x.get("ok") is False or "error" in x for x in records))
+
+
+def run(section: str, seconds: float) -> None:
+    """In one process; the checks, of which compiling Triton's kernels is most, in one for each type and backend."""
+    RUN.section = section
+    print(f"== {section}", flush=True)
+    if seconds < 8:
+        record(name=section, skipped="no time left")
+        return
+    options: list[list[str]] = [[]]
+    if section == "correct" and not RUN.dry:
+        options = [["--backend", backend, "--dtype", dtype] for backend in ("cuda", "triton") for dtype in DTYPES]
+    command = [sys.executable, "-m", "benchmarks.gpu.section", section, "--out", str(RUN.out)]
+    command += ["--seconds", str(seconds - 4), *(["--dry"] if RUN.dry else [])]
+    processes = [subprocess.Popen([*command, *more], cwd=ROOT) for more in options]
+    end = time.perf_counter() + seconds + 5  # a section stops by itself
+    for process, more in zip(processes, options, strict=True):
+        try:
+            status = process.wait(max(0.0, end - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = process.wait()
+        if status:
+            record(name=" ".join([section, *more]), error=f"the process ended with status {status}")
 
 
 def default_file(dry: bool) -> Path:

@@ -61,9 +61,9 @@ def check(name: str, error: float, limit: float, **more) -> None:
 
 
 def correct() -> None:
-    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+    for dtype in RUN.dtypes:
         for backend in backends_here():
-            correct_backend(backend, dtype)
+            correct_backend(backend, getattr(torch, dtype))
 
 
 def correct_backend(backend: str, dtype: torch.dtype) -> None:

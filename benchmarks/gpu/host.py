@@ -1,4 +1,4 @@
-"""What the host spends on a call, and the device alone by graph replay; and a target for NVIDIA's profiler."""
+"""What the host spends on a call, and the device alone by graph replay."""
 
 from __future__ import annotations
 
@@ -79,15 +79,3 @@ def replayed(call: Callable[[], object]) -> float:
     end.record()
     sync()
     return 1e3 * start.elapsed_time(end) / 50
-
-
-def ncu() -> None:
-    """Each kernel once, for `ncu -k 'regex:^(row_|tile_mass)' python -m benchmarks.gpu ncu`."""
-    n, V = (8, 1001) if RUN.dry else (1056, 128256)
-    s, t = (torch.empty(n, V, device=RUN.device, dtype=torch.bfloat16).normal_(0, 3) for _ in range(2))
-    s.requires_grad_()
-    for backend in backends_here():
-        with use_backend(backend):
-            fused_rkl_loss(s, t).backward()
-            mixed_sample(s.detach()[:64], t[:64])
-    sync()

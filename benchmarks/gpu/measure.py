@@ -18,14 +18,15 @@ from torch import Tensor
 
 @dataclass
 class Run:
-    """Of `python -m benchmarks.gpu`; one in a process."""
+    """A section of `python -m benchmarks.gpu`; one in a process."""
 
     out: Path = Path("results.jsonl")
     dry: bool = False
     section: str = ""
     seconds: float = 120.0  # of the section
     began: float = field(default_factory=time.perf_counter)
-    errors: int = 0
+    backend: str = ""  # only this one
+    dtypes: Sequence[str] = ()  # of the checks
 
     @property
     def device(self) -> str:
@@ -36,6 +37,7 @@ class Run:
 
 
 RUN = Run()
+DTYPES = ("bfloat16", "float32", "float16")
 
 
 def record(**fields: Any) -> None:
@@ -57,7 +59,6 @@ def attempt(name: str, function: Callable[[], Any], least: float = 2.0) -> Any:
         record(name=name, skipped=str(error))
         return None
     except Exception as error:
-        RUN.errors += 1
         record(name=name, error=f"{type(error).__name__}: {error}"[:600], at=traceback.format_exc()[-700:])
         return None
     finally:
@@ -114,7 +115,8 @@ def backends_here() -> list[str]:
     from minillm_kernels import available_backends
 
     found = available_backends()
-    return [b for b in (["cpu"] if RUN.dry else ["cuda", "triton"]) if found[b] == "ok"]
+    wanted = [RUN.backend] if RUN.backend else ["cpu"] if RUN.dry else ["cuda", "triton"]
+    return [name for name in wanted if found[name] == "ok"]
 
 
 def ours(function: Callable, backend: str, **options: Any) -> Callable:

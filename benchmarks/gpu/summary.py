@@ -26,3 +26,7 @@ def summary() -> None:
         elif x["section"] == "host" and "us" in x:
             device = f", device {x['device_us']:8.1f} us" if "device_us" in x else ""
             print(f"host {x['name']:30} {x['by']:7} {shape:14} {x['us']:8.0f} us{device}")
+        elif x["section"] == "trainer" and "tokens_per_second" in x:
+            print(f"rollout of {x['sequences']:4} {x['by']:10} {x['tokens_per_second']:8.0f} tokens a second")
+        elif x["section"] in ("build", "pytest", "trainer", "ncu") and not x.keys() & {"error", "skipped"}:
+            print(x["section"], json.dumps({k: v for k, v in x.items() if k not in ("section", "tail")})[:400])

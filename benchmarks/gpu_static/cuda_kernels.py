@@ -1,8 +1,9 @@
 """What the CUDA kernels cost, counted without a GPU: python -m benchmarks.gpu_static.cuda_kernels
 
 Needs nvcc, g++ and the Triton wheel (its cuobjdump and nvdisasm). Writes into benchmarks/results/gpu-static.json
-"cuda": registers and main loop of each kernel, from its disassembly; and "cuda_traffic": the bytes and 32-byte sectors
-that a row moves, counted by the kernels' host build (tests/tools/host_build.py).
+"cuda": registers and main loop of each kernel, from its disassembly; "cuda_filters": accesses and atomics of top-k and
+top-p; and "cuda_traffic": the bytes and 32-byte sectors that a row moves, counted by the kernels' host build
+(tests/tools/host_build.py).
 
 The main loops of csrc/cuda hold paths that are rarely taken: chunks with a column outside the support, rows that are
 not aligned. What is counted is the hot path: from the loop's head to its branch back, the shortest path with an access
@@ -200,6 +201,24 @@ def measure(kernel: Kernel, cubin: bytes, name: str, architecture: int) -> dict:
     }
 
 
+def filters() -> list[dict]:
+    """Of the kernel that finds the cut-off of top-k and top-p, which a column passes through at most once a level: its
+    accesses of global memory and its atomics in shared memory, by opcode, for sm_90."""
+    kernel = "row_sample_filter_kernel"
+    wanted = {f"{kernel}<{element}, NoTeacher>": label for label, (element, _) in _ELEMENTS.items()}
+    every = [Kernel("", "row_sample", template, "SampleArgs, SampleBuffers", 0, 0, ()) for template in wanted]
+    cubin = compiled("row_sample", every, 90)
+    names = names_in(cubin)
+    found = []
+    for template, label in wanted.items():
+        code, _ = sass.instructions(cubin, names[template])
+        opcodes = Counter(x.opcode for x in code if x.opcode.startswith(("ATOMS", "LDG")))
+        used = sass.resources(cubin, names[template])
+        counts = {"registers": used.registers, "stack_bytes": used.stack, "local_bytes": used.local}
+        found.append({"kernel": f"top-k, top-p {label}", **counts, "opcodes": dict(sorted(opcodes.items()))})
+    return found
+
+
 def nvcc_version() -> str:
     text = subprocess.run([shutil.which("nvcc") or "nvcc", "--version"], capture_output=True, text=True, check=True)
     return re.search(r"V([\d.]+)", text.stdout)[1]
@@ -227,6 +246,7 @@ def main() -> None:
 
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results["cuda"] = static()
+    results["cuda_filters"] = filters()
     results["cuda_traffic"] = cuda_traffic.traffic()
     results["nvcc_version"] = nvcc_version()
     results = {k: results[k] for k in sorted(results)}

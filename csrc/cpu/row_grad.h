@@ -9,13 +9,15 @@
 
 namespace minillm::cpu::MINILLM_ISA {
 
-// n columns, a multiple of the register. False: something is not finite, and the masked loop must do it.
+// n columns, a multiple of the register. False: something is not finite, and the masked loop must do it. `target` is where
+// they will be written: fetched while they are computed, or the burst of stores at the end of a tile waits for memory.
 template <Needs NEEDS, DType S, DType T>
 static bool plain_gradient(const GradientRow<float>& g, const char* student, const char* teacher, int64_t n, float scale,
-                           Scratch& out) {
+                           Scratch& out, const char* target) {
     const F32 ms(g.ms), mt(g.mt), k(scale);
     F32 finite_so_far(0.0f);  // 0 * x is NaN for x = NaN, inf
     for (int64_t i = 0; i < n; i += LANES) {
+        __builtin_prefetch(target + i * size_of(S), 1);
         const F32 s = (load<S>(student, i) - ms) * k;
         const F32 t = NEEDS == Needs::student ? s : (load<T>(teacher, i) - mt) * k;
         const F32 x = gradient<NEEDS>(g, s, t);
@@ -33,13 +35,14 @@ static void grad_span(const GradArgs& a, const Span& span, const GradientRow<flo
     const float scale = float(a.inv_T * LOG2E);
     const auto plain = [&](int64_t begin, int64_t n) {
         const char* s = a.student.row(span.row) + begin * size_of(a.student.dtype);
+        const char* target = a.grad.row(span.row) + begin * size_of(a.grad.dtype);
         return with_type(a.student.dtype, [&](auto S) {
             if constexpr (NEEDS == Needs::student) {
-                return plain_gradient<NEEDS, S.value, S.value>(g, s, s, n, scale, out);
+                return plain_gradient<NEEDS, S.value, S.value>(g, s, s, n, scale, out, target);
             } else {
                 const char* t = a.teacher.row(span.row) + begin * size_of(a.teacher.dtype);
                 return with_type(a.teacher.dtype, [&](auto T) {
-                    return plain_gradient<NEEDS, S.value, T.value>(g, s, t, n, scale, out);
+                    return plain_gradient<NEEDS, S.value, T.value>(g, s, t, n, scale, out, target);
                 });
             }
         });

@@ -84,7 +84,8 @@ __device__ DivergenceSums part_divergence(const S* s, const T* t, const Divergen
 template <Divergence D, class S, class T>
 __global__ void __launch_bounds__(THREADS, BLOCKS)
     row_divergence_kernel(DivergenceArgs a, int splits, DivergenceSums* sums) {
-    for (int64_t index = blockIdx.x; index < a.N * splits; index += gridDim.x) {
+    for (int64_t i = blockIdx.x; i < a.N * splits; i += gridDim.x) {
+        const int64_t index = a.N * splits - 1 - i;  // backwards: what row_stats read last is in the cache still
         const int64_t row = index / splits;
         if (unread(a.mask, row)) continue;
         const S* s = row_of<S>(a.student, row);

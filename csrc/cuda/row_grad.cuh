@@ -40,7 +40,8 @@ template <class S, class T>
 __global__ void __launch_bounds__(THREADS, BLOCKS) row_grad_kernel(GradArgs a, int splits) {
     const float factor = a.factor == nullptr ? 1.0f : load_one(a.factor);
     if (a.factor != nullptr && factor == 1.0f) return;
-    for (int64_t index = blockIdx.x; index < a.N * splits; index += gridDim.x) {
+    for (int64_t i = blockIdx.x; i < a.N * splits; i += gridDim.x) {
+        const int64_t index = a.N * splits - 1 - i;  // backwards: what row_stats read last is in the cache still
         const int64_t row = index / splits;
         const S* s = row_of<S>(a.student, row);
         const T* t = row_of<T>(a.teacher, row);

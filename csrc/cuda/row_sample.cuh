@@ -143,6 +143,15 @@ struct Histogram {
     Normaliser normaliser;
 };
 
+// By two atomics of 32 bits: shared memory has none of 64, which is a loop of compare and swap that every thread of a crowded
+// bucket goes through. Each wrap of the lower half is seen by one thread, the one whose addition it was.
+__device__ inline void add_wide(unsigned long long& sum, unsigned long long x) {
+    unsigned* const half = reinterpret_cast<unsigned*>(&sum);
+    const unsigned low = unsigned(x), before = atomicAdd(half, low), carry = before + low < before;
+    const unsigned high = unsigned(x >> 32) + carry;
+    if (high != 0) atomicAdd(half + 1, high);
+}
+
 // By warp 0: the lowest bucket that holds a column and above which less than `target` lies. h.above += what lies above it.
 __device__ inline void choose_bucket(Histogram& h, bool first_level, double share, bool by_mass, double k) {
     constexpr int EACH = BUCKETS / WARP;
@@ -183,6 +192,8 @@ __device__ float cutoff_of(Histogram& h, const E* z, const SampleArgs& a, float 
     const float k = float(a.inv_T * LOG2E), max = float(h.normaliser.max);
     // V weights of at most 1 fit 63 bits.
     const float fixed_point = exp2f(float(31 + __clz(unsigned(a.V))));
+    using C = Columns<E, NoTeacher>;
+    const C c(a.V, int((0 - reinterpret_cast<uintptr_t>(z)) % 16 / sizeof(E)));
     unsigned prefix = 0;
     int shift = 32;
     for (int level = 0; level < 3; ++level) {
@@ -190,17 +201,29 @@ __device__ float cutoff_of(Histogram& h, const E* z, const SampleArgs& a, float 
         for (int i = threadIdx.x; i < BUCKETS; i += THREADS) h.W[i] = 0;
         for (int i = threadIdx.x; i < BUCKETS / 32; i += THREADS) h.present[i] = 0;
         __syncthreads();
-#pragma unroll 4
-        for (int v = threadIdx.x; v < a.V; v += THREADS) {
-            const float x = load_one(z + v);
+        const auto add = [&](float x) {
             const unsigned key = ordered_key(x);
             const bool inside = level == 0 || key >> shift == prefix >> shift;
-            if (!inside || !(x >= cutoff) || x == -INFINITY) continue;
+            if (!inside || !(x >= cutoff) || x == -INFINITY) return;
             const unsigned bucket = key >> low & ((1u << bits) - 1);
             const float w = by_mass ? weight(x, max, cutoff, k) * fixed_point : 1.0f;
-            atomicAdd(&h.W[bucket], static_cast<unsigned long long>(w));
+            add_wide(h.W[bucket], static_cast<unsigned long long>(w));
             atomicOr(&h.present[bucket / 32], 1u << (bucket % 32));
+        };
+#pragma unroll 1
+        for (int chunk = 0; chunk < c.chunks(); ++chunk) {
+            Raw<E, C::WIDTH> x[C::UNITS];
+#pragma unroll
+            for (int j = 0; j < C::UNITS; ++j) {
+                const int u = c.unit(chunk, j);
+                x[j] = u < c.units ? load_aligned<Raw<E, C::WIDTH>>(z + c.head + u * C::WIDTH) : Raw<E, C::WIDTH>::absent();
+            }
+#pragma unroll
+            for (int j = 0; j < C::UNITS; ++j)
+#pragma unroll
+                for (int i = 0; i < C::WIDTH; ++i) add(x[j][i]);
         }
+        if (c.single() >= 0) add(load_one(z + c.single()));
         __syncthreads();
         if (threadIdx.x < WARP) choose_bucket(h, level == 0, a.top_p, by_mass, double(a.top_k));
         __syncthreads();

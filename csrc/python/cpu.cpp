@@ -7,6 +7,7 @@
 
 #include "../cpu/entry.h"
 #include "../cpu/memory.h"
+#include "../cpu/pages.h"
 
 namespace py = pybind11;
 using namespace minillm;
@@ -67,6 +68,11 @@ void define_cpu(py::module_ m) {
     m.def("advise_huge_pages", [](Address address, size_t bytes) {
         cpu::advise_huge_pages(at<const char>(address), at<const char>(address) + bytes);
     });
+    py::class_<cpu::Pages>(m, "Pages", py::buffer_protocol())
+        .def(py::init<size_t>())
+        .def_buffer([](const cpu::Pages& p) {
+            return py::buffer_info(reinterpret_cast<uint8_t*>(p.data()), py::ssize_t(p.bytes()));
+        });
     m.def("instruction_set", &cpu::instruction_set);
     m.def("use_instruction_set", &cpu::use_instruction_set);
     m.attr("TILE") = cpu::TILE;

@@ -92,7 +92,7 @@ def use_backend(name: str) -> Iterator[None]:
         ...     fused_rkl_loss(torch.zeros(2, 4), torch.zeros(2, 4))
         tensor(0.)
     """
-    reason = BACKENDS[_known(name)].unavailable()
+    reason = _obstacle(BACKENDS[_known(name)], [])
     if reason:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     token = request.NAME.set(name)

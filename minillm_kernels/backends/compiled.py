@@ -50,6 +50,7 @@ class Compiled(Backend):
     why_not: Callable[[], str | None]  # it does not run on this machine
     launch: Callable[[Pair], AbstractContextManager[How]]  # how its functions are to run on that pair, inside
     holds_rows: Callable[[Operations, Pair], bool]  # whether its row_stats_grad, if any, takes that pair
+    gradient_like: Callable[[Tensor], Tensor]  # uninitialised, contiguous, of the shape and type of these logits
 
     def unavailable(self) -> str | None:
         return self.why_not()
@@ -82,7 +83,7 @@ class Compiled(Backend):
         stats_at, _stats = pointer(stats, torch.float32)
         coefficients_at, _coefficients = pointer(coefficients, torch.float32)
         factor_at, _factor = pointer(factor, torch.float32)
-        grad = gradient_of(pair, out)
+        grad = self.gradient_like(pair.student) if out is None else out
         with self.launch(pair) as how:
             inputs = (pair_at(pair), ids_at, stats_at, coefficients_at)
             self.operations.row_grad(how, *inputs, rows_at(grad), grad.shape[-1], factor_at)
@@ -96,7 +97,8 @@ class Compiled(Backend):
             return super().row_stats_grad(pair, token_ids, coefficients, out)
         ids_at, _ids = pointer(token_ids, torch.int64)
         coefficients_at, _coefficients = pointer(coefficients, torch.float32)
-        stats, grad = per_row(pair, len(RowStats._fields)), gradient_of(pair, out)
+        stats = per_row(pair, len(RowStats._fields))
+        grad = self.gradient_like(pair.student) if out is None else out
         with self.launch(pair) as how:
             outputs = (stats.data_ptr(), rows_at(grad), grad.shape[-1])
             self.operations.row_stats_grad(how, pair_at(pair), ids_at, coefficients_at, *outputs)
@@ -130,7 +132,7 @@ class Compiled(Backend):
         stats_at, _stats = pointer(stats, torch.float32)
         values_at, _values = pointer(values, torch.float32)
         scale_at, _scale = pointer(scale, torch.float32)
-        grad = gradient_of(pair, out)
+        grad = self.gradient_like(pair.student) if out is None else out
         with self.launch(pair) as how:
             inputs = (pair_at(pair), code_of(divergence), beta, stats_at, values_at, scale_at)
             self.operations.row_divergence_grad(how, *inputs, rows_at(grad), grad.shape[-1])
@@ -175,10 +177,6 @@ def pointer(x: Tensor | None, dtype: torch.dtype) -> tuple[int, Tensor | None]:
 
 def per_row(pair: Pair, fields: int) -> Tensor:
     return pair.student.new_empty((fields, *pair.student.shape[:-1]), dtype=torch.float32)
-
-
-def gradient_of(pair: Pair, out: Tensor | None) -> Tensor:
-    return pair.student.new_empty(pair.student.shape) if out is None else out
 
 
 def code_of(divergence: str) -> int:

@@ -21,6 +21,14 @@ def advise(x: Tensor) -> Tensor:
     return x
 
 
+def gradient_like(x: Tensor) -> Tensor:
+    """Above 32 MiB, where every malloc is of fresh pages, on those of the gradient that was freed last."""
+    if x.numel() * x.element_size() <= 32 << 20:
+        return x.new_empty(x.shape)
+    pages = operations.Pages(x.numel() * x.element_size())
+    return torch.frombuffer(pages, dtype=x.dtype, count=x.numel()).view(x.shape)
+
+
 def launch(pair: Pair) -> nullcontext[int]:
     """The number of threads: waking them takes longer than 32768 elements do, torch's own grain. The same bits
     either way."""
@@ -33,4 +41,5 @@ backend = compiled.Compiled(
     why_not=lambda: compiled.missing,
     launch=launch,
     holds_rows=lambda operations, pair: True,  # in its cache
+    gradient_like=gradient_like,
 )

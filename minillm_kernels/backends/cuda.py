@@ -66,5 +66,10 @@ def holds_rows(operations: Operations, pair: Pair) -> bool:
 
 
 backend = compiled.Compiled(
-    device="cuda", operations=operations, why_not=why_not, launch=launch, holds_rows=holds_rows
+    device="cuda",
+    operations=operations,
+    why_not=why_not,
+    launch=launch,
+    holds_rows=holds_rows,
+    gradient_like=lambda x: x.new_empty(x.shape),
 )

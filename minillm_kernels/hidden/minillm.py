@@ -1,4 +1,4 @@
-"""MiniLLM's objective of hidden states and heads; the formulas are those of logits/minillm.py."""
+"""MiniLLM's objective of hidden states and heads; the formulas are those of logits/policy.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from .. import arguments
 from ..logits import minillm
 from ..logits.minillm import MiniLLMLoss
 from ..logits.ops import call
+from ..logits.policy import check_policy, denominator, loss_sums
 from . import ops  # noqa: F401  (registers torch.ops.minillm)
 from .head import Head, as_heads, models_here
 from .operands import flat, like_logits, named, needs_of, operands
@@ -116,7 +117,7 @@ def fused_linear_minillm_loss(
     heads = operands(student, teacher, impl, chunk_rows, gather, temperature, vocab_size, ranks)
     like = like_logits(heads, student_hidden.shape[:-1])
     ids, counts = arguments.check_token_ids(token_ids, like, ignore_index)
-    policy = minillm.check_policy(
+    policy = check_policy(
         like,
         counts,
         advantages,
@@ -127,15 +128,17 @@ def fused_linear_minillm_loss(
         weight_single_step,
         entropy_coef,
     )
+    over = denominator(counts, normalizer, policy.advantages.dtype)
     loss, stats, *_gradients = call(
         "linear_minillm_loss",
         flat(ids),
         flat(counts),
         policy.tensors.reshape(4, heads.n_rows),
-        1.0 / minillm.denominator(counts, normalizer, policy.advantages.dtype),
+        1.0 / over,
         clip_range,
         entropy_coef,
         needs_of(heads),
         *heads,
     )
-    return minillm.summarize(named(stats.detach(), like), policy, counts, normalizer)._replace(loss=loss)
+    by_name = named(stats.detach(), like)
+    return minillm.named_loss(loss_sums(by_name, policy, counts, over)._replace(loss=loss), by_name)

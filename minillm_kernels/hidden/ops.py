@@ -19,8 +19,8 @@ from torch import Tensor
 from .. import arguments
 from ..backends import choose
 from ..logits.loss_ops import weighted_sum
-from ..logits.minillm import Policy, loss_coefficients, loss_terms
 from ..logits.ops import call, check_divergence_name, check_rows, least_columns, no_double_backward, register
+from ..logits.policy import Policy, loss_coefficients, loss_terms
 from ..logits.reduction import write_row_weights
 from ..rows import DIFFERENTIABLE, DIFFERENTIABLE_INDEX, RowStats
 from . import chunked, tiled

@@ -9,7 +9,8 @@ from torch import Tensor
 from .. import arguments
 from ..logits import statistics
 from ..logits.ops import call
-from ..logits.statistics import DistillLoss, DistillStats, weighted_rows
+from ..logits.reduction import check_coefficients, weighted_rows
+from ..logits.statistics import DistillLoss, DistillStats
 from . import ops  # noqa: F401  (registers torch.ops.minillm)
 from .head import Head, as_heads, models_here
 from .operands import flat, like_logits, named, needs_of, operands
@@ -278,7 +279,8 @@ def fused_linear_distill_loss(
         )
     heads = operands(student, teacher, impl, chunk_rows, gather, temperature, vocab_size, ranks)
     like = like_logits(heads, student_hidden.shape[:-1])
-    rows = weighted_rows(given, like, teacher is not None, token_ids, ignore_index)
+    check_coefficients(given, teacher is not None, token_ids)
+    rows = weighted_rows(given, like, token_ids, ignore_index)
     loss, stats, *_gradients = call(
         "linear_stats_loss",
         flat(rows.token_ids),

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..backends import choose
 from ..rows import DIFFERENTIABLE, DIFFERENTIABLE_INDEX, Pair, RowStats, accumulator
 from .ops import check_divergence_name, check_rows, checked_pair, gradient_of_logits, register
-from .reduction import write_row_weights
+from .reduction import weighted_rows, write_row_weights
 
 
 def wants_gradient(student: Tensor) -> bool:
@@ -29,18 +29,21 @@ def wants_gradient(student: Tensor) -> bool:
 # ---- implementations
 
 
-def _stats_loss(student, teacher, token_ids, coefficients, inplace, needed, temperature, vocab_size, backend):
-    """(the sum of coefficients * differentiable statistics, the statistics, the gradient where it is formed now)."""
+def _stats_loss(student, teacher, token_ids, *settings):
+    """(the weighted sum of the differentiable statistics; for the backward pass the statistics, the coefficients of
+    each row, the ids, none of them where none were given, and the gradient where it is formed now)."""
+    *tensors, numbers, ignore_index, inplace, needed, temperature, vocab_size, backend = settings
     pair = checked_pair(student, teacher, temperature, vocab_size, backend, inplace)
-    check_rows(student, "token_ids", token_ids, (torch.int64,))
-    check_rows(student, "coefficients", coefficients, (torch.float32, torch.float64), len(DIFFERENTIABLE))
+    given = [x if x is not None else numbers[i] for i, x in enumerate(tensors)]
+    coefficients, ids, counts = weighted_rows(given, student, token_ids, ignore_index)
     chosen = choose.resolve(backend, student, teacher)
     if _ahead(student, inplace, needed):
-        stats, grad = chosen.row_stats_grad(pair, token_ids, coefficients)
+        stats, grad = chosen.row_stats_grad(pair, ids, coefficients)
     else:
-        stats = chosen.row_stats(pair, token_ids, (coefficients != 0).any(0))
+        stats = chosen.row_stats(pair, ids, counts)
         grad = student.new_empty(0)
-    return weighted_sum(stats, coefficients), stats, grad
+    ids = coefficients.new_empty(0, dtype=torch.int64) if ids is None else ids
+    return weighted_sum(stats, coefficients), stats, coefficients, ids, grad
 
 
 def _ahead(student: Tensor, inplace: bool, needed: bool) -> bool:
@@ -88,9 +91,13 @@ def _gradient_fake(student, inplace, needed):
     return student.new_empty(student.shape if _ahead(student, inplace, needed) else 0)
 
 
-def _stats_loss_fake(student, teacher, token_ids, coefficients, inplace, needed, *settings):
-    stats = student.new_empty((len(RowStats._fields), *student.shape[:-1]), dtype=accumulator(student, teacher))
-    return stats.new_empty(()), stats, _gradient_fake(student, inplace, needed)
+def _stats_loss_fake(student, teacher, token_ids, *settings):
+    *_given, inplace, needed, _temperature, _vocab_size, _backend = settings
+    leading = student.shape[:-1]
+    stats = student.new_empty((len(RowStats._fields), *leading), dtype=accumulator(student, teacher))
+    coefficients = student.new_empty((len(DIFFERENTIABLE), *leading), dtype=accumulator(student))
+    ids = student.new_empty(0 if token_ids is None else leading, dtype=torch.int64)
+    return stats.new_empty(()), stats, coefficients, ids, _gradient_fake(student, inplace, needed)
 
 
 def _divergence_loss_fake(student, teacher, weights, normalizer, divisor, reduction, divergence, beta, *rest):
@@ -106,7 +113,7 @@ def _divergence_loss_fake(student, teacher, weights, normalizer, divisor, reduct
 # ---- autograd: in the student's logits only
 
 
-def _remember(ctx, inplace: bool, backend: str, student: Tensor, teacher: Tensor | None, output: tuple) -> None:
+def remember(ctx, inplace: bool, backend: str, student: Tensor, teacher: Tensor | None, output: tuple) -> None:
     _, *others = output
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)  # zeros for the gradient's gradient would be as large as it is
@@ -130,24 +137,26 @@ def _gradient_ahead(ctx, student, teacher, token_ids, stats, coefficients, grad,
 
 
 def _stats_loss_context(ctx, inputs, output) -> None:
-    student, teacher, token_ids, coefficients, inplace, _needed, *ctx.settings, backend = inputs
-    _remember(ctx, inplace, backend, student, teacher, output)
-    ctx.save_for_backward(student, teacher, token_ids, coefficients, *output[1:])
+    student, teacher, token_ids, *_given, inplace, _needed, temperature, vocab_size, backend = inputs
+    ctx.settings, ctx.with_ids = (temperature, vocab_size), token_ids is not None
+    remember(ctx, inplace, backend, student, teacher, output)
+    ctx.save_for_backward(student, teacher, *output[1:])
 
 
 def _stats_loss_backward(ctx, grad_loss, *_others):
-    student, teacher, token_ids, coefficients, stats, ahead = ctx.saved_tensors
-    grad = _gradient_ahead(ctx, student, teacher, token_ids, stats, coefficients, ahead, grad_loss)
+    student, teacher, stats, coefficients, ids, ahead = ctx.saved_tensors
+    ids = ids if ctx.with_ids else None
+    grad = _gradient_ahead(ctx, student, teacher, ids, stats, coefficients, ahead, grad_loss)
     if grad is None:
-        args = (teacher, token_ids, stats, coefficients * grad_loss, *ctx.settings, ctx.backend)
+        args = (teacher, ids, stats, coefficients * grad_loss, *ctx.settings, ctx.backend)
         grad = gradient_of_logits(ctx, "row_grad", student, args)
-    return grad, *([None] * 8)
+    return grad, *([None] * 14)
 
 
 def _divergence_loss_context(ctx, inputs, output) -> None:
     student, teacher, *_reduction, ctx.divergence, ctx.beta, inplace, _needed, temperature, V, backend = inputs
     ctx.settings = (temperature, V)
-    _remember(ctx, inplace, backend, student, teacher, output)
+    remember(ctx, inplace, backend, student, teacher, output)
     ctx.save_for_backward(student, teacher, *output[1:])
 
 
@@ -169,8 +178,9 @@ def _divergence_loss_backward(ctx, grad_loss, *_others):
 _SETTINGS = "bool inplace, bool needed, float temperature, SymInt vocab_size, str backend"
 
 register(
-    f"stats_loss(Tensor student, Tensor? teacher, Tensor? token_ids, Tensor coefficients, {_SETTINGS}) "
-    "-> (Tensor, Tensor, Tensor)",
+    "stats_loss(Tensor student, Tensor? teacher, Tensor? token_ids, "
+    f"{', '.join(f'Tensor? {name}' for name in DIFFERENTIABLE)}, float[] numbers, int ignore_index, {_SETTINGS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _stats_loss,
     _stats_loss_fake,
     _stats_loss_backward,

@@ -1,14 +1,5 @@
-"""MiniLLM's objective per token: exact single-step reverse KL and a clipped policy gradient (Gu et al., ICLR 2024).
-
-    rho    = exp(log q(y) - old_logprob) w
-    policy = -min(rho A, clip(rho, 1 - eps, 1 + eps) A)
-    single = single_step * (w if weight_single_step else 1) * KL(q || p)
-    loss   = sum over the rows that count of (policy + single - entropy_coef H(q)) / normalizer
-
-The paper's form: old_logprobs are the rollout's student log-probabilities, w = exp(student - mixture log-probability)
-of the rollout, A the length-normalised future return R_{t+1}. Everything here is O(rows): the vocabulary is behind
-`row_stats`, whose statistics this differentiates.
-"""
+"""MiniLLM's objective per token: exact single-step reverse KL and a clipped policy gradient (Gu et al., ICLR 2024):
+policy.py has the formulas, minillm_ops.py the operator."""
 
 from __future__ import annotations
 
@@ -19,8 +10,11 @@ from torch import Tensor
 
 from .. import arguments
 from ..parallel.split import checked_rows
-from ..rows import DIFFERENTIABLE, RowStats
+from ..rows import RowStats
+from . import minillm_ops  # noqa: F401  (registers torch.ops.minillm.minillm_loss)
 from .ops import call
+from .policy import LossSums
+from .reduction import split_normalizer
 
 
 class MiniLLMLoss(NamedTuple):
@@ -55,120 +49,9 @@ class MiniLLMLoss(NamedTuple):
     teacher_logprobs: Tensor
 
 
-class Policy(NamedTuple):
-    """The constants of the objective; the tensors are [...] in fp32 (fp64 for fp64 logits), 0 in rows left out."""
-
-    advantages: Tensor
-    old_logprobs: Tensor
-    importance_weights: Tensor
-    """w."""
-    single_step_weights: Tensor
-    """What multiplies KL(q || p)."""
-    clip_range: float
-    entropy_coef: float
-
-    @property
-    def tensors(self) -> Tensor:
-        """[4, ...]: those of `of`."""
-        return torch.stack(self[:4])
-
-    @classmethod
-    def of(cls, tensors: Tensor, clip_range: float, entropy_coef: float) -> Policy:
-        advantages, old_logprobs, importance_weights, single_step_weights = tensors.unbind(0)
-        return cls(advantages, old_logprobs, importance_weights, single_step_weights, clip_range, entropy_coef)
-
-
-class LossTerms(NamedTuple):
-    """Per token, [...]: the summands of the loss, and whether the clip acts."""
-
-    policy: Tensor
-    single_step: Tensor
-    entropy_bonus: Tensor
-    clipped: Tensor
-
-
-def loss_terms(stats: RowStats, policy: Policy) -> LossTerms:
-    """The formulas above, differentiable in `stats`."""
-    plain, bounded = _surrogates(stats, policy)
-    return LossTerms(
-        policy=-torch.minimum(plain, bounded),
-        single_step=policy.single_step_weights * stats.reverse_kl,
-        entropy_bonus=-policy.entropy_coef * stats.student_entropy,
-        clipped=bounded < plain,
-    )
-
-
-def loss_coefficients(stats: RowStats, policy: Policy) -> Tensor:
-    """[5, ...] the derivative of each token's summand by the differentiable statistics, for row_grad.
-
-    Where the clipped branch is the smaller one it is constant in the student; everywhere else d policy / d log q =
-    -rho A.
-    """
-    plain, bounded = _surrogates(stats, policy)
-    by_name = {
-        "reverse_kl": policy.single_step_weights,
-        "student_logprobs": torch.where(bounded < plain, 0, -plain),
-        "student_entropy": torch.full_like(plain, -policy.entropy_coef),
-    }
-    return torch.stack([by_name.get(name, torch.zeros_like(plain)) for name in DIFFERENTIABLE])
-
-
-def _surrogates(stats: RowStats, policy: Policy) -> tuple[Tensor, Tensor]:
-    """rho A, plain and clipped."""
-    ratio = torch.exp(stats.student_logprobs - policy.old_logprobs) * policy.importance_weights
-    clipped = ratio.clamp(1 - policy.clip_range, 1 + policy.clip_range)
-    return ratio * policy.advantages, clipped * policy.advantages
-
-
-def check_policy(
-    like: Tensor,
-    counts: Tensor,
-    advantages: Tensor,
-    old_logprobs: Tensor,
-    importance_weights: Tensor | None,
-    clip_range: float,
-    single_step: float,
-    weight_single_step: bool,
-    entropy_coef: float,
-) -> Policy:
-    """The constants, of the leading shape of the logits that `like` is like; whatever stands in rows left out, 0."""
-    if not clip_range >= 0:
-        raise ValueError(f"clip_range must be a number >= 0, got {clip_range}")
-    dtype = torch.promote_types(like.dtype, torch.float32)
-
-    def kept(name: str, x: Tensor) -> Tensor:
-        return torch.where(counts, arguments.check_per_row(name, x, like).to(dtype), 0)
-
-    advantages, old_logprobs = kept("advantages", advantages), kept("old_logprobs", old_logprobs)
-    ones = torch.ones_like(advantages)
-    w = ones if importance_weights is None else kept("importance_weights", importance_weights)
-    single_step_weights = single_step * (w if weight_single_step else ones)
-    return Policy(advantages, old_logprobs, w, single_step_weights, clip_range, entropy_coef)
-
-
-def denominator(counts: Tensor, normalizer: float | Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The normalizer, by default the tokens that count; infinite for 0, where the sum over them is 0."""
-    if normalizer is None:
-        return arguments.nonzero(counts.sum().to(dtype))
-    return arguments.check_normalizer(normalizer, counts, dtype)
-
-
-def summarize(stats: RowStats, policy: Policy, counts: Tensor, normalizer: float | Tensor | None) -> MiniLLMLoss:
-    """The sums of the objective. Its gradient flows through `stats` where they carry one."""
-    terms = loss_terms(stats, policy)
-    zero = torch.zeros((), dtype=terms.policy.dtype, device=terms.policy.device)
-    surrogate, single, bonus = (torch.where(counts, x, zero).sum() for x in terms[:3])
-    over = denominator(counts, normalizer, zero.dtype)
-    return MiniLLMLoss(
-        loss=(surrogate + single + bonus) / over,
-        policy_loss=(surrogate / over).detach(),
-        single_step_loss=(single / over).detach(),
-        clip_fraction=(terms.clipped & counts).sum() / denominator(counts, None, zero.dtype),
-        reverse_kl=stats.reverse_kl.detach(),
-        entropy=stats.student_entropy.detach(),
-        student_logprobs=stats.student_logprobs.detach(),
-        teacher_logprobs=stats.teacher_logprobs.detach(),
-    )
+def named_loss(sums: LossSums, stats: RowStats) -> MiniLLMLoss:
+    """Only the loss carries a gradient."""
+    return MiniLLMLoss(*sums, stats.reverse_kl, stats.student_entropy, stats.student_logprobs, stats.teacher_logprobs)
 
 
 def minillm_loss(
@@ -255,21 +138,24 @@ def minillm_loss(
         student_logits, teacher_logits, vocab_size, group
     )
     temperature = arguments.check_temperature(temperature)
-    ids, counts = arguments.check_token_ids(token_ids, student_logits, ignore_index)
-    policy = check_policy(
+    arguments.check_integers("token_ids", token_ids, student_logits)
+    constants = {"advantages": advantages, "old_logprobs": old_logprobs, "importance_weights": importance_weights}
+    rows = [None if x is None else arguments.check_per_row(name, x, student_logits) for name, x in constants.items()]
+    weighing = (clip_range, single_step, weight_single_step, entropy_coef)
+    *sums, stats, _coefficients, _ids = call(
+        "minillm_loss",
         student_logits,
-        counts,
-        advantages,
-        old_logprobs,
-        importance_weights,
-        clip_range,
-        single_step,
-        weight_single_step,
-        entropy_coef,
+        teacher_logits,
+        token_ids,
+        *rows,
+        *split_normalizer(normalizer, student_logits),
+        ignore_index,
+        *weighing,
+        inplace,
+        temperature,
+        vocab_size,
+        backend,
     )
-    settings = (temperature, vocab_size, backend)
-    stats = call("row_stats", student_logits, teacher_logits, ids, counts, inplace, *settings)
     if inplace and not torch.compiler.is_compiling():  # the operator has checked the logits; constants it does not see
-        constants = {"advantages": advantages, "old_logprobs": old_logprobs, "importance_weights": importance_weights}
         arguments.check_inplace(student_logits, token_ids=token_ids, **constants)
-    return summarize(RowStats(*stats.unbind(0)), policy, counts, normalizer)
+    return named_loss(LossSums(*sums), RowStats(*stats.detach().unbind(0)))

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl  # what register_autograd registers
+from torch.autograd import forward_ad
 
 from .. import arguments
 from ..backends import choose
@@ -48,8 +50,11 @@ def register(
     _library.define(schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"minillm::{name}", _of_one_device(fake), lib=_library)
+    operator = getattr(torch.ops.minillm, name).default
+    differentiated = _below_autograd(operator)
     if backward is not None:
-        torch.library.register_autograd(f"minillm::{name}", backward, setup_context=setup_context, lib=_library)
+        differentiated = make_autograd_impl(operator, Info(backward, setup_context))
+    _library.impl(name, _without_tangents(operator, differentiated), "Autograd", with_keyset=True)
     if "(a!)" not in schema:
         torch.library.register_vmap(f"minillm::{name}", _no_vmap, lib=_library)
 
@@ -87,6 +92,28 @@ def _no_autocast() -> Iterator[None]:
     """As below the dispatcher: operands have been cast."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
+
+
+def _below_autograd(operator: torch._ops.OpOverload) -> Callable:
+    def run(keyset, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return run
+
+
+def _without_tangents(operator: torch._ops.OpOverload, differentiated: Callable) -> Callable:
+    """Forward-mode derivatives are refused where autograd begins: below it no operator sees that there are any."""
+    names = [argument.name for argument in operator._schema.arguments]
+
+    def checked(keyset, *args):
+        if forward_ad._current_level >= 0:
+            for name, x in zip(names, args, strict=False):  # torch leaves out defaults at the end
+                if isinstance(x, Tensor):
+                    arguments.check_no_tangent(name, x)
+        return differentiated(keyset, *args)
+
+    return checked
 
 
 def _of_one_device(fake: Callable) -> Callable:

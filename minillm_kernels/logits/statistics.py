@@ -13,6 +13,7 @@ from ..parallel.split import checked_rows
 from ..rows import DIFFERENTIABLE, RowStats
 from .loss_ops import wants_gradient
 from .ops import call
+from .reduction import check_coefficients, split_coefficients
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -280,54 +281,14 @@ def distill_loss(
     )
     temperature = arguments.check_temperature(temperature)
     given = (reverse_kl, forward_kl, student_logprobs, student_entropy, student_logsumexp)
-    rows = weighted_rows(given, student_logits, teacher_logits is not None, token_ids, ignore_index)
+    check_coefficients(given, teacher_logits is not None, token_ids)
+    if token_ids is not None:
+        arguments.check_integers("token_ids", token_ids, student_logits)
+    tensors, numbers = split_coefficients(given, student_logits)
     settings = (temperature, vocab_size, backend)
     needed = wants_gradient(student_logits)
-    args = (student_logits, teacher_logits, rows.token_ids, rows.coefficients, inplace, needed, *settings)
-    loss, stats, _gradient = call("stats_loss", *args)
+    args = (student_logits, teacher_logits, token_ids, *tensors, numbers, ignore_index, inplace, needed, *settings)
+    loss, stats, *_others = call("stats_loss", *args)
     if inplace and not torch.compiler.is_compiling():  # the operator has checked the logits; constants it does not see
         arguments.check_inplace(student_logits, token_ids=token_ids, **dict(zip(DIFFERENTIABLE, given, strict=True)))
     return DistillLoss(loss, DistillStats.of(RowStats(*stats.detach().unbind(0))))
-
-
-class WeightedRows(NamedTuple):
-    """Which rows of a loss count, and for how much."""
-
-    coefficients: Tensor
-    """[5, ...] in the order of DIFFERENTIABLE, 0 in rows that do not count."""
-    token_ids: Tensor | None
-    """[...] int64, 0 in rows that do not count."""
-    counts: Tensor | None
-    """[...] bool; None where every row counts."""
-
-
-def weighted_rows(
-    given: tuple[float | Tensor, ...], like: Tensor, teacher: bool, token_ids: Tensor | None, ignore_index: int
-) -> WeightedRows:
-    """The coefficients, in the order of DIFFERENTIABLE, checked and as tensors of the leading shape of `like`."""
-    used = {name for name, x in zip(DIFFERENTIABLE, given, strict=True) if isinstance(x, Tensor) or x != 0}
-    if not used:
-        raise ValueError(
-            "every coefficient is 0: there is no loss; pass one of "
-            f"{', '.join(DIFFERENTIABLE)}, or take the statistics from distill_stats"
-        )
-    for name in ("reverse_kl", "forward_kl"):
-        if name in used and not teacher:
-            raise ValueError(f"{name} needs a teacher: pass the teacher's logits, or its hidden states and head")
-    if "student_logprobs" in used and token_ids is None:
-        raise ValueError("student_logprobs needs token_ids, the tokens whose log-probabilities count")
-    dtype, shape = torch.promote_types(like.dtype, torch.float32), like.shape[:-1]
-    coefficients = torch.stack([
-        arguments.check_per_row(name, x, like).to(dtype)
-        if isinstance(x, Tensor)
-        else torch.full(shape, x, dtype=dtype, device=like.device)
-        for name, x in zip(DIFFERENTIABLE, given, strict=True)
-    ])  # fmt: skip
-    ids, counts = None, None
-    if token_ids is not None:
-        ids, counts = arguments.check_token_ids(token_ids, like, ignore_index)
-        coefficients = torch.where(counts, coefficients, 0)
-    if any(isinstance(x, Tensor) for x in given):
-        counts = (coefficients != 0).any(0)
-        ids = None if ids is None else torch.where(counts, ids, 0)
-    return WeightedRows(coefficients, ids, counts)

@@ -1,5 +1,6 @@
-// row_stats_kernel and row_stats_finish_kernel, and row_stats_grad_kernel, on fp32 pairs, under several orders of the threads:
-// prints "ok" or what is wrong. tests/csrc/test_host_cuda.py compiles it with mutated kernels.
+// row_stats_kernel and row_stats_finish_kernel, and row_stats_grad_kernel, on fp32 pairs, under several orders of the threads,
+// and the sums of the filters: prints "ok" or what is wrong. tests/csrc/test_host_cuda.py compiles it with mutated kernels.
+#include "cuda/row_sample.cuh"
 #include "cuda/row_stats.cuh"
 #include "cuda/row_stats_grad.cuh"
 
@@ -57,7 +58,19 @@ static void run_fused(const std::vector<float>& s, const std::vector<float>& t, 
     require(error.empty(), error);
 }
 
+// Sums of 64 bits by halves: of every size, and where the lower half wraps exactly.
+static void check_wide_sums() {
+    unsigned long long sum = 0, right = 0, x = 1;
+    for (int i = 0; i < 10000; ++i) {
+        x = x * 6364136223846793005ull + 1442695040888963407ull;
+        const unsigned long long more = i % 100 == 0 ? (1ull << 32) - unsigned(right) : x >> (17 + i % 47);
+        add_wide(sum, more);
+        require(sum == (right += more), "a wide sum is wrong");
+    }
+}
+
 int main() {
+    check_wide_sums();
     for (int64_t V : {1, 7, 1029, 9001})
         for (int splits : {1, 3}) {
             const int64_t N = 3;

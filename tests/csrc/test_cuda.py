@@ -82,6 +82,19 @@ def test_the_committed_counts_are_these(kernels):
     assert committed["cuda"] == kernels[0]
 
 
+@needs_nvcc
+def test_filters_read_vectors_and_add_without_compare_and_swap():
+    """An addition of 64 bits in shared memory is a loop of compare and swap: the threads of one bucket go through it
+    one after the other, and bf16 logits share few buckets."""
+    found = cuda_kernels.filters()
+    for x in found:
+        assert x["stack_bytes"] == x["local_bytes"] == 0 and x["registers"] <= REGISTERS, x
+        assert "LDG.E.128" in x["opcodes"] and not any("CAS" in name for name in x["opcodes"]), x
+    committed = json.loads(cuda_kernels.RESULTS.read_text())
+    if committed["nvcc_version"] == cuda_kernels.nvcc_version():
+        assert found == committed["cuda_filters"]
+
+
 def test_the_whole_cuda_part_compiles_in_three_minutes_without_a_warning_or_a_stack():
     """On two cores, as `python -m benchmarks.gpu_static.cuda_build` recorded it."""
     build = json.loads(cuda_kernels.RESULTS.read_text())["cuda_build"]

@@ -7,6 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import minillm_kernels as mk
 from minillm_kernels.hidden import matmul, ops
+from minillm_kernels.rows import DIFFERENTIABLE
 
 if mk.available_backends()["cpu"] != "ok":
     pytest.skip("the reference is made of many operators", allow_module_level=True)
@@ -68,6 +69,33 @@ def loss_of(name: str, divergence: str, options: dict):
 @pytest.mark.parametrize("name", ["logits", "hidden states"])
 def test_a_scalar_loss_and_its_backward_pass_are_at_most_six_operators(name, divergence, options):
     called, every = operators(loss_of(name, divergence, options))
+    assert len(called) <= 6, called
+    assert not every & WAITS
+
+
+POLICY = {"advantages": torch.randn(N), "old_logprobs": torch.randn(N)}
+OTHERS = {
+    "cross entropy": (mk.distill_loss, {"student_logprobs": -1 / N}),
+    "every statistic": (mk.distill_loss, {name: 0.5 for name in DIFFERENTIABLE}),
+    "coefficients of each row": (mk.distill_loss, {name: torch.rand(N) for name in DIFFERENTIABLE}),
+    "minillm": (mk.minillm_loss, POLICY),
+    "minillm, all options": (
+        mk.minillm_loss,
+        {**POLICY, "importance_weights": torch.rand(N), "entropy_coef": 0.1, "normalizer": torch.tensor(100.0)},
+    ),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("function", "options"), OTHERS.values(), ids=OTHERS)
+def test_losses_of_tokens_are_at_most_six_operators_too(function, options, inplace):
+    student, teacher = torch.randn(N, V, requires_grad=True), torch.randn(N, V)
+
+    def run():
+        student.grad = None
+        function(student.view(N, V), teacher, LABELS, inplace=inplace, **options).loss.backward()
+
+    called, every = operators(run)
     assert len(called) <= 6, called
     assert not every & WAITS
 

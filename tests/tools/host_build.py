@@ -121,7 +121,7 @@ def launch(pair: Pair) -> Iterator[tuple[Callable[[int], int], int]]:
 
 def backend(operations: ModuleType, launch: Callable = launch) -> compiled.Compiled:
     """The backend "cuda" on CPU tensors, its operations those of a host build."""
-    return compiled.Compiled("cpu", operations, lambda: None, launch, holds_rows)
+    return compiled.Compiled("cpu", operations, lambda: None, launch, holds_rows, lambda x: x.new_empty(x.shape))
 
 
 def holds_rows(operations: ModuleType, pair: Pair) -> bool:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,21 @@ def test_backward_runs_where_forward_ran():
     with use_backend("reference"):
         loss.backward()
     assert last_backend() == "cpu"
+
+
+def test_a_machine_is_asked_once_what_runs_on_it(monkeypatch):
+    """Drivers take their time to answer."""
+    asked = []
+    counted = replace(cpu.backend, why_not=lambda: asked.append(1))
+    monkeypatch.setitem(choose.BACKENDS, "cpu", counted)
+    try:
+        for _ in range(3):
+            mk.fused_rkl_loss(torch.zeros(2, 4), torch.zeros(2, 4))
+            with use_backend("cpu"):
+                mk.fused_rkl_loss(torch.zeros(2, 4, requires_grad=True), torch.zeros(2, 4)).backward()
+        assert asked == [1]
+    finally:
+        choose._ready.discard(counted)
 
 
 def test_an_unknown_backend_is_an_error():

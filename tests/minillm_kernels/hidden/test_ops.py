@@ -72,3 +72,11 @@ def test_what_does_not_fit_is_an_error(name):
                 called(name, **{argument: value})
             tried += 1
     assert tried > 10
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_forward_mode_is_refused(name):
+    for argument in ("student_hidden", "student_weight", "teacher_hidden"):
+        x = BOTH[argument]
+        with pytest.raises(RuntimeError, match=f"{argument} carry a tangent, but minillm_kernels has no forward-mode"):
+            torch.func.jvp(lambda y, key=argument: called(name, **{key: y}), (x,), (torch.ones_like(x),))

@@ -97,7 +97,8 @@ def test_opcheck(name, needed):
     s, t = torch.randn(3, 60, requires_grad=True), torch.randn(3, 60)
     settings = (False, needed, 0.7, 60, "reference")
     if name == "stats_loss":
-        args = (s, t, torch.arange(3), torch.rand(5, 3), *settings)
+        weights = (None, torch.rand(3), -torch.tensor([1.0, 0.0, 2.0]), None, None)
+        args = (s, t, torch.tensor([5, 7, -100]), *weights, [0.5, 0.0, 0.0, 0.0, 0.1], -100, *settings)
     else:
         args = (s, t, torch.tensor([1.0, 0.0, 2.0]), None, None, "mean", name, 0.3, *settings)
     operator = torch.ops.minillm.stats_loss if name == "stats_loss" else torch.ops.minillm.divergence_loss

@@ -126,3 +126,23 @@ def test_constants_that_require_a_gradient_are_refused():
             mk.minillm_loss(logits, logits, data["token_ids"], **options)
     with pytest.raises(ValueError, match="clip_range"):
         mk.minillm_loss(logits, logits, data["token_ids"], clip_range=-1.0, **{x: data[x] for x in CONSTANTS})
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_opcheck(inplace):
+    logits, teacher = torch.randn(3, 60, requires_grad=True), torch.randn(3, 60)
+    ids, rows = torch.tensor([5, -100, 59]), (torch.randn(3), torch.randn(3), None)
+    args = (logits, teacher, ids, *rows, None, 7.0, -100, 0.2, 1.0, True, 0.1, inplace, 0.7, 60, "reference")
+    skipped = (
+        "test_aot_dispatch_dynamic" if inplace else ""
+    )  # it uses the logits again, which are the gradient by then
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    operator = torch.ops.minillm.minillm_loss.default
+    torch.library.opcheck(operator, args, test_utils=[name for name in utilities if name != skipped])
+
+
+def test_rows_that_do_not_count_have_gradient_0_whatever_arrives():
+    logits, teacher, zeros = torch.randn(3, 60, requires_grad=True), torch.randn(3, 60), torch.zeros(3)
+    loss = mk.minillm_loss(logits, teacher, torch.tensor([5, -100, 59]), advantages=zeros, old_logprobs=zeros).loss
+    (loss * torch.nan).backward()
+    assert (logits.grad[1] == 0).all() and logits.grad[[0, 2]].isnan().all()

@@ -273,3 +273,23 @@ def test_inference_mode(backend):
         actual = mk.fused_rkl_loss(s, t), mk.token_logprobs(s, IDS), mk.mixed_sample(s, t, uniforms=UNIFORMS)
     assert torch.equal(expected[0], actual[0]) and torch.equal(expected[1], actual[1])
     assert torch.equal(expected[2].token_ids, actual[2].token_ids)
+
+
+@pytest.mark.parametrize("name", _samples((1,), FP32))
+def test_forward_mode_is_refused_in_operators_called_directly(name):
+    """Below autograd no operator sees a tangent: its derivative would be 0, or none, without a word."""
+    operator, samples = getattr(OPS, name).default, _samples((4,), FP32, grad=False)[name]
+    for i, x in enumerate(samples):
+        if not (isinstance(x, torch.Tensor) and x.is_floating_point()):
+            continue
+
+        def function(y, i=i):
+            return operator(*samples[:i], y, *samples[i + 1 :])
+
+        expected = {"expected_exception": RuntimeError, "match": "carry a tangent, but minillm_kernels has no forward"}
+        with pytest.raises(**expected):
+            torch.func.jvp(function, (x,), (torch.ones_like(x),))
+        with pytest.raises(**expected):
+            torch.func.jacfwd(function)(x)
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(**expected):
+            function(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
