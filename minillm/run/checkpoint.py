@@ -263,7 +263,7 @@ def state_of(model: nn.Module, optimizer: Any, accelerator: Accelerator) -> dict
 def restore(model: nn.Module, optimizer: Any, accelerator: Accelerator, groups: dict[str, dict[str, Tensor]]) -> None:
     """Put back what `state_of` gave. With another number of processes, their random states start anew."""
     parameters = trained(model)
-    fill_state(optimizer.optimizer, parameters, groups["optimizer"])
+    fill_state(optimizer.optimizer, parameters, groups.get("optimizer", {}))  # none before the first step
     restore_weights(model, groups[weights_name(model)])
     if len(groups["random"]["cpu"]) == accelerator.num_processes:
         torch.set_rng_state(groups["random"]["cpu"][accelerator.process_index].cpu())
@@ -315,7 +315,15 @@ def _check_finite(groups: Mapping[str, Mapping[str, Tensor]]) -> None:
 
 
 def _plain(tensors: Any) -> dict[str, Tensor]:
-    return {name: value.detach().contiguous() for name, value in tensors.items()}
+    """As safetensors stores them: of tensors that share memory, as two fields of a rollout may, each its own copy."""
+    plain: dict[str, Tensor] = {}
+    places = set()
+    for name, value in tensors.items():
+        value = value.detach().contiguous()
+        place = value.untyped_storage().data_ptr()
+        plain[name] = value.clone() if place in places else value
+        places.add(place)
+    return plain
 
 
 def _whole(folder: Path) -> Iterator[Path]:
@@ -326,4 +334,4 @@ def _whole(folder: Path) -> Iterator[Path]:
 
 def _immaterial(key: str) -> bool:
     """Keys that change nothing of what is computed."""
-    return key == "output" or key.startswith("log.")
+    return key == "output" or key.startswith(("log.", "engine."))

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from minillm.data.examples import Batch, Example, Shuffled
 from minillm.data.sources import DataError
+from minillm.engine.rollout import engine_gap
 from minillm.files import read_lines, write_atomically
 from minillm.model.head import Output, Sums
 from minillm.model.sampling import draw_uniforms
@@ -95,7 +96,10 @@ class Gkd:
         pairs = zip(drawn, rollout.responses(), strict=True)
         examples = [example._replace(response=response, turns=()) for example, response in pairs]
         part = self.part(context.mine(examples))._replace(loss=partial(on_policy_loss, context))
-        return Step([part], {"completions/mean_length": rollout.lengths.float().mean()})
+        metrics = {"completions/mean_length": rollout.lengths.float().mean()}
+        if rollout.engine_logprobs is not None:
+            metrics["rollout/engine_gap"] = engine_gap(rollout)
+        return Step([part], metrics)
 
     def validated(self, loss: float) -> None:
         """Let the share grow when the validation loss has risen."""
