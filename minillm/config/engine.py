@@ -26,5 +26,5 @@ class EngineConfig:
     """Engines in this process give their GPU memory back between rollouts."""
     timeout: float = 600.0
     """Seconds after which an answer of a server no longer comes."""
-    retries: int = 6
+    retries: int = 10
     """How often a request that failed is sent again, after 1, 2, 4, … seconds, at most 30."""

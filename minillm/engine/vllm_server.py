@@ -49,8 +49,8 @@ class Server:
         self.open: dict[Future[Answer], int] = {}
         self.over, self.pushing = threading.Event(), threading.Lock()
         try:
-            models = self.ask("/v1/models")["data"]
-        except (*TRANSIENT, KeyError, TypeError) as error:
+            models = self.ask("/v1/models", timeout=min(10.0, config.timeout))["data"]
+        except (*TRANSIENT, EngineLost, KeyError, TypeError) as error:
             raise ConfigError(
                 f"no vLLM server answers at {self.url} ({error}): start one ({HOW_TO_START}) or mend engine.url and "
                 "engine.teacher_url"
@@ -132,13 +132,14 @@ class Server:
                 raise EngineLost(f"the engine at {self.url} was started anew and has lost the student's weights")
             self._send()
 
-    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """GET, or POST where there is a body; returns the JSON of the answer. Raises the errors of TRANSIENT, and
-        EngineLost for a request that the server refuses."""
+    def ask(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
+        """GET, or POST where there is a body; returns the JSON of the answer, which comes within `timeout` seconds, by
+        default engine.timeout. Raises the errors of TRANSIENT, and EngineLost for a request that the server refuses.
+        """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=self.config.timeout) as answer:
+            with urllib.request.urlopen(request, timeout=timeout or self.config.timeout) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as error:
             if error.code >= 500 or error.code == 429:

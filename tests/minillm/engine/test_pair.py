@@ -4,8 +4,12 @@ The server is one of the standard library's, which draws from one of our own mod
 """
 
 import dataclasses
+import gc
 import http.server
 import json
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -258,7 +262,7 @@ def test_a_server_is_looked_for_at_once(serve, teacher, student):
 
 
 def test_without_vllm_an_engine_in_this_process_is_refused(student, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match=r"needs vLLM.*pip install vllm.*engine.url"):
         engine_of(student, QUICK)
 
@@ -268,7 +272,7 @@ def test_an_engine_does_not_keep_its_model(serve, make_llama):
     answers(lm, serve(lm))
     before = len(ENGINES)
     del lm
-    __import__("gc").collect()
+    gc.collect()
     assert len(ENGINES) < before
 
 
@@ -382,6 +386,34 @@ def test_a_server_that_dies_before_the_first_step_of_a_stage_costs_no_stage_befo
     teacher.troubles = []
     assert cli.main(["train", recipe, "--no-doctor", *flags, "--resume", "auto"]) == 0
     assert [line["step"] for line in metrics(run)] == list(range(1, 9))
+
+
+def test_two_processes_share_the_servers_and_lose_them_together(files, services):
+    (student, _), flags = services
+    flags = ["--no-doctor", "--eval.engine=vllm", "--rollout.alpha=0.3", "--log.checkpoint_every=0", *flags]
+
+    def launch(name):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command += ["-m", "minillm", "distill", str(files / "recipe.yaml"), *flags, f"--output={files / name}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+
+    two = launch("two")
+    assert two.returncode == 0, two.stderr[-3000:]
+    pushes = len(student.reloads)
+    assert cli.main(["distill", str(files / "recipe.yaml"), *flags, f"--output={files / 'one'}"]) == 0
+    assert pushes == len(student.reloads) - pushes  # by one of them alone
+    for a, b in zip(metrics(files / "one"), metrics(files / "two"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-3)
+    one, other = (json.loads((files / name / "evaluations" / "start.json").read_text()) for name in ("one", "two"))
+    assert one["responses"] == other["responses"]
+    assert one["reverse_kl"]["own_samples"]["mean"] == pytest.approx(other["reverse_kl"]["own_samples"]["mean"])
+
+    student.troubles = [None] * (len(student.asked) // 3) + ["cut"] * 1000
+    lost = launch("lost")
+    assert lost.returncode != 0 and lost.stderr.count("does not answer") >= 2
+    steps = len(metrics(files / "lost"))
+    assert 0 < steps < 8 and (files / "lost" / "checkpoints" / f"step-{steps}" / "DONE").exists()
 
 
 def test_gkd_and_the_teachers_answers_come_from_engines(files, services):
