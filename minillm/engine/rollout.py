@@ -29,8 +29,8 @@ WIDEST_GAP = 0.5
 
 def drawn(responses: Sequence[Response], device: torch.device) -> Rollout:
     """What the engines alone tell of responses: their tokens, and log-probs of the law that each was drawn from."""
-    lengths = torch.tensor([len(each.token_ids) for each in responses])
-    shape = len(responses), max(len(each.token_ids) for each in responses)
+    lengths = torch.tensor([len(each.token_ids) for each in responses], dtype=torch.long)
+    shape = len(responses), max((len(each.token_ids) for each in responses), default=0)
     token_ids, from_teacher = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
     logprobs = torch.zeros(shape)
     for row, each in enumerate(responses):

@@ -14,6 +14,7 @@ alone is the position in the data; `memory` is all other state of a method: a ro
 
 import json
 import math
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -184,13 +185,7 @@ def with_teacher_responses(context: Context, folder: Path) -> list[Example]:
     """
     path = Path(context.config.data.teacher_answers or folder / "teacher-answers.jsonl")
     if not path.exists():
-        sampled = sample_teacher(context)
-        if context.accelerator.is_main_process:
-            lines = (
-                {"prompt": e.record.prompt, "completion": context.tokenizer.decode(r), "token_ids": r}
-                for e, r in zip(context.examples, sampled, strict=True)
-            )
-            write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        sample_teacher(context, path)
         context.accelerator.wait_for_everyone()
     kept = [json.loads(line) for line in read_lines(path)]
     if [line["prompt"] for line in kept] != [e.record.prompt for e in context.examples]:
@@ -201,17 +196,38 @@ def with_teacher_responses(context: Context, folder: Path) -> list[Example]:
     return [e._replace(response=line["token_ids"], turns=()) for e, line in zip(context.examples, kept, strict=True)]
 
 
-def sample_teacher(context: Context) -> list[list[int]]:
-    """One response of the teacher per example; the processes share the work."""
+def sample_teacher(context: Context, path: Path) -> None:
+    """Write one response of the teacher per example; the processes share the work. Until all exist, they stand in a
+    file beside `path`, to which each batch is added: whatever interrupts, the next run goes on there."""
     assert context.teacher is not None
-    rollout, numbers = context.config.rollout, context.mine(list(range(len(context.examples))))
-    uniforms = draw_uniforms(context.run.seed, rollout.max_new_tokens, len(context.examples))
-    size = max(1, rollout.batch_size // context.accelerator.num_processes)
-    mine: list[tuple[int, list[int]]] = []
-    for part in chunks(numbers, size):
-        prompts = [context.examples[i].prompt for i in part]
-        samples = context.sample_responses(context.teacher, None, prompts, uniforms[:, part], alpha=0.0)
-        mine += zip(part, samples.responses(), strict=True)
-        if context.accelerator.is_main_process:
-            say(f"teacher answers  {len(mine)}/{len(numbers)}")
-    return [response for _, response in sorted(gather_object(mine))]
+    rollout, examples, process = context.config.rollout, context.examples, context.accelerator
+    uniforms = draw_uniforms(context.run.seed, rollout.max_new_tokens, len(examples))
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    kept = gather_object([_answers_in(unfinished, examples)])[0]  # as the first process sees them
+    if process.is_main_process:
+        write_atomically(unfinished, "".join(kept))
+    for part in chunks(list(range(len(kept), len(examples))), rollout.batch_size):
+        mine = context.mine(part)
+        sampled: list[list[int]] = []
+        if mine or rollout.engine != "builtin":  # an engine is asked by all processes, or by none
+            prompts = [examples[i].prompt for i in mine]
+            sampled = context.sample_responses(
+                context.teacher, None, prompts, uniforms[:, mine], alpha=0.0
+            ).responses()
+        numbered = sorted(gather_object(list(zip(mine, sampled, strict=True))))
+        if process.is_main_process:
+            with unfinished.open("a", encoding="utf-8") as file:
+                for i, response in numbered:
+                    text = {"prompt": examples[i].record.prompt, "completion": context.tokenizer.decode(response)}
+                    file.write(json.dumps(text | {"token_ids": response}, ensure_ascii=False) + "\n")
+            say(f"teacher answers  {part[-1] + 1}/{len(examples)}")
+    if process.is_main_process:
+        os.replace(unfinished, path)
+
+
+def _answers_in(path: Path, examples: list[Example]) -> list[str]:
+    """The whole lines of an unfinished file; none where it answers other prompts."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
+    prompts = [json.loads(line)["prompt"] for line in lines]
+    alike = prompts == [e.record.prompt for e in examples[: len(lines)]]
+    return [f"{line}\n" for line in lines] if alike else []

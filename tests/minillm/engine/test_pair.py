@@ -380,12 +380,14 @@ def test_a_server_that_dies_before_the_first_step_of_a_stage_costs_no_stage_befo
         "--stages.warm-up.validation.every=0",
     ]
     recipe, run = str(files / "recipe.yaml"), files / "run"
-    teacher.troubles = ["cut"] * 1000
+    flags.append("--rollout.batch_size=4")
+    teacher.troubles = [None] * 9 + ["cut"] * 1000  # in the third batch of prompts
     assert cli.main(["train", recipe, "--no-doctor", *flags]) == 2
     assert "--resume" in capsys.readouterr().err and (run / "checkpoints" / "step-3" / "DONE").exists()
-    teacher.troubles = []
+    assert len((run / "stages" / "minillm" / "teacher-answers.jsonl.unfinished").read_text().splitlines()) == 8
+    teacher.troubles, teacher.asked = [], []
     assert cli.main(["train", recipe, "--no-doctor", *flags, "--resume", "auto"]) == 0
-    assert [line["step"] for line in metrics(run)] == list(range(1, 9))
+    assert [line["step"] for line in metrics(run)] == list(range(1, 9)) and len(teacher.asked) == 14 - 8
 
 
 def test_two_processes_share_the_servers_and_lose_them_together(files, services):
