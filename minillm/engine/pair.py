@@ -1,9 +1,7 @@
 """The engines of student and teacher: made once for each model, kept as long as it lives."""
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, finalize, proxy
 
@@ -42,15 +40,17 @@ def engine_of(lm: CausalLM, config: EngineConfig, dtype: torch.dtype | None = No
 
     Raises ConfigError where there can be none.
     """
-    if lm in ENGINES and ENGINES[lm][0] == config:
-        return ENGINES[lm][1]
+    if lm in ENGINES:
+        known_config, engine = ENGINES[lm]
+        if known_config == config:
+            return engine
+        engine.close()
     state, dtype = PartialState(), dtype or lm.model.dtype
     trained = any(parameter.requires_grad for parameter in lm.parameters())
     known: CausalLM = proxy(lm)  # type: ignore[assignment]  # an engine must not keep its model alive
     if url := config.url if trained else config.teacher_url:
-        folder = Path(config.folder or tempfile.mkdtemp(prefix="minillm-engine-"))
-        push = pusher(known, config, dtype, folder) if trained else None
-        engine: Engine = Server(url, config, push, state.is_main_process)
+        push = pusher(known, config, dtype) if trained else None
+        engine = Server(url, config, push, state.is_main_process)
     elif state.num_processes > 1:
         raise ConfigError(
             f"an engine in this process has no share of a run of {state.num_processes} processes: start a server and "
@@ -86,7 +86,8 @@ def draw(
         Voice(engine, law_of(how.decoding, how.vocab_size, lm.rows)) if engine is not None and lm is not None else None
         for engine, lm in zip(engines, lms, strict=True)
     ]
-    with torch.random.fork_rng(devices=[]):  # vLLM seeds torch's own generator, and draws from it
+    plain = torch.autocast(how.student.device.type, enabled=False)  # an engine computes in the dtype of its own
+    with plain, torch.random.fork_rng(devices=[]):  # vLLM seeds torch's own generator, and draws from it
         try:
             _write(responses, voices, awake, length)
         finally:

@@ -7,6 +7,7 @@ need cards.
 """
 
 import itertools
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,20 +28,22 @@ if TYPE_CHECKING:
     from minillm.engine.vllm_server import Push, Server
 
 
-def pusher(lm: CausalLM, config: EngineConfig, dtype: torch.dtype, folder: Path) -> "Push":
+def pusher(lm: CausalLM, config: EngineConfig, dtype: torch.dtype) -> "Push":
     """Hands the weights of `lm`, in `dtype`, to a server."""
+    temporary = None if config.folder else tempfile.TemporaryDirectory(prefix="minillm-engine-")
+    place = Path(temporary.name if temporary else config.folder) / "student"
     run, count = uuid.uuid4().hex, itertools.count(1)
     transfer: list[Any] = []  # made with the first push, when the server is there
 
     def by_disk() -> "tuple[str, Callable[[Server], None]]":
-        with whole_or_absent(folder / "student") as partial:
+        with whole_or_absent(place) as partial:
             partial.mkdir()
             weights = {name: value.contiguous().cpu() for name, value in weights_of(lm, dtype).items()}
             save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
             lm.model.config.save_pretrained(partial)
-        kwargs = {"weights_path": str(folder / "student")}
+        kwargs = {"weights_path": str(place)}
 
-        def send(server: "Server") -> None:
+        def send(server: "Server", kept: object = temporary) -> None:  # which is deleted with what refers to it
             server.ask("/collective_rpc", {"method": "reload_weights", "kwargs": kwargs})
 
         return f"{run}-{next(count)}", send

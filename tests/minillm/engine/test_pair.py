@@ -11,20 +11,23 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minillm import cli
 from minillm.config.engine import EngineConfig
 from minillm.config.recipe import load_recipe
-from minillm.config.schema import ConfigError, ObjectiveConfig
+from minillm.config.schema import ConfigError, LoraConfig, ObjectiveConfig
 from minillm.engine import Answer, EngineLost, law_of, pair
 from minillm.engine.pair import ENGINES, Draw, draw, engine_of
 from minillm.engine.responses import Voice, responses_to, write
 from minillm.engine.rollout import drawn, engine_gap, engine_weights, read
 from minillm.engine.vllm_server import Server
 from minillm.engine.weights import weights_of
+from minillm.model.adapters import add_adapters
 from minillm.model.head import CausalLM
 from minillm.model.load import load_model
 from minillm.model.sampling import Decoding, draw_uniforms
@@ -322,9 +325,32 @@ def test_an_engine_of_another_law_is_refused(serve, teacher, make_llama):
         read(drawn(answers(teacher, service), teacher.device), teacher, None, 0.0)
 
 
-def test_weights_are_named_as_in_a_checkpoint(make_llama, tmp_path):
-    from safetensors.torch import load_file
+def test_weights_written_for_a_server_do_not_stay(serve, make_llama):
+    lm = CausalLM(make_llama(2))
+    service = serve(lm)
+    answers(lm, service)
+    (path,) = service.reloads
+    assert Path(path).exists()
+    del lm, service.lm
+    gc.collect()
+    assert not Path(path).parent.exists()
 
+
+def test_adapters_are_merged_into_what_an_engine_gets(make_llama):
+    pytest.importorskip("peft")
+    base = make_llama(2)
+    before, model = {k: v.clone() for k, v in base.state_dict().items()}, base
+    add_adapters(model, LoraConfig(rank=2), 0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    found = weights_of(CausalLM(model), torch.float32)
+    assert found.keys() == before.keys()
+    assert not torch.equal(found["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_weights_are_named_as_in_a_checkpoint(make_llama, tmp_path):
     model = make_llama(2, tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
     stored, found = load_file(tmp_path / "model.safetensors"), weights_of(CausalLM(model), torch.bfloat16)

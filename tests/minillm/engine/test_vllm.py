@@ -236,15 +236,15 @@ def test_a_server_gets_the_weights_and_its_death_ends_the_run_saved(server, wide
 
 
 @pytest.mark.parametrize(
-    ("method", "flags"),
+    ("method", "flags", "gap"),
     [
-        ("minillm", ["--rollout.alpha=0"]),
-        ("minillm", ["--rollout.alpha=0.3", "--rollout.engine_correction=2"]),
-        ("gkd", ["--rollout.on_policy=1"]),
-        ("seqkd", []),
+        ("minillm", ["--rollout.alpha=0"], 1e-3),
+        ("minillm", ["--rollout.alpha=0.3", "--rollout.engine_correction=2", "--model.compute_dtype=bfloat16"], 0.1),
+        ("gkd", ["--rollout.on_policy=1"], 1e-3),
+        ("seqkd", [], None),
     ],
 )
-def test_a_stage_learns_from_an_engine(wide_files, method, flags):
+def test_a_stage_learns_from_an_engine(wide_files, method, flags, gap):
     run = wide_files / "run"
     sizes = ["--rollout.batch_size=8", "--rollout.epochs=1", "--rollout.max_new_tokens=8", "--optim.steps=2"]
     only = [
@@ -256,5 +256,5 @@ def test_a_stage_learns_from_an_engine(wide_files, method, flags):
     assert cli.main(arguments) == 0
     lines = [line for line in metrics(run) if line["stage"] == "minillm"]
     assert lines and all(line["grad_norm"] > 0 for line in lines)
-    if method != "seqkd":
-        assert all(0 < line["rollout/engine_gap"] < 1e-3 for line in lines)
+    if gap:
+        assert all(0 < line["rollout/engine_gap"] < gap for line in lines)
