@@ -63,7 +63,8 @@ class Offline:
         if self.asleep and new:
             llm.wake_up(tags=["kv_cache"])
         self.asleep, self.current = False, True
-        llm.reset_prefix_cache()
+        if not llm.reset_prefix_cache():  # nothing runs: `rest` has seen to that
+            raise RuntimeError("vLLM keeps a prefix cache of other weights")
 
     def submit(self, number: int, request: Request, law: dict[str, Any]) -> None:
         from vllm import SamplingParams

@@ -27,7 +27,6 @@ TRANSIENT = (OSError, http.client.HTTPException, json.JSONDecodeError)
 """Of the network, of a server that breaks off and of one that answers with half a text; urllib's are OSErrors."""
 HOW_TO_START = "vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm"
 
-
 Push = Callable[[], "tuple[str, Callable[[Server], None]]"]
 """Makes the weights as they are now ready; returns their version, and what sends them to a server, once or again."""
 
@@ -71,7 +70,8 @@ class Server:
     def _send(self) -> None:
         assert self.send is not None
         self.send(self)
-        self.ask("/reset_prefix_cache", {})
+        if not self.ask("/reset_prefix_cache", {}).get("success", True):  # as while something is still being answered
+            raise OSError("its prefix cache, which is of other weights, is still in use")
         self.ask("/update_weight_version", {"new_version": self.version})
 
     def submit(self, number: int, request: Request, law: dict[str, Any]) -> None:

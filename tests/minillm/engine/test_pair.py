@@ -100,7 +100,7 @@ class Service:
 
     def __init__(self, lm, longest=512):
         self.lm, self.longest = lm, longest
-        self.troubles, self.asked, self.version, self.reloads = [], [], "default", []
+        self.troubles, self.asked, self.version, self.reloads, self.resets = [], [], "default", [], []
         service, lock = self, threading.Lock()
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -147,6 +147,8 @@ class Service:
         if path == "/collective_rpc":
             self.reloads.append(body["kwargs"]["weights_path"])
             self.lm = CausalLM(load_model(self.reloads[-1]))
+        elif path == "/reset_prefix_cache" and self.resets:
+            return {"success": self.resets.pop(0)}
         elif path == "/update_weight_version":
             self.version = body["new_version"]
         elif path == "/v1/completions":
@@ -211,6 +213,16 @@ def test_a_server_is_given_the_weights_before_each_rollout(serve, student, make_
             for parameter in student.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
     assert len(service.reloads) == 2 and service.version != "default"
+
+
+def test_a_prefix_cache_of_other_weights_is_not_used(serve, student):
+    service = serve(student)
+    service.resets = [False, False, True]
+    answers(student, service)
+    assert service.resets == []
+    service.resets = [False] * 3
+    with pytest.raises(EngineLost, match="still in use"):
+        answers(student, service)
 
 
 def test_a_frozen_model_is_never_pushed(serve, teacher):
