@@ -318,30 +318,6 @@ def rollouts_table() -> str:
     return markdown(header, rows) + "\n\n" + note
 
 
-def engine_table() -> str:
-    """Rollouts of the demo pair by vLLM beside those of our own decoder."""
-    results = load("engine.json")
-    info = next(b["extra_info"] for b in results["benchmarks"])
-    titles = {
-        "student": "student alone",
-        "student_vllm": "student alone, vLLM",
-        "side_by_side": "mixture, both models side by side",
-        "coins_first": "mixture, coins first, shared by all rows",
-        "mixture_vllm": "mixture, two engines of vLLM, coins of its own for each row",
-    }
-    rows = [
-        [title, f"{info['seconds'][name]:.2f}", f"{info['tokens_per_second'][name]:.0f}"]
-        for name, title in titles.items()
-    ]
-    note = (
-        f"{machine(results)}, vLLM {info['vllm']}, float32, least of a few in turns; an engine's time includes the "
-        f"weights that it is given. Then both models read the samples, in {info['seconds']['read']:.2f} s; "
-        f"`rollout/engine_gap` was {info['engine_gap']:.0e}."
-    )
-    size = f"rollout of {info['sequences']} × {info['new_tokens']} tokens, alpha {info['alpha']}"
-    return markdown([size, "time, s", "new tokens per second"], rows) + "\n\n" + note
-
-
 def trl_table() -> str:
     """A step of our trainer beside one of TRL's."""
     results = load("trl.json")
@@ -368,7 +344,6 @@ TABLES = {
     "gpu": gpu_table,
     "training": training_table,
     "rollouts": rollouts_table,
-    "engine": engine_table,
     "trl": trl_table,
 }
 

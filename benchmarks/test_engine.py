@@ -1,9 +1,9 @@
 """Rollouts on the demo pair by vLLM beside our own decoder, on a CPU, in one run.
 
 SmolLM2-135M-Instruct and its cut of 24 layers, as in recipes/smollm2-cpu.yaml (fetched on first use). It runs where
-vLLM can be imported (tests/tools/engine_environment.sh). Everything is timed in turns, and the least of a few rounds is
-kept. An engine's time includes the weights that it is given before each rollout; what our own models then read of the
-samples stands apart. The results:
+vLLM can be imported (tests/tools/engine_environment.sh). Everything is timed in turns, and the least of a few rounds
+is kept. An engine's time includes the weights that it is given before each rollout; what our own models then read of
+the samples stands apart. The results:
 
     pytest benchmarks/test_engine.py --benchmark-only --benchmark-json=benchmarks/results/engine.json
 """

@@ -38,7 +38,8 @@ def pusher(lm: CausalLM, config: EngineConfig, dtype: torch.dtype) -> "Push":
     def by_disk() -> "tuple[str, Callable[[Server], None]]":
         with whole_or_absent(place) as partial:
             partial.mkdir()
-            weights = {name: value.contiguous().cpu() for name, value in weights_of(lm, dtype).items()}
+            found = weights_of(lm, dtype)  # of which some may share their memory, which no file can say
+            weights = {name: value.contiguous().to("cpu", copy=True) for name, value in found.items()}
             save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
             lm.model.config.save_pretrained(partial)
         kwargs = {"weights_path": str(place)}

@@ -9,11 +9,10 @@ from minillm.model.head import CausalLM
 
 @torch.no_grad()
 def weights_of(lm: CausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All of them by name, adapters merged, shared ones once; those of floating point in `dtype`."""
+    """All of them by name, adapters merged; those of floating point in `dtype`. A head that is tied to the embeddings
+    is among them, though no checkpoint holds it: on a CPU vLLM has a packed copy of it, which would stay as it was."""
     from transformers.core_model_loading import revert_weight_conversion
 
     model = merge_adapters(lm.model)
-    once = {name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named}
-    kept = {name: value for name, value in model.state_dict().items() if name in once}
-    stored = revert_weight_conversion(model, kept)
+    stored = revert_weight_conversion(model, model.state_dict())
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in stored.items()}

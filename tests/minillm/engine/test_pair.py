@@ -204,7 +204,9 @@ def answers(lm, service, prompts=((5, 6), (7,)), new_tokens=6, config=QUICK, see
     return draw(how, (engine, None), prompts, draw_uniforms(seed, new_tokens, len(prompts)))
 
 
-def test_a_server_is_given_the_weights_before_each_rollout(serve, student, make_llama):
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_server_is_given_the_weights_before_each_rollout(serve, make_llama, tied):
+    student = CausalLM(make_llama(2, seed=1, tie_word_embeddings=tied))
     service = serve(CausalLM(make_llama(2, seed=9)))
     for _ in range(2):
         rollout = read(drawn(answers(student, service), student.device), student, None, 0.0)
@@ -366,7 +368,7 @@ def test_weights_are_named_as_in_a_checkpoint(make_llama, tmp_path):
     model = make_llama(2, tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
     stored, found = load_file(tmp_path / "model.safetensors"), weights_of(CausalLM(model), torch.bfloat16)
-    assert found.keys() == stored.keys()
+    assert found.keys() == stored.keys() | {"lm_head.weight"}  # tied, and packed apart by vLLM
     assert all(value.dtype == torch.bfloat16 for value in found.values())
 
 

@@ -120,9 +120,11 @@ def test_columns_that_only_one_model_has_are_never_drawn(make_llama):
     assert float(engine_gap(rollout)) < 1e-3
 
 
-def test_an_engine_has_the_weights_of_the_moment(pair, make_llama):
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_engine_has_the_weights_of_the_moment(make_llama, tied):
     """And torch's generator and thread count are left as they were."""
-    student, before = CausalLM(make_llama(2, seed=8, **WIDE)), torch.get_rng_state()
+    student = CausalLM(make_llama(2, seed=8, tie_word_embeddings=tied, **WIDE))
+    before = torch.get_rng_state()
     engine, prompts = engine_of(student, SECTION), [[1 + i, 2] for i in range(16)]
     how = Draw(student, None, 0.0, Decoding(10, ()), VOCABULARY)
 
