@@ -99,8 +99,8 @@ def draw(
 def draw_everywhere(
     how: Draw, engine: Engine, prompts: Sequence[Sequence[int]], uniforms: Tensor | None = None
 ) -> list[Response]:
-    """Responses of one model to prompts that all processes share; all of them know all responses. Greedy decoding needs
-    no uniforms."""
+    """Responses of one model to prompts that all processes share; all of them know all responses. Greedy decoding
+    needs no uniforms."""
     state = PartialState()
     if uniforms is None:
         uniforms = torch.zeros(how.decoding.max_new_tokens, len(prompts), 2)
