@@ -60,6 +60,8 @@ def distill(
             found before any work that could be lost.
         CheckpointError: a checkpoint that cannot be used, or something that could not be written; the message says
             how to go on.
+        EngineLost: a server that samples no longer answers; everything up to that step is saved, and the message says
+            how to go on.
         FileNotFoundError: no such recipe, or nothing to resume from.
         FloatingPointError: the loss is not finite.
         Interrupted: a signal asked to stop (SIGTERM, Ctrl-C); everything up to that step is saved, and the message
@@ -153,7 +155,7 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
         model: the model. It and the teacher are loaded in `model={"dtype": …}`, float32 by default.
         data: prompts with answers.
         teacher: also measure the KL divergences and the exposure bias against this model, of the same tokenizer.
-        **overrides: the sections `eval`, `model`, `data` and `log` of minillm/config/schema.py, as
+        **overrides: the sections `eval`, `engine`, `model`, `data` and `log` of minillm/config/schema.py, as
             `eval={"prompts": 100}`. By default all prompts are evaluated, with five samples of 256 tokens.
 
     Returns:
@@ -189,9 +191,9 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
     from minillm.terminal import say
 
     tree = nested(_as_yaml(overrides))
-    if unread := tree.keys() - {"eval", "model", "data", "log"}:
+    if unread := tree.keys() - {"eval", "engine", "model", "data", "log"}:
         raise ConfigError(
-            f"an evaluation does not read {min(unread)!r}; it reads the sections eval, model, data and log"
+            f"an evaluation does not read {min(unread)!r}; it reads the sections eval, engine, model, data and log"
         )
     source, data, against = _named("model", model), _named("data", data), teacher and _named("teacher", teacher)
     config = run_from(merged({"eval": DEFAULTS}, tree, {"data": {"eval": data}}))
@@ -211,7 +213,9 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
         records = len(read_records(data))
         if PartialState().is_main_process:
             say(f"{data}: {len(examples)} of {records} records; generation: {settings}", error=True)
-        result = measure(student, load(against) if against else None, tokenizer, examples, config)
+        result = measure(
+            student, load(against).requires_grad_(False) if against else None, tokenizer, examples, config
+        )
     about: dict[str, Any] = {"model": source, "teacher": against, "data": data, "records": records}
     about |= {"parameters": student.model.num_parameters(), "environment": environment()}
     return dataclasses.replace(result, about=about)

@@ -338,9 +338,10 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from minillm.config.schema import ConfigError
     from minillm.data.packages import PackageError
     from minillm.data.sources import DataError
+    from minillm.engine import EngineLost
     from minillm.run.checkpoint import CheckpointError
 
-    return ConfigError, DataError, PackageError, CheckpointError, FileNotFoundError, FloatingPointError
+    return ConfigError, DataError, PackageError, CheckpointError, EngineLost, FileNotFoundError, FloatingPointError
 
 
 def _prompts(given: str | None) -> Iterable[tuple[str, str]]:

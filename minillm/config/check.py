@@ -5,12 +5,15 @@ import difflib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
+from minillm.config.engine import EngineConfig
 from minillm.config.schema import ConfigError, OptimConfig, RunConfig, StageConfig
 from minillm.files import flatten
 from minillm_kernels.rows import DIVERGENCES
 
 METHODS = ("sft", "kd", "seqkd", "gkd", "minillm")
+ENGINES = ("builtin", "vllm")
 DTYPES = ("float32", "bfloat16", "float16")
 ROUNDING = ("adamw_stochastic", "adamw_kahan")
 OPTIMIZERS = ("adamw", *ROUNDING, "adamw_8bit", "adamw_4bit", "bnb_adamw_8bit", "bnb_paged_adamw_8bit")
@@ -35,6 +38,8 @@ def check_run(run: RunConfig) -> None:
     _at_least_one(run.eval, "eval", "samples", "sample_tokens", "greedy_tokens", "batch_size", "max_prompt_length")
     _at_least_one(run.log, "log", "every", "checkpoints_kept")
     one_of("eval.overlong_references", run.eval.overlong_references, ("cut", "drop"))
+    one_of("eval.engine", run.eval.engine, ENGINES)
+    _check_engine(run.engine)
     if run.eval.prompts < 0:
         raise ConfigError(f"eval.prompts is {run.eval.prompts}; give a number, or 0 for all")
     _check_parallel(run)
@@ -91,6 +96,14 @@ def check_stage(stage: StageConfig, run: RunConfig) -> None:
     """Refuse settings of a stage that contradict each other, the run or the method's mathematics."""
     _finite(stage)
     one_of("method", stage.method, METHODS)
+    one_of("rollout.engine", stage.rollout.engine, ENGINES)
+    if "vllm" in (stage.rollout.engine, run.eval.engine) and {run.parallel.student, run.parallel.teacher} != {
+        "replicate"
+    }:
+        raise ConfigError(
+            "an engine is given whole weights, which no process of a run in shards holds: set parallel.student and "
+            "parallel.teacher to replicate, or rollout.engine and eval.engine to builtin"
+        )
     one_of("loss.divergence", stage.loss.divergence, DIVERGENCES)
     one_of("optim.schedule", stage.optim.schedule, ("constant", "linear", "cosine"))
     one_of("data.overlong_answers", stage.data.overlong_answers, ("cut", "drop"))
@@ -129,8 +142,28 @@ def check_stage(stage: StageConfig, run: RunConfig) -> None:
         raise ConfigError("rollout.on_policy_step follows the validation loss: set validation.every below optim.steps")
     if stage.rollout.chunk_size < 0:
         raise ConfigError(f"rollout.chunk_size is {stage.rollout.chunk_size}; give a number, or 0 for all at once")
+    if stage.rollout.engine_correction < 0:
+        raise ConfigError(
+            f"rollout.engine_correction is {stage.rollout.engine_correction}; give the largest weight, or 0 for none"
+        )
     if stage.method == "minillm":
         _check_minillm(stage)
+
+
+def _check_engine(engine: EngineConfig) -> None:
+    one_of("engine.push", engine.push, ("disk", "nccl", "ipc"))
+    for key in ("url", "teacher_url"):
+        parts = urlsplit(getattr(engine, key))
+        if getattr(engine, key) and not (parts.scheme in ("http", "https") and parts.netloc):
+            raise ConfigError(f"engine.{key} is {getattr(engine, key)!r}; expected one such as http://localhost:8000")
+    for key in ("memory", "timeout"):
+        if getattr(engine, key) <= 0:
+            raise ConfigError(f"engine.{key} is {getattr(engine, key)}; it must be above 0")
+    if engine.retries < 0:
+        raise ConfigError(f"engine.retries is {engine.retries}; give a number, or 0 to give up at once")
+    host, colon, port = engine.address.rpartition(":")
+    if not (host and colon and port.isdecimal()):
+        raise ConfigError(f"engine.address is {engine.address!r}; expected HOST:PORT, such as 10.0.0.1:29600")
 
 
 def _finite(section: Any) -> None:

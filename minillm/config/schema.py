@@ -8,6 +8,7 @@ check.py says what must hold between their values.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from minillm.config.engine import EngineConfig
 from minillm.config.parallel import ParallelConfig
 
 
@@ -129,6 +130,12 @@ class RolloutConfig:
     only, about alpha · max_new_tokens times for each of the G groups. Each sequence has the same law, exactly."""
     chunk_size: int = 0
     """Sequences that a process decodes at once, so that memory does not depend on batch_size; 0: all of its share."""
+    engine: str = "builtin"
+    """What samples: `builtin`, our decoder, or `vllm` (section `engine`). With alpha above 0, two engines throw the
+    coins first, a coin for each row and position."""
+    engine_correction: float = 0.0
+    """minillm: weigh each token that an engine drew by q / q_engine, of the model that drew it, cut off at this number
+    (TRL: 2); 0: not."""
 
 
 @dataclass(frozen=True)
@@ -264,6 +271,8 @@ class EvalConfig:
     """Sequences decoded at once."""
     seed: int = 1234
     """Seed of prompts and uniforms: the same before and after training."""
+    engine: str = "builtin"
+    """What answers: `builtin`, our decoder, or `vllm` (section `engine`)."""
 
 
 @dataclass(frozen=True)
@@ -309,4 +318,5 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     log: LogConfig = field(default_factory=LogConfig)

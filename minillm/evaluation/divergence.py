@@ -14,9 +14,14 @@ from torch import Tensor
 
 from minillm.config.schema import EvalConfig
 from minillm.data.examples import Example, collate
+from minillm.engine import Engine
+from minillm.engine.pair import Draw, draw_everywhere
+from minillm.engine.responses import Response
+from minillm.engine.rollout import drawn, read
 from minillm.evaluation.means import Mean
 from minillm.evaluation.share import over_batches
 from minillm.model.head import CausalLM, common_vocabulary
+from minillm.model.rollout import Rollout
 from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm_kernels import fused_linear_distill_stats
 
@@ -41,9 +46,15 @@ class Samples(NamedTuple):
 
 @torch.no_grad()
 def draw(
-    author: CausalLM, other: CausalLM | None, examples: Sequence[Example], settings: EvalConfig, ends: Sequence[int]
+    author: CausalLM,
+    other: CausalLM | None,
+    examples: Sequence[Example],
+    settings: EvalConfig,
+    ends: Sequence[int],
+    engine: Engine | None = None,
 ) -> Samples:
-    """`eval.samples` responses of `author` to each prompt, at eval.temperature, from the whole vocabulary.
+    """`eval.samples` responses of `author`, or of its `engine`, to each prompt, at eval.temperature, from the whole
+    vocabulary.
 
     Sample number s of every prompt draws from the uniforms of seed eval.seed + s, whatever the model and the batch:
     two students, or one before and after training, are compared on paired draws.
@@ -51,19 +62,36 @@ def draw(
     seeds = range(settings.seed, settings.seed + settings.samples)
     uniforms = torch.stack([draw_uniforms(seed, settings.sample_tokens, len(examples)) for seed in seeds], dim=2)
     vocab_size = common_vocabulary(author, *([] if other is None else [other]))
+    decoding, copies = Decoding(settings.sample_tokens, ends, settings.temperature), settings.samples
+    responses: list[Response] = []
+    if engine is not None:
+        prompts = [example.prompt for example in examples for _ in range(copies)]
+        how = Draw(author, None, 0.0, decoding, vocab_size)
+        responses = draw_everywhere(how, engine, prompts, uniforms.flatten(1, 2))
 
-    def drawn(start: int, part: Sequence[Example]) -> Samples:
-        rollout = sample(
+    def rolled_out(start: int, part: Sequence[Example]) -> Rollout:
+        if engine is not None:
+            rollout = drawn(responses[start * copies : (start + len(part)) * copies], author.device)
+            if other is None:
+                return rollout
+            temperature = settings.temperature
+            return read(
+                rollout, author, other, 0.0, temperature=temperature, vocab_size=vocab_size, student_states=True
+            )
+        return sample(
             author,
             other,
             [example.prompt for example in part],
-            Decoding(settings.sample_tokens, ends, settings.temperature),
+            decoding,
             alpha=0.0,
             samples_per_prompt=settings.samples,
             uniforms=uniforms[:, start : start + len(part)].flatten(1, 2),
             vocab_size=vocab_size,
             student_states=other is not None,
         )
+
+    def measured(start: int, part: Sequence[Example]) -> Samples:
+        rollout = rolled_out(start, part)
         mask = rollout.mask
         tables = torch.zeros(2, len(mask), settings.sample_tokens, dtype=torch.float64)
         if other is not None:
@@ -74,7 +102,7 @@ def draw(
                 table[:, : mask.shape[1]][mask.cpu()] = values.double().cpu()
         return Samples(rollout.responses(), rollout.lengths.cpu(), settings.samples, *tables)
 
-    found = over_batches(drawn, examples, max(1, settings.batch_size // settings.samples), author, other)
+    found = over_batches(measured, examples, max(1, settings.batch_size // settings.samples), author, other)
     return Samples(
         [tokens for part in found for tokens in part.token_ids],
         torch.cat([part.lengths for part in found]),

@@ -1,7 +1,7 @@
 """`measure`, the one evaluation: of a run around its stages, of `minillm evaluate` and of a study.
 
-Responses are decoded by minillm/model/sampling.py, which reads no generation_config: all settings that decide what is
-decoded stand under `generation` in the result.
+Responses are decoded by minillm/model/sampling.py or an engine (eval.engine). No generation_config is read: all
+settings that decide what is decoded stand under `generation` in the result.
 """
 
 import random
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from minillm.config.schema import ConfigError, DataConfig, EvalConfig, RunConfig
 from minillm.data.examples import DataError, Example, encode, read_records
+from minillm.engine import Engine
+from minillm.engine.pair import Draw, draw_everywhere, engine_of
 from minillm.evaluation import calibration, text
 from minillm.evaluation.divergence import Samples, draw, references
 from minillm.evaluation.exposure import ExposureBias, excess_accumulated_error
@@ -24,7 +26,7 @@ from minillm.evaluation.share import over_batches
 from minillm.model.check import check_context
 from minillm.model.head import CausalLM, share_vocabulary
 from minillm.model.load import end_tokens
-from minillm.model.sampling import decode, greedy
+from minillm.model.sampling import Decoding, decode, greedy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,6 +92,14 @@ def measure(
     check_measurable(student, teacher, examples, config)
     if teacher is not None:
         share_vocabulary(student, teacher)
+    if settings.engine != "builtin":
+        for part, lm in {"greedy": student, "samples": student, "teacher_samples": teacher}.items():
+            if lm is not None and part in parts:
+                engine_of(lm, config.engine)  # before any work that could be lost
+
+    def engine(lm: CausalLM) -> Engine | None:
+        return engine_of(lm, config.engine) if settings.engine != "builtin" else None
+
     seconds: dict[str, float] = {}
     means: dict[str, Mean] = {}
     token_ids: dict[str, list[list[int]]] = {}
@@ -97,10 +107,10 @@ def measure(
 
     if "greedy" in parts:
         with _timed(seconds, "greedy"):
-            token_ids["greedy"] = _greedy(student, examples, settings, ends)
+            token_ids["greedy"] = _greedy(student, examples, settings, ends, engine(student))
     if "samples" in parts:
         with _timed(seconds, "sampled"):
-            drawn = draw(student, teacher, examples, settings, ends)
+            drawn = draw(student, teacher, examples, settings, ends, engine(student))
             token_ids["sampled"] = drawn.token_ids
     responses = {way: decode(tokenizer, found) for way, found in token_ids.items()}
     with _timed(seconds, "scores"):
@@ -122,7 +132,7 @@ def measure(
                 means[REFERENCES], means["forward_kl/references"] = references(student, teacher, examples, settings)
         if "teacher_samples" in parts:
             with _timed(seconds, "teacher's samples"):
-                taught = draw(teacher, student, examples, settings, ends)
+                taught = draw(teacher, student, examples, settings, ends, engine(teacher))
             means["forward_kl/teacher_samples"] = taught.per_token(taught.to_other)
             bias = _exposure_bias(drawn, taught) if drawn else None
 
@@ -160,6 +170,7 @@ def generation(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[
         "no_repeat_ngram_size": 0,
         "stops_at": tokenizer.eos_token,
         "batch_size": settings.batch_size,
+        "engine": settings.engine,
         "generation_config": "not read",
     }
 
@@ -183,8 +194,12 @@ def _limits(config: RunConfig) -> dict[str, int]:
 
 
 def _greedy(
-    student: CausalLM, examples: Sequence[Example], settings: EvalConfig, ends: Sequence[int]
+    student: CausalLM, examples: Sequence[Example], settings: EvalConfig, ends: Sequence[int], engine: Engine | None
 ) -> list[list[int]]:
+    if engine is not None:
+        how = Draw(student, None, 0.0, Decoding(settings.greedy_tokens, ends, temperature=0.0), student.vocab_size)
+        return [each.token_ids for each in draw_everywhere(how, engine, [example.prompt for example in examples])]
+
     def respond(start: int, part: Sequence[Example]) -> list[list[int]]:
         return greedy(student, [example.prompt for example in part], settings.greedy_tokens, len(part), ends)
 

@@ -41,6 +41,8 @@ class Rollout(NamedTuple):
     """[B, T, H] teacher's, likewise."""
     decoded_logprobs: Tensor | None = None
     """[B, T] log q(y_t) as decoding gave them, where `rescore` has replaced them."""
+    engine_logprobs: Tensor | None = None
+    """[B, T] of each token under the model that drew it, as the engine gave them; None where no engine drew."""
     known: list[list[int]] | None = None
     """What `responses` returns, where it has been read from the device."""
 
@@ -60,7 +62,7 @@ def add_teacher(
     rollout: Rollout, teacher: CausalLM, temperature: float, vocab_size: int | None, row_length: int
 ) -> Rollout:
     """Add the teacher's log-probs and states to responses that it had no part in."""
-    hidden, logprobs = _read_responses(teacher, rollout, temperature, vocab_size, row_length)
+    hidden, logprobs = read_responses(teacher, rollout, temperature, vocab_size, row_length)
     return rollout._replace(teacher_hidden=hidden, teacher_logprobs=logprobs)
 
 
@@ -91,10 +93,10 @@ def rescore(
     those of decoding with a cache: in 16 bits the two differ by more than a clipped ratio may. At temperature 1,
     unfiltered.
     """
-    _, student_logprobs = _read_responses(student, rollout, 1.0, vocab_size, row_length)
+    _, student_logprobs = read_responses(student, rollout, 1.0, vocab_size, row_length)
     teacher_hidden, teacher_logprobs = rollout.teacher_hidden, rollout.teacher_logprobs
     if alpha > 0:  # else the teacher's are of such a pass already
-        teacher_hidden, teacher_logprobs = _read_responses(teacher, rollout, 1.0, vocab_size, row_length)
+        teacher_hidden, teacher_logprobs = read_responses(teacher, rollout, 1.0, vocab_size, row_length)
     assert teacher_logprobs is not None
     return rollout._replace(
         student_logprobs=student_logprobs,
@@ -105,7 +107,7 @@ def rescore(
     )
 
 
-def _read_responses(
+def read_responses(
     lm: CausalLM, rollout: Rollout, temperature: float, vocab_size: int | None, row_length: int
 ) -> tuple[Tensor, Tensor]:
     """[B, T, H] final states and [B, T] log-probs of the responses, read by a model; 0 beyond their ends."""

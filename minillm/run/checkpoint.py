@@ -281,7 +281,7 @@ def restore(model: nn.Module, optimizer: Any, accelerator: Accelerator, found: C
     """Put back what `state_of` gave, into a student that is sharded or not. With another number of processes, their
     random states start anew. Every process must call it."""
     parameters, groups = trained(model), found.groups
-    fill_state(optimizer.optimizer, parameters, groups["optimizer"])
+    fill_state(optimizer.optimizer, parameters, groups.get("optimizer", {}))  # none before the first step
     moments = plain_state(optimizer.optimizer, parameters)
     restore_weights(model, groups[weights_name(model)])
     shards.fill(found.path, {weights_name(model): parameters, "optimizer": moments}, groups)
@@ -340,7 +340,15 @@ def _check_finite(groups: Mapping[str, Mapping[str, Tensor]]) -> None:
 
 
 def _plain(tensors: Any) -> dict[str, Tensor]:
-    return {name: value.detach().contiguous() for name, value in tensors.items()}
+    """As safetensors stores them: of tensors that share memory, as two fields of a rollout may, each its own copy."""
+    plain: dict[str, Tensor] = {}
+    places = set()
+    for name, value in tensors.items():
+        value = value.detach().contiguous()
+        place = value.untyped_storage().data_ptr()
+        plain[name] = value.clone() if place in places else value
+        places.add(place)
+    return plain
 
 
 def _whole(folder: Path) -> Iterator[Path]:
@@ -351,4 +359,4 @@ def _whole(folder: Path) -> Iterator[Path]:
 
 def _immaterial(key: str) -> bool:
     """Keys that change nothing of what is computed."""
-    return key == "output" or key.startswith(("log.", "parallel."))
+    return key == "output" or key.startswith(("log.", "parallel.", "engine."))

@@ -14,6 +14,7 @@ alone is the position in the data; `memory` is all other state of a method: a ro
 
 import json
 import math
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from minillm.data.examples import Batch, Example, Shuffled
 from minillm.data.sources import DataError
+from minillm.engine.rollout import engine_gap
 from minillm.files import read_lines, write_atomically
 from minillm.model.head import Output, Sums
 from minillm.model.sampling import draw_uniforms
@@ -97,7 +99,10 @@ class Gkd:
         pairs = zip(drawn, rollout.responses(), strict=True)
         examples = [example._replace(response=response, turns=()) for example, response in pairs]
         part = self.part(context.mine(examples))._replace(loss=partial(on_policy_loss, context))
-        return Step([part], {"completions/mean_length": rollout.lengths.float().mean()})
+        metrics = {"completions/mean_length": rollout.lengths.float().mean()}
+        if rollout.engine_logprobs is not None:
+            metrics["rollout/engine_gap"] = engine_gap(rollout)
+        return Step([part], metrics)
 
     def validated(self, loss: float) -> None:
         """Let the share grow when the validation loss has risen."""
@@ -182,13 +187,7 @@ def with_teacher_responses(context: Context, folder: Path) -> list[Example]:
     """
     path = Path(context.config.data.teacher_answers or folder / "teacher-answers.jsonl")
     if not path.exists():
-        sampled = sample_teacher(context)
-        if context.accelerator.is_main_process:
-            lines = (
-                {"prompt": e.record.prompt, "completion": context.tokenizer.decode(r), "token_ids": r}
-                for e, r in zip(context.examples, sampled, strict=True)
-            )
-            write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        sample_teacher(context, path)
         context.accelerator.wait_for_everyone()
     kept = [json.loads(line) for line in read_lines(path)]
     if [line["prompt"] for line in kept] != [e.record.prompt for e in context.examples]:
@@ -199,19 +198,40 @@ def with_teacher_responses(context: Context, folder: Path) -> list[Example]:
     return [e._replace(response=line["token_ids"], turns=()) for e, line in zip(context.examples, kept, strict=True)]
 
 
-def sample_teacher(context: Context) -> list[list[int]]:
-    """One response of the teacher per example; the processes share the work."""
+def sample_teacher(context: Context, path: Path) -> None:
+    """Write one response of the teacher per example; the processes share the work. Until all exist, they stand in a
+    file beside `path`, to which each batch is added: whatever interrupts, the next run goes on there."""
     assert context.teacher is not None
-    rollout, everything = context.config.rollout, list(range(len(context.examples)))
-    numbers = context.to_sample(everything, context.teacher)
-    uniforms = draw_uniforms(context.run.seed, rollout.max_new_tokens, len(context.examples))
-    size = max(1, rollout.batch_size // context.accelerator.num_processes)
-    mine: list[tuple[int, list[int]]] = []
+    rollout, examples, process = context.config.rollout, context.examples, context.accelerator
+    uniforms = draw_uniforms(context.run.seed, rollout.max_new_tokens, len(examples))
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    kept = gather_object([_answers_in(unfinished, examples)])[0]  # as the first process sees them
+    if process.is_main_process:
+        write_atomically(unfinished, "".join(kept))
     with gathered(context.teacher):
-        for part in chunks(numbers, size):
-            prompts = [context.examples[i].prompt for i in part]
-            samples = context.sample_responses(context.teacher, None, prompts, uniforms[:, part], alpha=0.0)
-            mine += zip(part, samples.responses(), strict=True)
-            if context.accelerator.is_main_process:
-                say(f"teacher answers  {len(mine)}/{len(numbers)}")
-    return [response for _, response in sorted(mine if runs_together(context.teacher) else gather_object(mine))]
+        for part in chunks(list(range(len(kept), len(examples))), rollout.batch_size):
+            mine = context.to_sample(part, context.teacher)
+            sampled: list[list[int]] = []
+            if mine or rollout.engine != "builtin":  # an engine is asked by all processes, or by none
+                prompts = [examples[i].prompt for i in mine]
+                sampled = context.sample_responses(
+                    context.teacher, None, prompts, uniforms[:, mine], alpha=0.0
+                ).responses()
+            answers = list(zip(mine, sampled, strict=True))
+            numbered = sorted(answers if runs_together(context.teacher) else gather_object(answers))
+            if process.is_main_process:
+                with unfinished.open("a", encoding="utf-8") as file:
+                    for i, response in numbered:
+                        text = {"prompt": examples[i].record.prompt, "completion": context.tokenizer.decode(response)}
+                        file.write(json.dumps(text | {"token_ids": response}, ensure_ascii=False) + "\n")
+                say(f"teacher answers  {part[-1] + 1}/{len(examples)}")
+    if process.is_main_process:
+        os.replace(unfinished, path)
+
+
+def _answers_in(path: Path, examples: list[Example]) -> list[str]:
+    """The whole lines of an unfinished file; none where it answers other prompts."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
+    prompts = [json.loads(line)["prompt"] for line in lines]
+    alike = prompts == [e.record.prompt for e in examples[: len(lines)]]
+    return [f"{line}\n" for line in lines] if alike else []

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from minillm.config.schema import RunConfig, StageConfig
 from minillm.data.examples import Batch, Example
+from minillm.engine import Engine
+from minillm.engine.pair import Draw, draw, engine_of
+from minillm.engine.rollout import drawn, read
 from minillm.model.coins import share_coins
 from minillm.model.head import CausalLM, Output, Sums, share_vocabulary
 from minillm.model.load import end_tokens, packs_in_one_row
@@ -126,25 +129,60 @@ class Context:
     ) -> Rollout:
         """Responses of the mixture of these two, drawn as the section `rollout` says."""
         rollout = self.config.rollout
+        decoding = Decoding(
+            rollout.max_new_tokens,
+            self.ends,
+            temperature=rollout.temperature,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+            coins_first=rollout.coins != "row" and alpha > 0,
+            chunk_size=rollout.chunk_size,
+        )
+        if rollout.engine != "builtin":
+            return self._drawn_by_engines(student, teacher, prompts, decoding, uniforms, alpha)
         return sample(
             student,
             teacher,
             prompts,
-            Decoding(
-                rollout.max_new_tokens,
-                self.ends,
-                temperature=rollout.temperature,
-                top_k=rollout.top_k,
-                top_p=rollout.top_p,
-                coins_first=rollout.coins != "row" and alpha > 0,
-                chunk_size=rollout.chunk_size,
-            ),
+            decoding,
             alpha=alpha,
             uniforms=uniforms,
             vocab_size=self.vocab_size,
             row_length=self.row_length,
             student_states=False,
         )
+
+    def engine(self, lm: CausalLM) -> Engine:
+        """The engine of student or teacher. Raises ConfigError where there can be none."""
+        return engine_of(lm, self.run.engine, self.compute_dtype if lm is self.student else None)
+
+    def _drawn_by_engines(
+        self,
+        student: CausalLM,
+        teacher: CausalLM | None,
+        prompts: list[list[int]],
+        decoding: Decoding,
+        uniforms: Tensor,
+        alpha: float,
+    ) -> Rollout:
+        """Drawn by engines, then read by our own models. The teacher's own answers are text, of which nothing else is
+        asked, and log-probs of a filtered law are nobody's."""
+        beside = teacher if alpha > 0 else None
+        engines = self.engine(student), None if beside is None else self.engine(beside)
+        how = Draw(student, beside, alpha, decoding, self.vocab_size)
+        rollout = drawn(draw(how, engines, prompts, uniforms), student.device)
+        if student is self.teacher or decoding.temperature == 0 or decoding.top_k or decoding.top_p < 1:
+            return rollout
+        with self.clock("score"):
+            return read(
+                rollout,
+                student,
+                teacher,
+                alpha,
+                temperature=decoding.temperature,
+                vocab_size=self.vocab_size,
+                row_length=self.row_length,
+            )
 
     def roll_out(self, iteration: int, examples: list[Example], teacher: CausalLM | None, alpha: float) -> Rollout:
         """The student's responses, or the mixture's, to these prompts: the processes share the work, and all of them
@@ -162,7 +200,8 @@ class Context:
         mixed_in = teacher if alpha > 0 else None  # else it reads the responses: as often on every process
         with self.clock("rollout"), self.autocast(), gathered(self.student, mixed_in):
             rollout = self.sample_responses(self.student, teacher, prompts, uniforms[:, rows], alpha)
-            if teacher is not None and self.compute_dtype != torch.float32:
+            decoded = self.config.rollout.engine == "builtin"
+            if decoded and teacher is not None and self.compute_dtype != torch.float32:
                 rollout = rescore(rollout, self.student, teacher, alpha, self.vocab_size, self.row_length)
             return rollout if runs_together(teacher) else gather_processes(rollout, self.accelerator)
 

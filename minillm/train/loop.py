@@ -11,8 +11,8 @@ and once more where it measures time (minillm/run/clock.py).
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from minillm.config.schema import OptimConfig
 from minillm.data.examples import Batch
+from minillm.engine import EngineLost
 from minillm.model.head import Sums
 from minillm.parallel import student as parallel
 from minillm.parallel.gathered import gathered
@@ -64,32 +65,47 @@ def train(
     Returns the tokens seen (prompts included), seconds in all and per phase, and the best validation.
 
     Raises FloatingPointError, naming step and sample, before a loss or gradient that is not finite reaches the
-    weights; Interrupted after a checkpoint when a signal asked to stop; CheckpointError.
+    weights; Interrupted after a checkpoint when a signal asked to stop, EngineLost after one when a server that
+    samples no longer answers; CheckpointError.
     """
     config, accelerator, clock = context.config, context.accelerator, context.clock
     optim, log, model = config.optim, context.run.log, context.student.model
     folder = directory.path / "stages" / stage
     optimizer: torch.optim.Optimizer = make_optimizer(optim, parallel.to_step(context.student))
     predictor, optimizer = parallel.prepare(context.student, optimizer, accelerator)
-    method = METHODS[config.method](context, folder)
     progress = Progress(stage, first_step=first_step, stages=dict(directory.stages))
     if resumed is not None:
         progress = resumed.progress
         checkpoint.restore(model, optimizer, accelerator, resumed)
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(progress.scaler)
+
+    def save() -> None:
+        memory = method.memory if method is not None else {}
+        groups = {**checkpoint.state_of(model, optimizer, accelerator), "memory": memory}
+        progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+        directory.checkpoint(progress, groups, model, log.checkpoints_kept)
+        if accelerator.is_main_process and selection is not None:
+            selection.forget(checkpoint.best_steps(directory.path, stage) | {progress.best.get("step", 0)})
+        accelerator.wait_for_everyone()
+
+    @contextmanager
+    def saved_when_lost() -> Iterator[None]:
+        try:
+            yield
+        except EngineLost as lost:  # in all processes
+            save()
+            raise EngineLost(f"{lost}. {directory.how_to_resume()}") from lost
+
+    method: Given | Gkd | MiniLLM | None = None
+    selection: Selection | None = None
+    with saved_when_lost():
+        method = METHODS[config.method](context, folder)
+    if resumed is not None and progress.step > 0:  # at step 0 it has nothing to remember
         memory = {name: value.to(accelerator.device) for name, value in resumed.groups.get("memory", {}).items()}
         method.remember(memory, progress.step)
     selection = Selection(context, method, folder)
     selection.weights(progress)  # what the end of the stage reads must be there before its first step
-
-    def save() -> None:
-        groups = {**checkpoint.state_of(model, optimizer, accelerator), "memory": method.memory}
-        progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-        directory.checkpoint(progress, groups, model, log.checkpoints_kept)
-        if accelerator.is_main_process:
-            selection.forget(checkpoint.best_steps(directory.path, stage) | {progress.best.get("step", 0)})
-        accelerator.wait_for_everyone()
 
     started, begun = time.perf_counter(), progress.step
     if progress.step == 0 and context.validation:
@@ -101,7 +117,8 @@ def train(
             step = progress.step + 1
             step_started = time.perf_counter()
             set_lr(optimizer, optim.lr * lr_factor(step, optim))
-            parts, known = method.step(step)
+            with saved_when_lost():
+                parts, known = method.step(step)
             micros = [
                 Micro(part, part.batch(examples))
                 for part in parts

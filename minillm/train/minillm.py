@@ -42,6 +42,7 @@ from torch.nn.functional import pad
 
 from minillm.config.schema import ObjectiveConfig
 from minillm.data.examples import Batch, Example, PolicyConstants, Record, Shuffled
+from minillm.engine.rollout import engine_gap, engine_weights
 from minillm.model.head import Output, Sums
 from minillm.model.rollout import Rollout
 from minillm.train.context import Context, Part, Step
@@ -92,7 +93,8 @@ class MiniLLM:
         """Make this the rollout in use. What it fixes is worked out here, once, however often its tokens are used."""
         assert rollout.teacher_hidden is not None
         self.rollout, self.metrics = rollout, describe_rollout(rollout)
-        fixed = policy_constants(rollout, self.context.config.objective)
+        config = self.context.config
+        fixed = policy_constants(rollout, config.objective, config.rollout.engine_correction)
         self.sampled = [
             example._replace(response=response, turns=(), policy=policy, teacher_states=states[: len(response)])
             for example, response, policy, states in zip(
@@ -168,8 +170,11 @@ class MiniLLM:
 # ---- what a rollout fixes
 
 
-def policy_constants(rollout: Rollout, objective: ObjectiveConfig) -> list[PolicyConstants]:
-    """The constants of each response, trimmed to its length; the returns are not whitened yet.
+def policy_constants(
+    rollout: Rollout, objective: ObjectiveConfig, engine_correction: float = 0.0
+) -> list[PolicyConstants]:
+    """The constants of each response, trimmed to its length; the returns are not whitened yet. `engine_correction` is
+    the largest weight of a token by which an engine's law is corrected (minillm/engine/rollout.py), 0 for none.
 
     Without the single-step term, a token's own reward can only come from its return (eq 2), which then includes it.
     """
@@ -184,6 +189,8 @@ def policy_constants(rollout: Rollout, objective: ObjectiveConfig) -> list[Polic
         discount=objective.discount,
     )
     weights = importance_weights(rollout) if objective.importance_weights else torch.ones_like(advantages)
+    if engine_correction and rollout.engine_logprobs is not None:
+        weights = weights * engine_weights(rollout, engine_correction)
     columns = zip(map(len, rollout.responses()), advantages, rollout.student_logprobs, weights, strict=True)
     return [PolicyConstants(a[:n], q[:n], w[:n]) for n, a, q, w in columns]
 
@@ -231,4 +238,6 @@ def describe_rollout(rollout: Rollout) -> dict[str, Tensor]:
         per_token["rollout/logprob_drift"] = (rollout.student_logprobs - rollout.decoded_logprobs).abs()
     tokens, nothing = rollout.lengths.sum(), torch.zeros_like(rollout.student_logprobs)
     means = {name: torch.where(rollout.mask, value, nothing).sum() / tokens for name, value in per_token.items()}
+    if rollout.engine_logprobs is not None:
+        means["rollout/engine_gap"] = engine_gap(rollout)
     return means | {"completions/mean_length": tokens / len(rollout.lengths)}

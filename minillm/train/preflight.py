@@ -105,9 +105,14 @@ def prepare(
     for model in samplers:
         if model is not None:
             check_decoding(model, longest(config, validates=bool(validation)))
+    found = Context(run, config, accelerator, student, teacher, tokenizer, examples, validation, text, about)
+    if config.rollout.engine != "builtin":
+        for model in samplers:
+            if model is not None and (model is not teacher or config.method == "seqkd" or config.rollout.alpha > 0):
+                found.engine(model)
     if config.method == "minillm" and config.rollout.coins != "row" and teacher is not None:
         check_blocks(teacher)
-    return Context(run, config, accelerator, student, teacher, tokenizer, examples, validation, text, about)
+    return found
 
 
 def longest(config: StageConfig, validates: bool) -> int:

@@ -153,6 +153,7 @@ def test_one_process_offloads_its_teacher(files, method):
     [
         (["--parallel.student=fsdp"], "value of parallel.student: 'fsdp'"),
         (["--parallel.teacher=pipeline"], "value of parallel.teacher: 'pipeline'"),
+        (["--parallel.teacher=shard", "--rollout.engine=vllm"], "an engine is given whole weights"),
         (["--parallel.hosts=0"], "parallel.hosts is 0"),
         (["--parallel.hosts=2"], "nothing is sharded"),
         (["--parallel.hosts=2", "--parallel.teacher=tensor"], "cut over all processes"),

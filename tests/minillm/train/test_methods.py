@@ -13,7 +13,7 @@ from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm.run import checkpoint
 from minillm.run.directory import RunDirectory
 from minillm.train.baselines import Given
-from minillm.train.context import chunks
+from minillm.train.context import Context, chunks
 from minillm.train.loop import METHODS, blame, train
 from minillm.train.minillm import policy_constants, whiten
 from minillm.train.preflight import prepare
@@ -65,6 +65,28 @@ def test_seqkd_learns_from_the_teachers_text_and_samples_it_once(make, tmp_path)
 
     context.teacher.model.lm_head = None  # from here on, sampling again would fail
     assert learnt(METHODS["seqkd"](context, tmp_path).step(1)) == learnt(method.step(1))
+
+
+def test_answers_that_exist_are_kept_when_sampling_breaks_off(make, tmp_path, monkeypatch):
+    context = make("seqkd", "--rollout.batch_size=4")
+    whole = METHODS["seqkd"](context, tmp_path / "whole").examples
+    (tmp_path / "again").mkdir()
+    lines = (tmp_path / "whole" / "teacher-answers.jsonl").read_text().splitlines(keepends=True)
+    unfinished = tmp_path / "again" / "teacher-answers.jsonl.unfinished"
+    unfinished.write_text("".join(lines[:6]) + lines[6][:20])  # the last one was cut as it was written
+    asked, sample_responses = [], Context.sample_responses
+
+    def counted(self, student, teacher, prompts, *rest, **named):
+        asked.extend(prompts)
+        return sample_responses(self, student, teacher, prompts, *rest, **named)
+
+    monkeypatch.setattr(Context, "sample_responses", counted)
+    again = METHODS["seqkd"](context, tmp_path / "again").examples
+    assert [e.response for e in again] == [e.response for e in whole] and len(asked) == len(whole) - 6
+    assert not unfinished.exists()
+    unfinished.write_text("".join(reversed(lines)))  # of other prompts
+    (tmp_path / "again" / "teacher-answers.jsonl").unlink()
+    assert [e.response for e in METHODS["seqkd"](context, tmp_path / "again").examples] == [e.response for e in whole]
 
 
 def test_several_runs_share_the_teachers_answers(make, tmp_path):

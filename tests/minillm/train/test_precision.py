@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minillm.config.recipe import load_recipe
 from minillm.distillation import load_pair
@@ -56,6 +57,15 @@ def test_log_probs_of_a_ratio_come_from_one_kind_of_pass(files):
         now = fused_linear_token_logprobs(*output, batch.targets, vocab_size=context.vocab_size)
     # the same pass in batches of other sizes: bfloat16 matmuls may round a little otherwise, decoding by far more
     assert (now - batch.policy.old_logprobs).abs().mean() < 0.2 * lines[0]["rollout/logprob_drift"]
+
+
+def test_a_rollout_of_the_student_alone_is_kept_in_a_checkpoint(files):
+    """Its mixture is the student's law, one tensor under two names."""
+    flags = ["--model.compute_dtype=bfloat16", "--rollout.alpha=0", "--optim.steps=1", "--log.checkpoint_every=1"]
+    run(files, "minillm", *flags)
+    (path,) = files.glob("run-*/checkpoints/step-1")
+    memory = load_file(path / "memory.safetensors")
+    assert torch.equal(memory["student_logprobs"], memory["mixture_logprobs"])
 
 
 def test_a_float32_run_needs_no_second_reading(files):
