@@ -14,13 +14,15 @@ from minillm.doctor import examine, refuse
 from minillm.doctor.patient import Finding
 from minillm.evaluation.measure import check_measurable, evaluation_set, measure
 from minillm.evaluation.result import START, TEACHER, Evaluation, plain
-from minillm.model.check import check_decoding, check_same_tokenizer
+from minillm.model.check import check_decoding
 from minillm.model.head import CausalLM
 from minillm.model.load import load_student, load_teacher, load_tokenizer
 from minillm.report.summary import card, changes, run_text
 from minillm.run.directory import RunDirectory
 from minillm.run.export import check_export
 from minillm.run.workers import WorkerLost
+from minillm.teacher import Teacher, TeacherLost
+from minillm.teacher.choose import choose_teacher
 from minillm.terminal import say
 from minillm.train.context import Context
 from minillm.train.loop import train
@@ -75,18 +77,24 @@ def run_recipe(
     if examples:
         check_measurable(student, teacher, examples, recipe.run)
         for model in (student, teacher):
-            if model is not None:
+            if isinstance(model, CausalLM):
                 check_decoding(model)
     check_same_everywhere(recipe, trainings, examples)
     check_export(student.model, tokenizer)
     with RunDirectory(recipe, resume, command, student.model, space_needed(recipe, student.model)) as run:
-        return _run(run, student, teacher, tokenizer, trainings, examples, started)
+        try:
+            return _run(run, student, teacher, tokenizer, trainings, examples, started)
+        except TeacherLost as lost:
+            raise TeacherLost(f"{lost}. {run.how_to_resume()}") from lost
+        finally:
+            if teacher is not None:
+                teacher.close()
 
 
 def _run(
     run: RunDirectory,
     student: CausalLM,
-    teacher: CausalLM | None,
+    teacher: Teacher | None,
     tokenizer: "PreTrainedTokenizerBase",
     trainings: Mapping[str, Context],
     examples: Sequence[Example],
@@ -101,7 +109,7 @@ def _run(
 
     evaluations: dict[str, Evaluation] = {}
 
-    def evaluate(name: str, model: CausalLM, against: CausalLM | None) -> None:
+    def evaluate(name: str, model: CausalLM, against: Teacher | None) -> None:
         if examples:
             evaluations[name] = _evaluated(name, run, model, against, tokenizer, examples)
             run.write("samples.jsonl", _samples(evaluations))
@@ -114,7 +122,7 @@ def _run(
             run.export(student.model, tokenizer)  # before the evaluation: what was trained is kept, whatever follows
         step += recipe.stages[name].optim.steps
         evaluate(name, student, teacher)
-    if teacher is not None:
+    if isinstance(teacher, CausalLM):
         evaluate(TEACHER, teacher, None)
 
     seconds |= _seconds(run.stages, evaluations)
@@ -145,20 +153,18 @@ def diagnose(recipe: Recipe) -> dict[str, dict[str, Finding]]:
     return {name: examine(prepare(recipe.run, stage, *pair)) for name, stage in recipe.stages.items()}
 
 
-def load_pair(run: RunConfig) -> "tuple[CausalLM, CausalLM | None, PreTrainedTokenizerBase]":
+def load_pair(run: RunConfig) -> "tuple[CausalLM, Teacher | None, PreTrainedTokenizerBase]":
     """Student, teacher and the tokenizer that they must share."""
-    settings, base = run.model, load_teacher(run)
-    student = CausalLM(load_student(run, base), settings.head)
+    settings, loaded = run.model, load_teacher(run)
+    student = CausalLM(load_student(run, loaded), settings.head)
     tokenizer = load_tokenizer(settings.student or settings.teacher)
-    if settings.student and settings.teacher:
-        check_same_tokenizer(tokenizer, load_tokenizer(settings.teacher))
-    return student, None if base is None else CausalLM(base, settings.head), tokenizer
+    return student, choose_teacher(run, loaded, tokenizer), tokenizer
 
 
 def _introduce(
     run: RunDirectory,
     student: CausalLM,
-    teacher: CausalLM | None,
+    teacher: Teacher | None,
     tokenizer: "PreTrainedTokenizerBase",
     trainings: Mapping[str, Context],
 ) -> None:
@@ -168,9 +174,9 @@ def _introduce(
         layers, attention = getattr(lm.model.config, "num_hidden_layers", "?"), lm.model.config._attn_implementation
         return f"{lm.model.num_parameters() / 1e6:.1f}M parameters, {layers} layers, {attention}"
 
-    teacher_size = f"teacher {size(teacher)}; " if teacher is not None else ""
+    told = "" if teacher is None else f"teacher {size(teacher) if isinstance(teacher, CausalLM) else teacher}; "
     backends = ", ".join(name for name, state in run.environment["kernel_backends"].items() if state == "ok")
-    say(f"{teacher_size}student {size(student)}; kernels: {backends}; writing {run.path}")
+    say(f"{told}student {size(student)}; kernels: {backends}; writing {run.path}")
     for name, training in trainings.items():
         say(f"{name}: {training.about}")
     example = trainings[next(iter(trainings))].examples[0]
@@ -183,7 +189,7 @@ def _evaluated(
     name: str,
     run: RunDirectory,
     model: CausalLM,
-    teacher: CausalLM | None,
+    teacher: Teacher | None,
     tokenizer: "PreTrainedTokenizerBase",
     examples: Sequence[Example],
 ) -> Evaluation:
@@ -233,5 +239,7 @@ def _seconds(stages: Mapping[str, dict[str, Any]], evaluations: Mapping[str, Eva
     return seconds
 
 
-def _about(lm: CausalLM) -> dict[str, Any]:
+def _about(lm: Teacher) -> dict[str, Any]:
+    if not isinstance(lm, CausalLM):
+        return {"elsewhere": str(lm)}
     return {"parameters": lm.model.num_parameters(), "attention": lm.model.config._attn_implementation}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minillm.doctor.patient import TOKENS, Finding, Patient, judged
-from minillm.model.head import Output
+from minillm.model.head import CausalLM, Output
 from minillm.train.baselines import cross_entropy, divergence_from_teacher
 from minillm.train.loop import METHODS
 from minillm_kernels import fused_divergence_loss, use_backend
@@ -19,6 +19,8 @@ def teacher_into_itself(patient: Patient) -> Finding:
     context, teacher = patient.context, patient.context.teacher
     if teacher is None or context.config.method in ("sft", "seqkd"):
         return Finding("skipped", "this stage compares no two distributions")
+    if not isinstance(teacher, CausalLM):
+        return Finding("skipped", "the teacher is not in this process")
     context = replace(context, student=teacher)
     loss, gradient, tokens = 0.0, 0.0, 0
     for part in METHODS[context.config.method](context, Path()).step(1).parts:
@@ -107,7 +109,8 @@ def slope(patient: Patient) -> Finding:
 
 def own_samples(patient: Patient) -> Finding:
     """Samples have their model's entropy as negative log-likelihood: the sampler draws from the law that it states."""
-    lm, name = patient.judge, "teacher" if patient.context.teacher is not None else "student"
+    lm = patient.local
+    name = "student" if lm is patient.context.student else "teacher"
     rollout = patient.sampled(lm, TOKENS // 2, copies=4)
     logprobs = patient.logits(lm, patient.batch(rollout)).log_softmax(-1)
     drawn = logprobs.gather(1, rollout.token_ids.flatten()[:, None])[:, 0]

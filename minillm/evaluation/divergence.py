@@ -16,7 +16,7 @@ from minillm.config.schema import EvalConfig
 from minillm.data.examples import Example, collate
 from minillm.evaluation.means import Mean
 from minillm.evaluation.share import over_batches
-from minillm.model.head import CausalLM, common_vocabulary
+from minillm.model.head import CausalLM, Scorer, common_vocabulary
 from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm_kernels import fused_linear_distill_stats
 
@@ -41,7 +41,7 @@ class Samples(NamedTuple):
 
 @torch.no_grad()
 def draw(
-    author: CausalLM, other: CausalLM | None, examples: Sequence[Example], settings: EvalConfig, ends: Sequence[int]
+    author: CausalLM, other: Scorer | None, examples: Sequence[Example], settings: EvalConfig, ends: Sequence[int]
 ) -> Samples:
     """`eval.samples` responses of `author` to each prompt, at eval.temperature, from the whole vocabulary.
 
@@ -86,7 +86,7 @@ def draw(
 
 @torch.no_grad()
 def references(
-    student: CausalLM, teacher: CausalLM, examples: Sequence[Example], settings: EvalConfig
+    student: CausalLM, teacher: Scorer, examples: Sequence[Example], settings: EvalConfig
 ) -> tuple[Mean, Mean]:
     """Reverse and forward KL, nats per token, along the references."""
     vocab_size = common_vocabulary(student, teacher)

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from minillm.data.examples import collate
-from minillm.model.head import CausalLM
+from minillm.model.head import CausalLM, Scorer
 from minillm_kernels import fused_linear_token_logprobs
 
 
@@ -57,7 +57,7 @@ class Rollout(NamedTuple):
 
 
 def add_teacher(
-    rollout: Rollout, teacher: CausalLM, temperature: float, vocab_size: int | None, row_length: int
+    rollout: Rollout, teacher: Scorer, temperature: float, vocab_size: int | None, row_length: int
 ) -> Rollout:
     """Add the teacher's log-probs and states to responses that it had no part in."""
     hidden, logprobs = _read_responses(teacher, rollout, temperature, vocab_size, row_length)
@@ -82,7 +82,7 @@ def add_teacher_logprobs(
 def rescore(
     rollout: Rollout,
     student: CausalLM,
-    teacher: CausalLM,
+    teacher: Scorer,
     alpha: float,
     vocab_size: int | None,
     row_length: int,
@@ -106,7 +106,7 @@ def rescore(
 
 
 def _read_responses(
-    lm: CausalLM, rollout: Rollout, temperature: float, vocab_size: int | None, row_length: int
+    lm: Scorer, rollout: Rollout, temperature: float, vocab_size: int | None, row_length: int
 ) -> tuple[Tensor, Tensor]:
     """[B, T, H] final states and [B, T] log-probs of the responses, read by a model; 0 beyond their ends."""
     hidden, logprobs = [], []

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minillm.model.coins import Turns
 from minillm.model.decoder import Decoder, Padded, left_pad
-from minillm.model.head import CausalLM, common_vocabulary
+from minillm.model.head import CausalLM, Scorer, common_vocabulary
 from minillm.model.masks import decodes_by_sdpa
 from minillm.model.rollout import Rollout, add_teacher, add_teacher_logprobs, in_order
 from minillm_kernels import MixedSample, mixed_sample
@@ -60,7 +60,7 @@ class Decoding:
 @torch.no_grad()  # not inference_mode: the hidden states kept enter a graph later
 def sample(
     student: CausalLM,
-    teacher: CausalLM | None,
+    teacher: Scorer | None,
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     *,
@@ -89,11 +89,12 @@ def sample(
     Raises FloatingPointError where logits are not finite.
     """
     copies = samples_per_prompt
-    models = [lm for lm in (student, teacher) if lm is not None]
-    vocab_size = vocab_size or common_vocabulary(*models)
-    beside = teacher
-    if alpha == 0 and decoding.top_k == 0 and decoding.top_p == 1:
-        beside = None  # it has no part in the draw, and its law of a token needs no filter
+    vocab_size = vocab_size or common_vocabulary(student, *([] if teacher is None else [teacher]))
+    beside: CausalLM | None = None
+    if alpha > 0 or decoding.top_k or decoding.top_p < 1:  # else it has no part in the draw, and needs no filter
+        if not isinstance(teacher, CausalLM | None):
+            raise ValueError("a teacher that is not in this process can only read what was sampled, unfiltered")
+        beside = teacher
     if uniforms is None:
         uniforms = torch.rand(decoding.max_new_tokens, len(prompts) * copies, 2, dtype=torch.float64)
     order, at_once = list(range(len(prompts))), len(prompts)
@@ -101,7 +102,7 @@ def sample(
         order, at_once = sorted(order, key=lambda i: len(prompts[i])), max(1, decoding.chunk_size // copies)
     rows: list[int] = []
     parts: list[Rollout] = []
-    with decodes_by_sdpa(*models):
+    with decodes_by_sdpa(*[lm for lm in (student, beside) if lm is not None]):
         for start in range(0, len(order), at_once):
             chosen = order[start : start + at_once]
             mine = [i * copies + copy for i in chosen for copy in range(copies)]

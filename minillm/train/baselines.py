@@ -25,8 +25,9 @@ from torch import Tensor
 from minillm.data.examples import Batch, Example, Shuffled
 from minillm.data.sources import DataError
 from minillm.files import read_lines, write_atomically
-from minillm.model.head import Output, Sums
+from minillm.model.head import CausalLM, Output, Sums
 from minillm.model.sampling import draw_uniforms
+from minillm.teacher.served import ServedTeacher
 from minillm.terminal import say
 from minillm.train.context import Context, Loss, Part, Step, chunks
 from minillm_kernels import fused_linear_distill_loss, fused_linear_divergence_loss
@@ -39,7 +40,7 @@ def sft(context: Context, folder: Path) -> "Given":
 
 def kd(context: Context, folder: Path) -> "Given":
     """distill_weight · divergence(teacher, student) + label_weight · cross entropy, on the responses of the data."""
-    return Given(context, context.examples, partial(kd_loss, context))
+    return Given(context, context.examples, partial(kd_loss, context), asks_teacher=True)
 
 
 def seqkd(context: Context, folder: Path) -> "Given":
@@ -50,8 +51,8 @@ def seqkd(context: Context, folder: Path) -> "Given":
 class Given:
     """Learns from responses that exist before the first step."""
 
-    def __init__(self, context: Context, examples: list[Example], loss: Loss) -> None:
-        self.context, self.examples, self.loss = context, examples, loss
+    def __init__(self, context: Context, examples: list[Example], loss: Loss, asks_teacher: bool = False) -> None:
+        self.context, self.examples, self.loss, self.asks_teacher = context, examples, loss, asks_teacher
         self.order = Shuffled(len(examples), context.run.seed)
         self.memory: dict[str, Tensor] = {}
 
@@ -66,7 +67,7 @@ class Given:
 
     def part(self, examples: list[Example]) -> Part:
         """Examples with the loss of this method; also those of the validation."""
-        return Part("responses", examples, self.loss, self.context.row_length)
+        return Part("responses", examples, self.loss, self.context.row_length, self.asks_teacher)
 
     def validated(self, loss: float) -> None:
         """Called with each validation loss, which changes nothing here."""
@@ -199,15 +200,19 @@ def with_teacher_responses(context: Context, folder: Path) -> list[Example]:
 
 def sample_teacher(context: Context) -> list[list[int]]:
     """One response of the teacher per example; the processes share the work."""
-    assert context.teacher is not None
+    teacher = context.teacher
+    assert isinstance(teacher, CausalLM | ServedTeacher)
     rollout, numbers = context.config.rollout, context.mine(list(range(len(context.examples))))
     uniforms = draw_uniforms(context.run.seed, rollout.max_new_tokens, len(context.examples))
     size = max(1, rollout.batch_size // context.accelerator.num_processes)
     mine: list[tuple[int, list[int]]] = []
     for part in chunks(numbers, size):
         prompts = [context.examples[i].prompt for i in part]
-        samples = context.sample_responses(context.teacher, None, prompts, uniforms[:, part], alpha=0.0)
-        mine += zip(part, samples.responses(), strict=True)
+        if isinstance(teacher, CausalLM):
+            sampled = context.sample_responses(teacher, None, prompts, uniforms[:, part], alpha=0.0).responses()
+        else:
+            sampled = teacher.sample(prompts, context.decoding(0.0), uniforms[:, part], context.vocab_size)
+        mine += zip(part, sampled, strict=True)
         if context.accelerator.is_main_process:
             say(f"teacher answers  {len(mine)}/{len(numbers)}")
     return [response for _, response in sorted(gather_object(mine))]

@@ -1,7 +1,8 @@
 """What a method gets to work with, its context, and what it gives back for each optimiser step."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,10 +14,12 @@ from minillm.config.schema import RunConfig, StageConfig
 from minillm.data.examples import Batch, Example
 from minillm.model.coins import share_coins
 from minillm.model.head import CausalLM, Output, Sums, share_vocabulary
-from minillm.model.load import end_tokens, packs_in_one_row
+from minillm.model.load import packs_in_one_row
 from minillm.model.rollout import Rollout, gather_processes, rescore
 from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm.run.clock import Clock
+from minillm.teacher import Teacher
+from minillm.teacher.choose import Elsewhere, ends_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,10 +40,19 @@ class Part(NamedTuple):
     loss: Loss
     row_length: int = 0
     """As in `collate`."""
+    asks_teacher: bool = False
+    """Whether the loss asks the teacher about each batch."""
 
     def batch(self, examples: list[Example]) -> Batch:
         """A micro-batch of some of the examples."""
         return Batch.of(examples, self.row_length)
+
+
+class Micro(NamedTuple):
+    """A micro-batch: what goes through one forward and backward pass, and the part it is of."""
+
+    part: Part
+    batch: Batch
 
 
 class Step(NamedTuple):
@@ -60,7 +72,7 @@ class Context:
     """The stage's."""
     accelerator: Accelerator
     student: CausalLM
-    teacher: CausalLM | None
+    teacher: Teacher | None
     tokenizer: "PreTrainedTokenizerBase"
     examples: list[Example]
     validation: list[Example]
@@ -82,8 +94,7 @@ class Context:
     @property
     def ends(self) -> tuple[int, ...]:
         """The tokens that end a response."""
-        models = [lm.model for lm in (self.student, self.teacher) if lm is not None]
-        return end_tokens(self.tokenizer, self.run.data, models)
+        return ends_of(self.tokenizer, self.run.data, (self.student, self.teacher))
 
     @property
     def row_length(self) -> int:
@@ -91,7 +102,7 @@ class Context:
         data = self.config.data
         if not data.packing:
             return 0
-        models = [lm.model for lm in (self.student, self.teacher) if lm is not None]
+        models = [lm.model for lm in (self.student, self.teacher) if isinstance(lm, CausalLM)]
         if any(packs_in_one_row(model) for model in models):
             return sys.maxsize
         return data.max_prompt_length + data.max_response_length
@@ -111,24 +122,28 @@ class Context:
         """This process's share of what all processes draw alike."""
         return items[self.accelerator.process_index :: self.accelerator.num_processes]
 
+    def decoding(self, alpha: float) -> Decoding:
+        """How the section `rollout` says that responses of a mixture are drawn."""
+        rollout = self.config.rollout
+        return Decoding(
+            rollout.max_new_tokens,
+            self.ends,
+            temperature=rollout.temperature,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+            coins_first=rollout.coins != "row" and alpha > 0,
+            chunk_size=rollout.chunk_size,
+        )
+
     def sample_responses(
-        self, student: CausalLM, teacher: CausalLM | None, prompts: list[list[int]], uniforms: Tensor, alpha: float
+        self, student: CausalLM, teacher: Teacher | None, prompts: list[list[int]], uniforms: Tensor, alpha: float
     ) -> Rollout:
         """Responses of the mixture of these two, drawn as the section `rollout` says."""
-        rollout = self.config.rollout
         return sample(
             student,
             teacher,
             prompts,
-            Decoding(
-                rollout.max_new_tokens,
-                self.ends,
-                temperature=rollout.temperature,
-                top_k=rollout.top_k,
-                top_p=rollout.top_p,
-                coins_first=rollout.coins != "row" and alpha > 0,
-                chunk_size=rollout.chunk_size,
-            ),
+            self.decoding(alpha),
             alpha=alpha,
             uniforms=uniforms,
             vocab_size=self.vocab_size,
@@ -136,7 +151,7 @@ class Context:
             student_states=False,
         )
 
-    def roll_out(self, iteration: int, examples: list[Example], teacher: CausalLM | None, alpha: float) -> Rollout:
+    def roll_out(self, iteration: int, examples: list[Example], teacher: Teacher | None, alpha: float) -> Rollout:
         """The student's responses, or the mixture's, to these prompts: the processes share the work, and all of them
         know the result.
         """
@@ -154,6 +169,19 @@ class Context:
             if teacher is not None and self.compute_dtype != torch.float32:
                 rollout = rescore(rollout, self.student, teacher, alpha, self.vocab_size, self.row_length)
             return gather_processes(rollout, self.accelerator)
+
+    def ask_ahead(self, micros: Iterable[Micro]) -> Iterator[Micro]:
+        """The same micro-batches, each by the time it is used on its way to and from a teacher that is not here, with
+        some of those that follow."""
+        depth = self.run.teacher.prefetch if isinstance(self.teacher, Elsewhere) else 0
+        ahead: deque[Micro] = deque()
+        for micro in micros:
+            if isinstance(self.teacher, Elsewhere) and micro.part.asks_teacher:
+                micro = micro._replace(batch=micro.batch._replace(asked=self.teacher.ask(micro.batch)))
+            ahead.append(micro)
+            if len(ahead) > depth:
+                yield ahead.popleft()
+        yield from ahead
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Output:

@@ -11,10 +11,9 @@ and once more where it measures time (minillm/run/clock.py).
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -22,14 +21,14 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from minillm.config.schema import OptimConfig
-from minillm.data.examples import Batch
 from minillm.model.head import Sums
 from minillm.run import checkpoint
 from minillm.run.checkpoint import Checkpoint, Progress
 from minillm.run.directory import RunDirectory
 from minillm.run.interrupt import Interrupt, Interrupted
+from minillm.teacher import TeacherLost
 from minillm.train.baselines import Given, Gkd, kd, seqkd, sft
-from minillm.train.context import Context, Part, chunks
+from minillm.train.context import Context, Micro, Part, chunks
 from minillm.train.minillm import MiniLLM
 from minillm.train.optimizers import make_optimizer, set_lr, take_step
 from minillm.train.selection import Selection
@@ -37,13 +36,6 @@ from minillm.train.selection import Selection
 METHODS: dict[str, Callable[[Context, Path], Given | Gkd | MiniLLM]] = {
     "sft": sft, "kd": kd, "seqkd": seqkd, "gkd": Gkd, "minillm": MiniLLM,
 }  # fmt: skip
-
-
-class Micro(NamedTuple):
-    """A micro-batch: what goes through one forward and backward pass, and the part it is of."""
-
-    part: Part
-    batch: Batch
 
 
 def train(
@@ -98,15 +90,16 @@ def train(
             step = progress.step + 1
             step_started = time.perf_counter()
             set_lr(optimizer, optim.lr * lr_factor(step, optim))
-            parts, known = method.step(step)
-            micros = [
-                Micro(part, part.batch(examples))
-                for part in parts
-                for examples in chunks(part.examples, optim.micro_batch_size)
-            ]
+            with _saved_without_teacher(accelerator, progress, save):
+                parts, known = method.step(step)
+                micros = [
+                    Micro(part, part.batch(examples))
+                    for part in parts
+                    for examples in chunks(part.examples, optim.micro_batch_size)
+                ]
 
-            # ---- loss and gradient
-            sums = backward(context, predictor, micros)
+                # ---- loss and gradient
+                sums = backward(context, predictor, micros)
             grad_norm = accelerator.clip_grad_norm_(checkpoint.trained(model).values(), optim.max_grad_norm)
             seen = sum(len(example.prompt) + len(example.response) for part in parts for example in part.examples)
             (tokens,) = over_processes(accelerator, [seen])
@@ -166,7 +159,7 @@ def backward(context: Context, predictor: torch.nn.Module, micros: list[Micro]) 
     accelerator = context.accelerator
     tokens = count_targets(micros, accelerator)
     metrics: Sums = {}
-    for i, micro in enumerate(micros):
+    for i, micro in enumerate(context.ask_ahead(micros)):
         batch, kind = micro.batch.to(accelerator.device), micro.part.kind
         last = i + 1 == len(micros)
         with nullcontext() if last else accelerator.no_sync(predictor):
@@ -205,6 +198,18 @@ def blame(context: Context, parts: list[Part]) -> str:
 
 
 # ---- helpers
+
+
+@contextmanager
+def _saved_without_teacher(accelerator: Accelerator, progress: Progress, save: Callable[[], None]) -> Iterator[None]:
+    """A teacher that is lost in the middle of a step leaves the run where the step before has ended. Of several
+    processes the others may still wait for this one: what they have is the last checkpoint."""
+    try:
+        yield
+    except TeacherLost:
+        if progress.step > 0 and accelerator.num_processes == 1:
+            save()
+        raise
 
 
 def count_targets(micros: list[Micro], accelerator: Accelerator) -> Sums:

@@ -23,8 +23,9 @@ from minillm.model.check import (
     check_training,
 )
 from minillm.model.head import CausalLM
-from minillm.model.load import end_tokens
 from minillm.run.trackers import check_trackers
+from minillm.teacher import Teacher
+from minillm.teacher.choose import Elsewhere, ends_of
 from minillm.train.context import Context, compute_dtype
 from minillm.train.optimizers import find_optimizer
 from minillm.train.selection import split_validation
@@ -37,7 +38,7 @@ def prepare(
     run: RunConfig,
     config: StageConfig,
     student: CausalLM,
-    teacher: CausalLM | None,
+    teacher: Teacher | None,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> Context:
     """Read the data and check it against the models, before any work that could be lost."""
@@ -75,11 +76,14 @@ def prepare(
     text = chunk_text(read_text(config.data.text), tokenizer, config.objective.pt_length) if wants_text else []
     if text:
         about += f"; {len(text)} chunks of text"
-    if teacher is not None:
+    if isinstance(teacher, CausalLM):
         teacher.requires_grad_(False)
     largest = max(max(ids) for ids in (*(e.prompt + e.response for e in (*examples, *validation)), *text) if ids)
+    if isinstance(teacher, Elsewhere):
+        teacher.to(accelerator.device)
+        teacher.check((*examples, *validation), longest(config, validates=bool(validation)), largest)
     for model in (student, teacher):
-        if model is not None:
+        if isinstance(model, CausalLM):
             check_context(model.model, longest(config, validates=bool(validation)))
             check_ids(model.model, largest, config.data.train)
             model.to(accelerator.device)
@@ -88,14 +92,14 @@ def prepare(
                 check_packing(model.model)
     keep_base_in(student.model, compute_dtype(run, accelerator))
     check_training(student)
-    ends = end_tokens(tokenizer, run.data, [lm.model for lm in (student, teacher) if lm is not None])
+    ends = ends_of(tokenizer, run.data, (student, teacher))
     if config.method in ("minillm", "seqkd", "gkd"):
         about += f"; a response ends at {' or '.join(map(repr, tokenizer.convert_ids_to_tokens(list(ends))))}"
     samplers = {"minillm": (student, teacher), "gkd": (student,), "seqkd": (teacher,)}.get(config.method, ())
     for model in samplers:
-        if model is not None:
+        if isinstance(model, CausalLM):
             check_decoding(model, longest(config, validates=bool(validation)))
-    if config.method == "minillm" and config.rollout.coins != "row" and teacher is not None:
+    if config.method == "minillm" and config.rollout.coins != "row" and isinstance(teacher, CausalLM):
         check_blocks(teacher)
     return Context(run, config, accelerator, student, teacher, tokenizer, examples, validation, text, about)
 
