@@ -325,7 +325,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("doctor", doctor, "check in a minute that the loss of a recipe is the one that is meant", override)
     sub.add_argument("recipe", help="YAML file, such as recipes/smollm2-cpu.yaml")
     sub.add_argument("--smoke", action="store_true", help="of the short form of the recipe")
-    add_arguments(command("teach", teach, "serve a teacher to students that are trained elsewhere"))
+    add_arguments(command("teach", teach, "serve a teacher, or keep what it says of data, for students elsewhere"))
     sub = command("export", export, "write a run's student as a plain model directory, adapters merged")
     sub.add_argument("run_directory", metavar="RUN", help="run directory")
     sub.add_argument("--checkpoint", help="RUN/checkpoints/step-N; by default the run's end, or how far it came")

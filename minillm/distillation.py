@@ -23,6 +23,7 @@ from minillm.run.export import check_export
 from minillm.run.workers import WorkerLost
 from minillm.teacher import Teacher, TeacherLost
 from minillm.teacher.choose import choose_teacher
+from minillm.teacher.stored import StoredTeacher
 from minillm.terminal import say
 from minillm.train.context import Context
 from minillm.train.loop import train
@@ -75,7 +76,7 @@ def run_recipe(
         refuse(name, training)
     examples = evaluation_set(recipe.run, tokenizer, recipe.training_sources) if with_evaluation else []
     if examples:
-        check_measurable(student, teacher, examples, recipe.run)
+        check_measurable(student, judge(teacher), examples, recipe.run)
         for model in (student, teacher):
             if isinstance(model, CausalLM):
                 check_decoding(model)
@@ -114,14 +115,14 @@ def _run(
             evaluations[name] = _evaluated(name, run, model, against, tokenizer, examples)
             run.write("samples.jsonl", _samples(evaluations))
 
-    evaluate(START, student, teacher)
+    evaluate(START, student, judge(teacher))
     step = 0
     for name, training in trainings.items():
         if name not in run.stages:  # else done before the checkpoint that was resumed from
             run.stages[name] = _trained(name, training, run, step)
             run.export(student.model, tokenizer)  # before the evaluation: what was trained is kept, whatever follows
         step += recipe.stages[name].optim.steps
-        evaluate(name, student, teacher)
+        evaluate(name, student, judge(teacher))
     if isinstance(teacher, CausalLM):
         evaluate(TEACHER, teacher, None)
 
@@ -159,6 +160,11 @@ def load_pair(run: RunConfig) -> "tuple[CausalLM, Teacher | None, PreTrainedToke
     student = CausalLM(load_student(run, loaded), settings.head)
     tokenizer = load_tokenizer(settings.student or settings.teacher)
     return student, choose_teacher(run, loaded, tokenizer), tokenizer
+
+
+def judge(teacher: Teacher | None) -> Teacher | None:
+    """The teacher as what a student's own text is compared with: one that is stored knows nothing of that."""
+    return None if isinstance(teacher, StoredTeacher) else teacher
 
 
 def _introduce(

@@ -9,6 +9,7 @@ from minillm.doctor.patient import TOKENS, Finding, Patient, judged
 from minillm.model.cost import cost
 from minillm.model.head import CausalLM
 from minillm.model.load import load_tokenizer
+from minillm.teacher.stored import StoredTeacher
 from minillm.terminal import printable
 
 
@@ -130,8 +131,8 @@ def decoding(patient: Patient) -> Finding:
 
 def reliability(patient: Patient) -> Finding:
     """The teacher on the student's own prefixes, early and late: what it says of texts that nobody would write."""
-    if patient.context.teacher is None:
-        return Finding("skipped", "no teacher")
+    if patient.context.teacher is None or isinstance(patient.context.teacher, StoredTeacher):
+        return Finding("skipped", "no teacher that could be asked")
     batch, rollout = patient.batch(patient.samples), patient.samples
     law = torch.distributions.Categorical(logits=patient.logits(patient.context.teacher, batch))
     position = torch.arange(rollout.token_ids.shape[1], device=rollout.lengths.device).expand_as(rollout.mask)

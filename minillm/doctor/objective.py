@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minillm.doctor.patient import TOKENS, Finding, Patient, judged
 from minillm.model.head import CausalLM, Output
+from minillm.teacher.stored import StoredTeacher
 from minillm.train.baselines import cross_entropy, divergence_from_teacher
 from minillm.train.loop import METHODS
 from minillm_kernels import fused_divergence_loss, use_backend
@@ -58,6 +59,10 @@ def formula(patient: Patient) -> Finding:
             what, found = settings.divergence, float(divergence_from_teacher(context, output, batch))
             logits = patient.logits(student, batch), patient.logits(teacher, batch)
             options = {"beta": settings.beta, "temperature": settings.temperature, "reduction": "sum"}
+            if settings.support == "top_k":
+                assert isinstance(teacher, StoredTeacher)
+                law, options["temperature"] = teacher.law(batch), 1.0
+                logits = law.outcomes_of(logits[0] / settings.temperature), law.outcomes().double()
             with use_backend("reference"):
                 expected = float(fused_divergence_loss(*logits, settings.divergence, **options))  # type: ignore
     found, expected = found / len(batch.targets), expected / len(batch.targets)

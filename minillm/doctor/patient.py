@@ -15,6 +15,7 @@ from minillm.data.examples import Batch, Example
 from minillm.model.head import CausalLM, Scorer
 from minillm.model.rollout import Rollout
 from minillm.model.sampling import Decoding, draw_uniforms, sample
+from minillm.teacher.stored import StoredTeacher
 from minillm.train.context import Context
 
 EXAMPLES, TOKENS = 4, 32
@@ -110,6 +111,8 @@ class Patient:
     @torch.no_grad()
     def logits(self, lm: Scorer, batch: Batch) -> Tensor:
         """[N, V] float64, by the model's own forward: without our reading of its head, where the model is here."""
+        if isinstance(lm, StoredTeacher) and lm.plan.kind == "top_k":
+            return lm.law(batch).logits(self.columns).double()
         if not isinstance(lm, CausalLM):
             output = lm.output(batch)
             return output.head.logits(output.states)[:, : self.columns].double()

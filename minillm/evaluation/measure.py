@@ -178,7 +178,7 @@ def check_measurable(
         if isinstance(model, CausalLM):
             check_context(model.model, tokens)
         elif isinstance(model, ServedTeacher):
-            model.check((), tokens, largest=0)
+            model.check(tokens, largest=0)
 
 
 def _limits(config: RunConfig) -> dict[str, int]:

@@ -1,23 +1,25 @@
 """The teacher that a configuration names, wherever it is."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from minillm.config.schema import ConfigError, EvalDataConfig, RunConfig
-from minillm.config.teacher import addresses
+from minillm.config.teacher import addresses, is_stored
 from minillm.model.check import check_same_tokenizer
 from minillm.model.head import CausalLM, Scorer
 from minillm.model.load import end_tokens, load_tokenizer
 from minillm.teacher import Teacher
 from minillm.teacher.served import ServedTeacher
+from minillm.teacher.stored import StoredTeacher
 from minillm.teacher.wire import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Elsewhere = ServedTeacher
+Elsewhere = ServedTeacher | StoredTeacher
 """Teachers that are not in this process."""
 
 
@@ -44,11 +46,17 @@ def choose_teacher(
         return CausalLM(loaded, run.model.head)
     if not source:
         return None
-    teacher: Elsewhere = ServedTeacher(addresses(source), run.teacher, torch.device("cpu"))
-    if teacher.about["tokenizer"] != tokenizer_fingerprint(tokenizer):
+    teacher: Elsewhere
+    if is_stored(source):
+        teacher = StoredTeacher(Path(source), torch.device("cpu"))
+        theirs = teacher.plan.tokenizer
+    else:
+        teacher = ServedTeacher(addresses(source), run.teacher, torch.device("cpu"))
+        theirs = teacher.about["tokenizer"]
+    if theirs != tokenizer_fingerprint(tokenizer):
         raise ConfigError(
             f"the teacher {source} reads ids of another tokenizer than the student's: it has "
-            f"{teacher.about['tokenizer'].get('entries')} entries, the student's {len(tokenizer.get_vocab())}. "
+            f"{theirs.get('entries')} entries, the student's {len(tokenizer.get_vocab())}. "
             "Token-level distillation needs one tokenizer; choose a student of the teacher's family"
         )
     return teacher

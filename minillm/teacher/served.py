@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minillm.config.schema import ConfigError, TeacherConfig
 from minillm.config.teacher import TOKEN
-from minillm.data.examples import Batch, Example
+from minillm.data.examples import Batch
 from minillm.data.packages import cache_directory
 from minillm.files import sha256, whole_or_absent
 from minillm.model.head import Output
@@ -89,7 +89,7 @@ class ServedTeacher:
         assert self.head.weight is not None
         self.device, self.head = device, Head(self.head.weight.to(device), bias, self.head.softcap, self.head.scale)
 
-    def check(self, examples: Sequence[Example], tokens: int, largest: int) -> None:
+    def check(self, tokens: int, largest: int) -> None:
         """Raises ConfigError for sequences or ids beyond what the model reads."""
         if tokens > self.about["longest"]:
             raise ConfigError(

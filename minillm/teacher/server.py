@@ -11,7 +11,6 @@ Bodies are safetensors, errors JSON `{"error": …}`. Nothing that comes in is r
 
 import asyncio
 import hmac
-import json
 import logging
 import queue
 import tempfile
@@ -28,7 +27,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
-from torch import Tensor
 
 from minillm.files import sha256
 from minillm.foreign import reason
@@ -42,7 +40,7 @@ from minillm.teacher.wire import (
     Question,
     Refused,
     check_sequences,
-    digest,
+    fingerprint,
     pack_states,
     read_tensors,
     tokenizer_fingerprint,
@@ -56,8 +54,6 @@ if TYPE_CHECKING:
 BODY_SECONDS = 60
 """In which a question must have arrived."""
 HEAD_FILE = "head.safetensors"
-ELSEWHERE = ("_name_or_path", "transformers_version")
-"""What a configuration says of the place where it is, not of the model."""
 
 
 class TeacherServer:
@@ -230,17 +226,6 @@ class TeacherServer:
 
     def _smaller(self) -> str:
         return "lower optim.micro_batch_size or rollout.batch_size, or raise --request-tokens of the server"
-
-
-def fingerprint(lm: CausalLM) -> str:
-    """Tells models apart: a digest of the configuration, and of both ends of every weight."""
-    config = {key: value for key, value in lm.model.config.to_dict().items() if key not in ELSEWHERE}
-    parts = [json.dumps(config, sort_keys=True, default=str).encode()]
-    for name, weight in lm.model.state_dict().items():
-        flat = weight.detach().flatten()
-        ends: Tensor = torch.cat([flat[:256], flat[-256:]]).cpu().contiguous()
-        parts += [f"{name} {weight.dtype} {tuple(weight.shape)}".encode(), ends.view(torch.uint8).numpy().tobytes()]
-    return digest(*parts)
 
 
 async def _told(request: Request, error: Exception) -> Response:

@@ -18,12 +18,15 @@ from torch import Tensor
 from minillm.data.examples import Batch, collate
 from minillm.foreign import foreign
 from minillm.model.check import PROBE
+from minillm.model.head import CausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FLOAT8 = torch.float8_e4m3fn
+OF_THE_PLACE = ("_name_or_path", "transformers_version")
+"""What a configuration says of the place where it is, not of the model."""
 MODEL_HEADER = "x-minillm-model"
 """Of every answer: the fingerprint of the model that gave it."""
 
@@ -118,8 +121,13 @@ def pack_states(states: Tensor, wire: torch.dtype, compress: bool = False) -> by
         exponents = zlib.compress(planes[:, -1].numpy().tobytes(), level=1)
         squeezed = torch.frombuffer(bytearray(exponents), dtype=torch.uint8)
         return write_tensors({"exponents": squeezed, "mantissas": planes[:, :-1].flatten()})
+    return write_tensors(scaled_to_float8(states))
+
+
+def scaled_to_float8(states: Tensor) -> dict[str, Tensor]:
+    """`states` [N, H] in float8 and the `scale` [N, 1] float32 of each."""
     scale = states.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / torch.finfo(FLOAT8).max
-    return write_tensors({"states": (states.float() / scale).to(FLOAT8).cpu(), "scale": scale.cpu()})
+    return {"states": (states.float() / scale).to(FLOAT8).cpu(), "scale": scale.cpu()}
 
 
 def unpack_states(
@@ -152,6 +160,17 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any
     """What two tokenizers that give the same ids have in common."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     return {"entries": len(tokenizer.get_vocab()), "vocabulary": digest(vocabulary), "probe": tokenizer.encode(PROBE)}
+
+
+def fingerprint(lm: CausalLM) -> str:
+    """Tells models apart: a digest of the configuration, and of both ends of every weight."""
+    config = {key: value for key, value in lm.model.config.to_dict().items() if key not in OF_THE_PLACE}
+    parts = [json.dumps(config, sort_keys=True, default=str).encode()]
+    for name, weight in lm.model.state_dict().items():
+        flat = weight.detach().flatten()
+        ends: Tensor = torch.cat([flat[:256], flat[-256:]]).cpu().contiguous()
+        parts += [f"{name} {weight.dtype} {tuple(weight.shape)}".encode(), ends.view(torch.uint8).numpy().tobytes()]
+    return digest(*parts)
 
 
 def digest(*parts: bytes) -> str:

@@ -28,6 +28,8 @@ from minillm.files import read_lines, write_atomically
 from minillm.model.head import CausalLM, Output, Sums
 from minillm.model.sampling import draw_uniforms
 from minillm.teacher.served import ServedTeacher
+from minillm.teacher.stored import StoredTeacher
+from minillm.teacher.top_k import top_k_divergence
 from minillm.terminal import say
 from minillm.train.context import Context, Loss, Part, Step, chunks
 from minillm_kernels import fused_linear_distill_loss, fused_linear_divergence_loss
@@ -126,7 +128,8 @@ def label_loss(context: Context, student: Output, batch: Batch) -> Sums:
 def kd_loss(context: Context, student: Output, batch: Batch) -> Sums:
     """Divergence from the teacher and cross entropy with the targets."""
     settings = context.config.loss
-    if settings.divergence in ("forward_kl", "reverse_kl") and settings.temperature == 1:  # one sweep for both
+    one_sweep = settings.divergence in ("forward_kl", "reverse_kl") and settings.temperature == 1
+    if one_sweep and settings.support == "full":
         weights: dict[str, Any] = {settings.divergence: settings.distill_weight}
         loss, stats = fused_linear_distill_loss(
             *student,
@@ -160,6 +163,18 @@ def cross_entropy(context: Context, student: Output, batch: Batch) -> Tensor:
 def divergence_from_teacher(context: Context, student: Output, batch: Batch) -> Tensor:
     """Summed over the targets, in nats."""
     settings = context.config.loss
+    if settings.support == "top_k":
+        assert isinstance(context.teacher, StoredTeacher)
+        with context.clock("score"):
+            law = context.teacher.law(batch)
+        return top_k_divergence(
+            student,
+            law,
+            settings.divergence,
+            beta=settings.beta,
+            temperature=settings.temperature,
+            vocab_size=context.vocab_size,
+        )
     return fused_linear_divergence_loss(
         *student,
         *context.score(batch),

@@ -26,6 +26,8 @@ from minillm.model.head import CausalLM
 from minillm.run.trackers import check_trackers
 from minillm.teacher import Teacher
 from minillm.teacher.choose import Elsewhere, ends_of
+from minillm.teacher.served import ServedTeacher
+from minillm.teacher.stored import StoredTeacher
 from minillm.train.context import Context, compute_dtype
 from minillm.train.optimizers import find_optimizer
 from minillm.train.selection import split_validation
@@ -81,7 +83,10 @@ def prepare(
     largest = max(max(ids) for ids in (*(e.prompt + e.response for e in (*examples, *validation)), *text) if ids)
     if isinstance(teacher, Elsewhere):
         teacher.to(accelerator.device)
-        teacher.check((*examples, *validation), longest(config, validates=bool(validation)), largest)
+    if isinstance(teacher, StoredTeacher) and config.method == "kd":
+        teacher.check((*examples, *validation), config.loss, min(student.vocab_size, teacher.vocab_size))
+    if isinstance(teacher, ServedTeacher):
+        teacher.check(longest(config, validates=bool(validation)), largest)
     for model in (student, teacher):
         if isinstance(model, CausalLM):
             check_context(model.model, longest(config, validates=bool(validation)))

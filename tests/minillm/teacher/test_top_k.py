@@ -37,9 +37,7 @@ def test_value_and_gradient_are_those_of_the_formula(divergence, temperature, mo
     monkeypatch.setattr(top_k, "BUFFER", 16 * V)  # three chunks
     states, head = student(V + 7)
     law = TopK.of(torch.randn(N, V) * 3 / temperature, K)
-    found = top_k_divergence(
-        Output(states, head), law, divergence, beta=0.3, temperature=temperature, vocab_size=V
-    )
+    found = top_k_divergence(Output(states, head), law, divergence, beta=0.3, temperature=temperature, vocab_size=V)
     found.backward()
 
     exact = [x.detach().double().requires_grad_() for x in (states, head.weight, head.bias)]
