@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--port", type=int, default=8080, help="0: a free one (default 8080)")
     server.add_argument("--request-tokens", type=int, default=65536, help="of one question (default 65536)")
     server.add_argument("--queue", type=int, default=64, help="questions that may wait (default 64)")
+    server.add_argument("--cache-tokens", type=int, default=1 << 18, help="kept of rollouts (default 262144)")
     stored = parser.add_argument_group(
         "what it says of data (with --out; --data.KEY=VALUE as in the student's recipe)"
     )
@@ -42,7 +43,7 @@ def teach(options: argparse.Namespace, flags: list[str]) -> int:
     from minillm.config.schema import ConfigError
 
     one_of("--dtype", options.dtype, ("checkpoint", *DTYPES))
-    for name in ("max_tokens", "request_tokens", "queue"):
+    for name in ("max_tokens", "request_tokens", "queue", "cache_tokens"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1")
     if options.out or options.data:
@@ -77,7 +78,7 @@ def _serve(options: argparse.Namespace) -> int:
     try:
         with exit_on_signal():
             lm, tokenizer = CausalLM(_loaded(options.model, options.dtype)), load_tokenizer(options.model)
-            limits = (options.max_tokens, options.request_tokens, options.queue)
+            limits = (options.max_tokens, options.request_tokens, options.queue, options.cache_tokens)
             server = TeacherServer(lm, tokenizer, options.model, token, *limits)
             config = uvicorn.Config(
                 server.app,

@@ -57,9 +57,9 @@ def wrong_teacher(stage: "StageConfig", run: "RunConfig") -> str:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
             return f"model.teacher names {url!r}; expected http://HOST:PORT, several of them separated by commas"
-    if served and stage.method == "minillm" and rollout.alpha > 0:
+    if served and stage.method == "minillm" and rollout.alpha > 0 and rollout.coins == "row":
         return (
-            f"rollout.alpha is {rollout.alpha:g}: a teacher on a server takes no part in drawing tokens. Set "
-            "rollout.alpha to 0"
+            f"rollout.alpha is {rollout.alpha:g}: a teacher on a server draws tokens in its turns alone. Set "
+            "rollout.coins to a number, such as 4, or rollout.alpha to 0"
         )
     return ""

@@ -65,7 +65,7 @@ def add_teacher(
 
 
 def add_teacher_logprobs(
-    rollout: Rollout, teacher: CausalLM, alpha: float, temperature: float, vocab_size: int | None
+    rollout: Rollout, teacher: Scorer, alpha: float, temperature: float, vocab_size: int | None
 ) -> Rollout:
     """Add the log-probs of the teacher, whose states are known, and of the mixture."""
     states, mask = rollout.teacher_hidden, rollout.mask

@@ -27,6 +27,7 @@ from minillm.files import sha256, whole_or_absent
 from minillm.model.head import Output
 from minillm.model.sampling import Decoding
 from minillm.teacher import TeacherLost
+from minillm.teacher.sessions import Gone, RemoteDecoder
 from minillm.teacher.wire import (
     DTYPES,
     FLOAT8,
@@ -40,7 +41,8 @@ from minillm.teacher.wire import (
 from minillm_kernels import Head
 
 ABOUT = {
-    "model", "fingerprint", "dtype", "hidden_size", "vocab_size", "embeddings", "ends", "tokenizer", "head", "longest"
+    "model", "fingerprint", "dtype", "hidden_size", "vocab_size", "embeddings", "ends", "tokenizer", "head", "longest",
+    "reads_blocks",
 }  # fmt: skip
 """What a server says of its model."""
 START_SECONDS, CONNECT_SECONDS, REST_SECONDS = 30, 10, 30
@@ -89,8 +91,13 @@ class ServedTeacher:
         assert self.head.weight is not None
         self.device, self.head = device, Head(self.head.weight.to(device), bias, self.head.softcap, self.head.scale)
 
-    def check(self, tokens: int, largest: int) -> None:
-        """Raises ConfigError for sequences or ids beyond what the model reads."""
+    def check(self, tokens: int, largest: int, takes_turns: bool = False) -> None:
+        """Raises ConfigError for sequences or ids beyond what the model reads, and for turns that it cannot take."""
+        if takes_turns and not self.about["reads_blocks"]:
+            raise ConfigError(
+                f"the teacher at {self.urls[0]} reads tokens behind its cache by another law than its forward pass "
+                "has: set rollout.alpha to 0"
+            )
         if tokens > self.about["longest"]:
             raise ConfigError(
                 f"prompt and answer may reach {tokens} tokens, but the teacher at {self.urls[0]} reads "
@@ -135,6 +142,24 @@ class ServedTeacher:
 
         return self._call("POST", path, read, body)
 
+    def decoder(self, exists: Tensor, padded: bool) -> RemoteDecoder:
+        """What reads rows bit by bit, so that the teacher takes its turns in a rollout."""
+        return RemoteDecoder(self, exists)
+
+    def logits(self, states: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.head.logits(states)
+
+    def read_on(self, session: str, past: int, ids: Tensor, exists: Tensor, keep: Tensor) -> Tensor:
+        """As `Sessions.read`, on `device`."""
+        room = exists.byte() if past == 0 else exists.byte()[:, :0]
+        body = write_tensors({"ids": ids.flatten(), "exists": room.flatten(), "keep": keep})
+        rows, new = ids.shape
+        path = f"/read?wire={self.wire_name}&session={session}&past={past}&rows={rows}"
+        read = lambda answer: unpack_states(answer, self.wire, self.dtype, (rows * new, self.about["hidden_size"]))
+        states = self._call("POST", path, read, body, start=int(session[:8], 16))
+        return states.view(rows, new, -1).to(self.device, non_blocking=True)
+
     def close(self) -> None:
         """Stop asking. Nothing waits for servers that do not answer."""
         self.stopped.set()
@@ -173,12 +198,15 @@ class ServedTeacher:
         tensors = load_file(path, device=str(self.device))
         return Head(tensors["weight"], tensors.get("bias"), told["softcap"], told["scale"])
 
-    def _call(self, method: str, path: str, read: Any, body: bytes | None = None, only: str = "") -> Any:
-        """What `read` makes of the answer of a server, whichever gives one first."""
+    def _call(
+        self, method: str, path: str, read: Any, body: bytes | None = None, only: str = "", start: int | None = None
+    ) -> Any:
+        """What `read` makes of the answer of a server: of `only` that one, or of whichever gives one first, beginning
+        with number `start`, or by turns. Raises Gone for a session that is not there."""
         patience = self.settings.patience if self.fingerprint else min(self.settings.patience, START_SECONDS)
         give_up, pause, trouble = time.monotonic() + patience, 0.1, ""
         while True:
-            for url in [only] if only else self._order():
+            for url in [only] if only else self._order(start):
                 try:
                     answer = self.http.request(method, url + path, body=body)
                     if answer.status == 200:
@@ -192,6 +220,8 @@ class ServedTeacher:
                     trouble = f"{url} answers {answer.status}: {_words(answer.data)}"
                     if answer.status in (401, 403):
                         raise ConfigError(f"{trouble} (set the environment variable {TOKEN})")
+                    if answer.status == 409:
+                        raise Gone
                     if 400 <= answer.status < 500 and answer.status not in (408, 429):
                         raise ConfigError(trouble)
                     if answer.status == 503:  # busy, not gone
@@ -201,9 +231,9 @@ class ServedTeacher:
                 raise TeacherLost(f"the teacher has not answered for {patience:g} s (teacher.patience): {trouble}")
             pause = min(2 * pause, 5.0)
 
-    def _order(self) -> list[str]:
+    def _order(self, start: int | None) -> list[str]:
         """The servers by turns, those that failed a moment ago last."""
-        start, now = next(self.turn) % len(self.urls), time.monotonic()
+        start, now = (next(self.turn) if start is None else start) % len(self.urls), time.monotonic()
         turns = self.urls[start:] + self.urls[:start]
         return sorted(turns, key=lambda url: now - self.failed.get(url, -REST_SECONDS) < REST_SECONDS)
 

@@ -5,6 +5,7 @@
     GET  /head             the vocabulary head, once for each client
     POST /states?wire=…    a Question → its states
     POST /sample?…         prompts and uniforms → the model's own answers
+    POST /read?session=…   tokens behind those of a session → their states
 
 Bodies are safetensors, errors JSON `{"error": …}`. Nothing that comes in is run, nor read beyond its limit.
 """
@@ -13,9 +14,11 @@ import asyncio
 import hmac
 import logging
 import queue
+import re
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +31,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from minillm.config.schema import ConfigError
 from minillm.files import sha256
 from minillm.foreign import reason
+from minillm.model.check import check_blocks
 from minillm.model.head import CausalLM
 from minillm.model.masks import takes_masks
 from minillm.model.sampling import Decoding, sample
+from minillm.teacher.sessions import Gone, Sessions
 from minillm.teacher.wire import (
     DTYPES,
     FLOAT8,
@@ -53,6 +59,7 @@ if TYPE_CHECKING:
 
 BODY_SECONDS = 60
 """In which a question must have arrived."""
+SESSION = re.compile("[0-9a-f]{32}")
 HEAD_FILE = "head.safetensors"
 
 
@@ -67,6 +74,7 @@ class TeacherServer:
         max_tokens: of a forward pass, padding included.
         request_tokens: of one question, at most.
         waiting: questions that may wait; more are answered by 503.
+        cache_tokens: of all sessions, whose keys and values are kept; the one used least lately makes way.
     """
 
     def __init__(
@@ -78,19 +86,21 @@ class TeacherServer:
         max_tokens: int = 16384,
         request_tokens: int = 65536,
         waiting: int = 64,
+        cache_tokens: int = 1 << 18,
     ) -> None:
         self.lm, self.token, self.request_tokens = lm, token, request_tokens
         self.waiting = waiting
         self.folder = tempfile.TemporaryDirectory(prefix="minillm-teacher-")
         self.about = self._describe(tokenizer, name)
         takes_masks(lm)  # tries it, before there is a question
-        self.worker = Worker(lm, max_tokens, waiting)
+        self.worker, self.sessions = Worker(lm, max_tokens, waiting), Sessions(lm, cache_tokens)
         routes = [
             Route("/health", self._health),
             Route("/about", self._guarded(self._about)),
             Route("/head", self._guarded(self._head)),
             Route("/states", self._guarded(self._states), methods=["POST"]),
             Route("/sample", self._guarded(self._sample), methods=["POST"]),
+            Route("/read", self._guarded(self._read), methods=["POST"]),
         ]
         self.app = Starlette(
             routes=routes,
@@ -119,6 +129,7 @@ class TeacherServer:
             "ends": ends if isinstance(ends, list) else [] if ends is None else [ends],
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "head": {"sha256": sha256(path), "softcap": head.softcap, "scale": head.scale},
+            "reads_blocks": _reads_blocks(lm),
             "longest": min(getattr(config, "max_position_embeddings", None) or 2**31, self.request_tokens),
             "request_tokens": self.request_tokens,
         }
@@ -142,6 +153,8 @@ class TeacherServer:
                 found = await answer(request)
             except Refused as error:
                 raise HTTPException(422, str(error)) from error
+            except Gone as error:
+                raise HTTPException(409, "there is no such session: send all of its tokens, with past=0") from error
             except queue.Full as error:
                 why = f"{self.waiting} questions wait already"
                 raise HTTPException(503, why, headers={"retry-after": "1"}) from error
@@ -205,6 +218,26 @@ class TeacherServer:
         flat = torch.tensor([token for answer in answers for token in answer], dtype=torch.int32)
         return _tensors(write_tensors({"ids": flat, "lengths": torch.tensor([*map(len, answers)], dtype=torch.int32)}))
 
+    async def _read(self, request: Request) -> Response:
+        wire, session = _choice(request, "wire", {**DTYPES, "float8": FLOAT8}), request.query_params.get("session", "")
+        past, rows = (int(_number(request, key)) for key in ("past", "rows"))
+        types = {"ids": torch.int32, "exists": torch.uint8, "keep": torch.int64}
+        found = read_tensors(await self._body(request), types)
+        ids, exists, keep = (found[name] for name in types)
+        if not SESSION.fullmatch(session) or past < 0 or rows < 1 or not len(ids) or len(ids) % rows:
+            raise Refused("expected a session of 32 hexadecimal digits, past of at least 0, and ids of `rows` rows")
+        new = len(ids) // rows
+        check_sequences(ids, torch.full((rows,), new), self.about["embeddings"], self.about["longest"])
+        if len(exists) % rows or (past == 0 and len(exists) < len(ids)) or len(exists) // rows > self.about["longest"]:
+            raise Refused(f"exists must have room for the ids, and for at most {self.about['longest']} tokens a row")
+        if len(keep) and (len(keep) != rows or int(keep.min()) < 0):
+            raise Refused("keep must be empty, or the number of the row that each row has been")
+        self._check_size(max(len(ids), len(exists)))
+        tokens = ids.view(rows, new), exists.view(rows, -1).bool()
+        work = partial(self.sessions.read, session, past, *tokens, keep)
+        states = await asyncio.wrap_future(self.worker.submit(work=work))
+        return _tensors(await anyio.to_thread.run_sync(pack_states, states.flatten(0, 1), wire))
+
     async def _body(self, request: Request) -> bytes:
         """What was sent, up to the limit in bytes and time."""
         limit, found = 32 * self.request_tokens + 65536, bytearray()
@@ -226,6 +259,15 @@ class TeacherServer:
 
     def _smaller(self) -> str:
         return "lower optim.micro_batch_size or rollout.batch_size, or raise --request-tokens of the server"
+
+
+def _reads_blocks(lm: CausalLM) -> bool:
+    """Whether the teacher can take turns in a rollout."""
+    try:
+        check_blocks(lm)
+    except ConfigError:
+        return False
+    return True
 
 
 async def _told(request: Request, error: Exception) -> Response:

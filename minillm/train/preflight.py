@@ -86,7 +86,8 @@ def prepare(
     if isinstance(teacher, StoredTeacher) and config.method == "kd":
         teacher.check((*examples, *validation), config.loss, min(student.vocab_size, teacher.vocab_size))
     if isinstance(teacher, ServedTeacher):
-        teacher.check(longest(config, validates=bool(validation)), largest)
+        takes_turns = config.method == "minillm" and config.rollout.alpha > 0
+        teacher.check(longest(config, validates=bool(validation)), largest, takes_turns)
     for model in (student, teacher):
         if isinstance(model, CausalLM):
             check_context(model.model, longest(config, validates=bool(validation)))

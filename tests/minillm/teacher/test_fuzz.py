@@ -14,15 +14,17 @@ from minillm.teacher.wire import Question, write_tensors
 GOOD = write_tensors(Question.of(collate([[5, 9, 33]], [[6, 7]]))._asdict())
 DTYPES = [torch.int32, torch.int64, torch.float32, torch.uint8, torch.bool, torch.bfloat16]
 numbers = st.lists(st.one_of(st.integers(-3, 300), st.sampled_from([2**31 - 1, -(2**31)])), max_size=6)
-names = st.sampled_from(["ids", "lengths", "positions", "ends", "uniforms", "weight", "", "__metadata__x"])
+names = st.sampled_from(["ids", "lengths", "positions", "ends", "uniforms", "exists", "keep", "", "__metadata__x"])
 
 
 @st.composite
 def tensors(draw):
     """A safetensors file of right names, and of types and numbers that may be wrong."""
-    found = {"ids": draw(numbers), "lengths": draw(numbers), "positions": draw(numbers)}
+    usual = draw(st.sampled_from([("lengths", "positions"), ("lengths", "ends", "uniforms"), ("exists", "keep")]))
+    found = {name: draw(numbers) for name in ("ids", *usual)}
     found |= draw(st.dictionaries(names, numbers, max_size=2))
-    right = {"ids": torch.int32, "lengths": torch.int32, "positions": torch.int64, "uniforms": torch.float64}
+    right = {"ids": torch.int32, "lengths": torch.int32, "positions": torch.int64, "uniforms": torch.float64,
+             "exists": torch.uint8, "keep": torch.int64}  # fmt: skip
     types = {n: right.get(n, torch.int32) if draw(st.booleans()) else draw(st.sampled_from(DTYPES)) for n in found}
     rows = draw(st.booleans())
     made = {n: torch.tensor(v, dtype=torch.int64).to(types[n]) for n, v in found.items()}
@@ -42,11 +44,17 @@ def damaged(draw):
 
 
 bodies = st.one_of(st.binary(max_size=200), tensors(), damaged())
-paths = st.sampled_from(["/states", "/sample", "/about", "/head", "/", "/states/../about", "/%00", "/nothing"])
+paths = st.sampled_from(["/states", "/sample", "/read", "/about", "/head", "/", "/%00", "/nothing"])
 queries = st.dictionaries(
-    st.sampled_from(["wire", "compress", "temperature", "top_k", "top_p", "vocab_size", "x"]),
-    st.sampled_from(["float32", "float8", "1", "0", "-1", "nan", "1e999", "", "é", "257", "0.5", "float64"]),
+    st.sampled_from(["wire", "compress", "temperature", "top_k", "top_p", "vocab_size", "session", "past", "rows"]),
+    st.sampled_from(["float32", "float8", "1", "0", "-1", "nan", "1e999", "", "é", "257", "0.5", "float64", "a" * 32]),
 )
+
+USUAL = {
+    "/states": {"wire": "float32"},
+    "/sample": {"temperature": "1", "top_k": "0", "top_p": "1", "vocab_size": "257"},
+    "/read": {"wire": "float32", "session": "a" * 32, "past": "0", "rows": "1"},
+}
 
 
 def test_no_request_harms_the_server(serve):
@@ -56,7 +64,7 @@ def test_no_request_harms_the_server(serve):
     @settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(bodies, paths, queries, st.sampled_from(["POST", "GET", "PUT", "DELETE"]))
     def hold(body, path, query, method):
-        query = query if path != "/states" or "wire" in query else query | {"wire": "float32"}
+        query = USUAL.get(path, {}) | query
         url = f"{server.url}{path}?" + "&".join(f"{k}={v}" for k, v in query.items())
         answer = http.request(method, urllib3.util.parse_url(url).url, body=body)
         if path in ("/about", "/head") and method == "GET":
@@ -65,7 +73,7 @@ def test_no_request_harms_the_server(serve):
             assert 400 <= answer.status < 500, (answer.status, answer.data)
             assert json.loads(answer.data)["error"]
         else:
-            assert method == "POST" and path in ("/states", "/sample")
+            assert method == "POST" and path in ("/states", "/sample", "/read")
 
     hold()
     assert http.request("GET", f"{server.url}/health").json()["status"] == "ok"

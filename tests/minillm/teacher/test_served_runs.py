@@ -135,7 +135,7 @@ def test_what_cannot_be_served_is_refused(files, flags, words, capsys):
         (["--model.teacher=http://a:1", "--teacher.dtype=float32"], "give --dtype to `minillm teach`"),
         (["--model.teacher=http://a:1", "--teacher.wire=int8"], "teacher.wire"),
         (["--model.teacher=http://a:1", "--model.student=", "--model.drop_layers=[1,2]"], "name a model.student"),
-        (["--model.teacher=http://a:1", "--method=minillm"], "rollout.alpha to 0"),
+        (["--model.teacher=http://a:1", "--method=minillm"], "rollout.coins to a number"),
         (["--loss.support=top_k"], "set it to full"),
     ],
 )
