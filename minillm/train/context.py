@@ -1,8 +1,7 @@
 """What a method gets to work with, its context, and what it gives back for each optimiser step."""
 
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -170,18 +169,18 @@ class Context:
                 rollout = rescore(rollout, self.student, teacher, alpha, self.vocab_size, self.row_length)
             return gather_processes(rollout, self.accelerator)
 
-    def ask_ahead(self, micros: Iterable[Micro]) -> Iterator[Micro]:
-        """The same micro-batches, each by the time it is used on its way to and from a teacher that is not here, with
-        some of those that follow."""
-        depth = self.run.teacher.prefetch if isinstance(self.teacher, Elsewhere) else 0
-        ahead: deque[Micro] = deque()
-        for micro in micros:
-            if isinstance(self.teacher, Elsewhere) and micro.part.asks_teacher:
-                micro = micro._replace(batch=micro.batch._replace(asked=self.teacher.ask(micro.batch)))
-            ahead.append(micro)
-            if len(ahead) > depth:
-                yield ahead.popleft()
-        yield from ahead
+    def ask_ahead(self, micros: list[Micro], following: list[Micro]) -> Iterator[Micro]:
+        """The micro-batches, one by one. A teacher that is not here has by then been asked about each, and about
+        `teacher.prefetch` of those after it, the `following` ones of the next step included, which stand in their list
+        with what was asked."""
+        upcoming = [(part, i) for part in (micros, following) for i in range(len(part))]
+        for now in range(len(micros)):
+            for part, i in upcoming[: now + 1 + self.run.teacher.prefetch]:
+                asks = part[i].part.asks_teacher and part[i].batch.asked is None
+                if asks and isinstance(self.teacher, Elsewhere):
+                    batch = part[i].batch
+                    part[i] = part[i]._replace(batch=batch._replace(asked=self.teacher.ask(batch)))
+            yield micros[now]
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Output:

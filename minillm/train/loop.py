@@ -28,7 +28,7 @@ from minillm.run.directory import RunDirectory
 from minillm.run.interrupt import Interrupt, Interrupted
 from minillm.teacher import TeacherLost
 from minillm.train.baselines import Given, Gkd, kd, seqkd, sft
-from minillm.train.context import Context, Micro, Part, chunks
+from minillm.train.context import Context, Micro, Part, Step, chunks
 from minillm.train.minillm import MiniLLM
 from minillm.train.optimizers import make_optimizer, set_lr, take_step
 from minillm.train.selection import Selection
@@ -80,6 +80,15 @@ def train(
             selection.forget(checkpoint.best_steps(directory.path, stage) | {progress.best.get("step", 0)})
         accelerator.wait_for_everyone()
 
+    def plan(step: int) -> tuple[Step, list[Micro]]:
+        learnt = method.step(step)
+        return learnt, [
+            Micro(part, part.batch(examples))
+            for part in learnt.parts
+            for examples in chunks(part.examples, optim.micro_batch_size)
+        ]
+
+    following: tuple[Step, list[Micro]] | None = None
     started, begun = time.perf_counter(), progress.step
     if progress.step == 0 and context.validation:
         selection.validate(progress)  # the weights a stage starts with are its first candidate
@@ -91,15 +100,12 @@ def train(
             step_started = time.perf_counter()
             set_lr(optimizer, optim.lr * lr_factor(step, optim))
             with _saved_without_teacher(accelerator, progress, save):
-                parts, known = method.step(step)
-                micros = [
-                    Micro(part, part.batch(examples))
-                    for part in parts
-                    for examples in chunks(part.examples, optim.micro_batch_size)
-                ]
+                (parts, known), micros = following or plan(step)
+                given = isinstance(method, Given)  # where the next step does not depend on this one
+                following = plan(step + 1) if given and step < optim.steps else None
 
                 # ---- loss and gradient
-                sums = backward(context, predictor, micros)
+                sums = backward(context, predictor, micros, following[1] if following else [])
             grad_norm = accelerator.clip_grad_norm_(checkpoint.trained(model).values(), optim.max_grad_norm)
             seen = sum(len(example.prompt) + len(example.response) for part in parts for example in part.examples)
             (tokens,) = over_processes(accelerator, [seen])
@@ -154,12 +160,13 @@ def train(
     return {"num_tokens": progress.num_tokens, **best, **{k: round(v, 2) for k, v in progress.totals.items()}}
 
 
-def backward(context: Context, predictor: torch.nn.Module, micros: list[Micro]) -> Sums:
-    """Accumulate the gradient of the losses per token; returns every named sum per token, over all processes."""
+def backward(context: Context, predictor: torch.nn.Module, micros: list[Micro], following: list[Micro]) -> Sums:
+    """Accumulate the gradient of the losses per token; returns every named sum per token, over all processes. A
+    teacher that is not here is asked about the micro-batches `following` in the next step, too."""
     accelerator = context.accelerator
     tokens = count_targets(micros, accelerator)
     metrics: Sums = {}
-    for i, micro in enumerate(context.ask_ahead(micros)):
+    for i, micro in enumerate(context.ask_ahead(micros, following)):
         batch, kind = micro.batch.to(accelerator.device), micro.part.kind
         last = i + 1 == len(micros)
         with nullcontext() if last else accelerator.no_sync(predictor):

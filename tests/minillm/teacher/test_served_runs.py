@@ -90,7 +90,14 @@ def process(files):
 
 def test_a_run_whose_teacher_is_killed_is_saved_and_goes_on(files, process, serve, monkeypatch, capsys):
     path, server = recipe(files, "kd"), process()
-    command = ["train", str(path), *SHORT, f"--model.teacher={server.url}", "--teacher.patience=1"]
+    command = [
+        "train",
+        str(path),
+        *SHORT,
+        f"--model.teacher={server.url}",
+        "--teacher.patience=1",
+        "--teacher.prefetch=1",
+    ]
     assert main([*command, f"--output={files / 'whole'}"]) == 0
 
     log = RunDirectory.log
@@ -106,6 +113,17 @@ def test_a_run_whose_teacher_is_killed_is_saved_and_goes_on(files, process, serv
     serve(port=int(server.url.rpartition(":")[2]))
     assert main([*command, f"--output={files / 'cut'}", "--resume=auto"]) == 0
     assert losses(files / "cut") == losses(files / "whole")
+
+
+def test_the_teacher_is_asked_about_the_next_step_before_this_one_is_learnt_from(files, serve, monkeypatch):
+    from minillm.teacher.served import ServedTeacher
+
+    told, ask, output = [], ServedTeacher.ask, ServedTeacher.output
+    monkeypatch.setattr(ServedTeacher, "ask", lambda self, batch: (told.append("ask"), ask(self, batch))[1])
+    monkeypatch.setattr(ServedTeacher, "output", lambda self, batch: (told.append("use"), output(self, batch))[1])
+    flags = [f"--model.teacher={serve().url}", "--teacher.prefetch=1", "--optim.micro_batch_size=4"]
+    assert main(["train", str(recipe(files, "kd")), *SHORT, *flags]) == 0
+    assert told == ["ask", *["ask", "use"] * 3, "use"]
 
 
 def test_a_signal_ends_a_server_with_status_0(process):
