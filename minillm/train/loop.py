@@ -27,6 +27,7 @@ from minillm.run.checkpoint import Checkpoint, Progress
 from minillm.run.directory import RunDirectory
 from minillm.run.interrupt import Interrupt, Interrupted
 from minillm.teacher import TeacherLost
+from minillm.teacher.choose import Elsewhere
 from minillm.train.baselines import Given, Gkd, kd, seqkd, sft
 from minillm.train.context import Context, Micro, Part, Step, chunks
 from minillm.train.minillm import MiniLLM
@@ -101,11 +102,11 @@ def train(
             set_lr(optimizer, optim.lr * lr_factor(step, optim))
             with _saved_without_teacher(accelerator, progress, save):
                 (parts, known), micros = following or plan(step)
-                given = isinstance(method, Given)  # where the next step does not depend on this one
-                following = plan(step + 1) if given and step < optim.steps else None
+                looks_ahead = isinstance(method, Given) and isinstance(context.teacher, Elsewhere)
+                following = plan(step + 1) if looks_ahead and step < optim.steps else None
 
                 # ---- loss and gradient
-                sums = backward(context, predictor, micros, following[1] if following else [])
+                sums = backward(context, predictor, micros, following[1] if following else None)
             grad_norm = accelerator.clip_grad_norm_(checkpoint.trained(model).values(), optim.max_grad_norm)
             seen = sum(len(example.prompt) + len(example.response) for part in parts for example in part.examples)
             (tokens,) = over_processes(accelerator, [seen])
@@ -160,13 +161,15 @@ def train(
     return {"num_tokens": progress.num_tokens, **best, **{k: round(v, 2) for k, v in progress.totals.items()}}
 
 
-def backward(context: Context, predictor: torch.nn.Module, micros: list[Micro], following: list[Micro]) -> Sums:
+def backward(
+    context: Context, predictor: torch.nn.Module, micros: list[Micro], following: list[Micro] | None = None
+) -> Sums:
     """Accumulate the gradient of the losses per token; returns every named sum per token, over all processes. A
     teacher that is not here is asked about the micro-batches `following` in the next step, too."""
     accelerator = context.accelerator
     tokens = count_targets(micros, accelerator)
     metrics: Sums = {}
-    for i, micro in enumerate(context.ask_ahead(micros, following)):
+    for i, micro in enumerate(context.ask_ahead(micros, following or [])):
         batch, kind = micro.batch.to(accelerator.device), micro.part.kind
         last = i + 1 == len(micros)
         with nullcontext() if last else accelerator.no_sync(predictor):
