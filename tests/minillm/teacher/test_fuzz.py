@@ -3,14 +3,15 @@
 import json
 import socket
 
+import pytest
 import torch
-import urllib3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minillm.data.examples import collate
 from minillm.teacher.wire import Question, write_tensors
 
+urllib3 = pytest.importorskip("urllib3", reason="the extra `teach`")
 GOOD = write_tensors(Question.of(collate([[5, 9, 33]], [[6, 7]]))._asdict())
 DTYPES = [torch.int32, torch.int64, torch.float32, torch.uint8, torch.bool, torch.bfloat16]
 numbers = st.lists(st.one_of(st.integers(-3, 300), st.sampled_from([2**31 - 1, -(2**31)])), max_size=6)
@@ -78,6 +79,15 @@ def test_no_request_harms_the_server(serve):
     hold()
     assert http.request("GET", f"{server.url}/health").json()["status"] == "ok"
     assert http.request("POST", f"{server.url}/states?wire=float32", body=GOOD).status == 200
+
+
+def test_a_body_that_never_ends_is_not_waited_for(serve, monkeypatch):
+    from minillm.teacher import server as module
+
+    monkeypatch.setattr(module, "BODY_SECONDS", 0.2)
+    with socket.create_connection(serve().socket.getsockname(), 10) as connection:
+        connection.sendall(b"POST /states?wire=float32 HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n12345")
+        assert b"408" in connection.recv(4096).partition(b"\r\n")[0]
 
 
 def test_bytes_that_are_no_http_and_bodies_without_end_are_cut_off(serve):

@@ -1,5 +1,7 @@
 """The divergence over a teacher's top tokens and one bucket, against the formula written out in float64."""
 
+import doctest
+
 import pytest
 import torch
 
@@ -78,6 +80,11 @@ def test_a_tail_that_is_next_to_nothing_keeps_its_precision():
     q = law.outcomes_of(output[1].logits(output[0]).double())
     expected = (q.exp() * (q - law.outcomes().double())).sum()
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_example_in_its_docstring_runs():
+    (example,) = doctest.DocTestFinder().find(top_k_divergence, "top_k_divergence", module=False, globs={})
+    assert example.examples and doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_one_chunk_of_logits_is_kept_at_a_time(monkeypatch):
