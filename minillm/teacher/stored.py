@@ -21,7 +21,7 @@ from minillm.data.sources import DataError
 from minillm.model.head import Output
 from minillm.teacher.store import HEAD, INDEX, SHARD, read_plan
 from minillm.teacher.top_k import TopK
-from minillm.teacher.wire import DTYPES, Question
+from minillm.teacher.wire import DTYPES, FLOAT8, Question
 from minillm_kernels import Head
 
 
@@ -145,9 +145,11 @@ class StoredTeacher:
                 raise DataError(f"{self.folder} does not hold what the teacher says of a sequence of this batch")
             shard, rows = place
             for name in names:
-                mapped = self.files[shard].get_slice(name)
-                found[name].append(mapped[int(rows[0]) : int(rows[-1]) + 1][rows - rows[0]])
-        return {name: torch.cat(parts) for name, parts in found.items()}
+                part = self.files[shard].get_slice(name)[int(rows[0]) : int(rows[-1]) + 1]
+                part = part.view(torch.uint8) if part.dtype == FLOAT8 else part  # which older torch cannot index
+                found[name].append(part[rows - rows[0]])
+        joined = {name: torch.cat(parts) for name, parts in found.items()}
+        return {name: x.view(FLOAT8) if x.dtype == torch.uint8 else x for name, x in joined.items()}
 
     def _find(self, ids: Tensor, positions: Tensor) -> tuple[int, Tensor] | None:
         """The shard, and its rows [N] of these positions of a sequence; None where it is not here."""

@@ -9,7 +9,7 @@ import torch
 from minillm.config.schema import TeacherConfig
 from minillm.model.head import CausalLM
 
-QUICK = TeacherConfig(timeout=20.0, patience=2.0)
+QUICK = TeacherConfig(timeout=20.0, patience=1.0)
 
 
 class Running:

@@ -15,7 +15,7 @@ from minillm.teacher import TeacherLost
 from minillm.teacher.wire import Question, pack_states, write_tensors
 
 urllib3 = pytest.importorskip("urllib3", reason="the extra `teach`")
-QUICK = TeacherConfig(timeout=20.0, patience=0.5)
+QUICK = TeacherConfig(timeout=20.0, patience=1.0)
 PROMPTS = [[5, 9, 33, 7], [8, 2], [100, 4, 4, 4, 4, 17, 250]]
 RESPONSES = [[6, 7, 8], [3], [12, 13, 14, 15, 16]]
 
@@ -152,7 +152,7 @@ def test_a_teacher_that_is_gone_is_lost_after_the_patience(serve, ask):
     server = serve()
     teacher = ask(server)
     server.kill()
-    with pytest.raises(TeacherLost, match=r"has not answered for 0.5 s \(teacher.patience\): http://127.0.0.1"):
+    with pytest.raises(TeacherLost, match=r"has not answered for 1 s \(teacher.patience\): http://127.0.0.1"):
         teacher.output(batch())
 
 

@@ -12,7 +12,7 @@ from minillm.model.coins import share_coins
 from minillm.model.head import CausalLM
 from minillm.model.sampling import Decoding, draw_uniforms, sample
 
-QUICK = TeacherConfig(timeout=20.0, patience=2.0)
+QUICK = TeacherConfig(timeout=20.0, patience=1.0)
 PROMPTS = [[5, 9, 33, 7], [8, 2], [100, 4, 4, 4, 17, 250], [3], [9, 9]]
 TOKENS = 12
 
