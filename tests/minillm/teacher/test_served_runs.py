@@ -141,6 +141,7 @@ def test_a_signal_ends_a_server_with_status_0(process):
     ],
 )
 def test_what_cannot_be_served_is_refused(files, flags, words, capsys):
+    pytest.importorskip("uvicorn", reason="the extra `teach`")
     assert main(["teach", str(files / "teacher"), *flags]) == 2
     assert words in capsys.readouterr().err
 
