@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from minillm.teach import add_arguments, teach
 from minillm.terminal import print_anything, printable, quiet_libraries, say, silence, unbroken_output
 
 if TYPE_CHECKING:
@@ -326,6 +327,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("doctor", doctor, "check in a minute that the loss of a recipe is the one that is meant", override)
     sub.add_argument("recipe", help="YAML file, such as recipes/smollm2-cpu.yaml")
     sub.add_argument("--smoke", action="store_true", help="of the short form of the recipe")
+    add_arguments(command("teach", teach, "serve a teacher, or keep what it says of data, for students elsewhere"))
     sub = command("export", export, "write a run's student as a plain model directory, adapters merged")
     sub.add_argument("run_directory", metavar="RUN", help="run directory")
     sub.add_argument("--checkpoint", help="RUN/checkpoints/step-N; by default the run's end, or how far it came")
@@ -340,8 +342,10 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from minillm.data.sources import DataError
     from minillm.engine import EngineLost
     from minillm.run.checkpoint import CheckpointError
+    from minillm.teacher import TeacherLost
 
-    return ConfigError, DataError, PackageError, CheckpointError, EngineLost, FileNotFoundError, FloatingPointError
+    lost = EngineLost, TeacherLost
+    return ConfigError, DataError, PackageError, CheckpointError, *lost, FileNotFoundError, FloatingPointError
 
 
 def _prompts(given: str | None) -> Iterable[tuple[str, str]]:

@@ -14,7 +14,7 @@ from minillm.doctor import examine, refuse
 from minillm.doctor.patient import Finding
 from minillm.evaluation.measure import check_measurable, evaluation_set, measure
 from minillm.evaluation.result import START, TEACHER, Evaluation, plain
-from minillm.model.check import check_decoding, check_same_tokenizer
+from minillm.model.check import check_decoding
 from minillm.model.head import CausalLM
 from minillm.model.load import load_student, load_teacher, load_tokenizer
 from minillm.parallel.gathered import gathered
@@ -25,6 +25,9 @@ from minillm.report.summary import card, changes, run_text
 from minillm.run.directory import RunDirectory
 from minillm.run.export import check_export
 from minillm.run.workers import WorkerLost, resume_after_restart
+from minillm.teacher import Teacher, TeacherLost
+from minillm.teacher.choose import choose_teacher
+from minillm.teacher.stored import StoredTeacher
 from minillm.terminal import say
 from minillm.train.context import Context
 from minillm.train.loop import train
@@ -77,21 +80,27 @@ def run_recipe(
         refuse(name, training)
     examples = evaluation_set(recipe.run, tokenizer, recipe.training_sources) if with_evaluation else []
     if examples:
-        check_measurable(student, teacher, examples, recipe.run)
+        check_measurable(student, judge(teacher), examples, recipe.run)
         for model in (student, teacher):
-            if model is not None:
+            if isinstance(model, CausalLM):
                 check_decoding(model)
     check_same_everywhere(recipe, trainings, examples)
     check_export(student.model, tokenizer)
     place_student(student, recipe.run.parallel, next(iter(trainings.values())).compute_dtype)
     with RunDirectory(recipe, resume, command, student.model, space_needed(recipe, student.model)) as run:
-        return _run(run, student, teacher, tokenizer, trainings, examples, started)
+        try:
+            return _run(run, student, teacher, tokenizer, trainings, examples, started)
+        except TeacherLost as lost:
+            raise TeacherLost(f"{lost}. {run.how_to_resume()}") from lost
+        finally:
+            if teacher is not None:
+                teacher.close()
 
 
 def _run(
     run: RunDirectory,
     student: CausalLM,
-    teacher: CausalLM | None,
+    teacher: Teacher | None,
     tokenizer: "PreTrainedTokenizerBase",
     trainings: Mapping[str, Context],
     examples: Sequence[Example],
@@ -106,12 +115,12 @@ def _run(
 
     evaluations: dict[str, Evaluation] = {}
 
-    def evaluate(name: str, model: CausalLM, against: CausalLM | None) -> None:
+    def evaluate(name: str, model: CausalLM, against: Teacher | None) -> None:
         if examples:
             evaluations[name] = _evaluated(name, run, model, against, tokenizer, examples)
             run.write("samples.jsonl", _samples(evaluations))
 
-    evaluate(START, student, teacher)
+    evaluate(START, student, judge(teacher))
     step = 0
     for name, training in trainings.items():
         if name not in run.stages:  # else done before the checkpoint that was resumed from
@@ -119,8 +128,8 @@ def _run(
             # before the evaluation: what was trained is kept, whatever follows
             run.export(whole_model(student), tokenizer)
         step += recipe.stages[name].optim.steps
-        evaluate(name, student, teacher)
-    if teacher is not None:
+        evaluate(name, student, judge(teacher))
+    if isinstance(teacher, CausalLM):
         evaluate(TEACHER, teacher, None)
 
     seconds |= _seconds(run.stages, evaluations)
@@ -151,25 +160,28 @@ def diagnose(recipe: Recipe) -> dict[str, dict[str, Finding]]:
     return {name: examine(prepare(recipe.run, stage, *pair)) for name, stage in recipe.stages.items()}
 
 
-def load_pair(run: RunConfig) -> "tuple[CausalLM, CausalLM | None, PreTrainedTokenizerBase]":
+def load_pair(run: RunConfig) -> "tuple[CausalLM, Teacher | None, PreTrainedTokenizerBase]":
     """Student, teacher and the tokenizer that they must share."""
     settings = run.model
-    teacher = read_teacher(run) if settings.drop_layers is None else None  # which cuts from a whole one
-    base = load_teacher(run, teacher_loader(run.parallel)) if teacher is None else None
-    student = CausalLM(load_student(run, base), settings.head)
+    placed = read_teacher(run) if settings.drop_layers is None else None  # which cuts from a whole one
+    loaded = load_teacher(run, teacher_loader(run.parallel)) if placed is None else None
+    student = CausalLM(load_student(run, loaded), settings.head)
     tokenizer = load_tokenizer(settings.student or settings.teacher)
-    if settings.student and settings.teacher:
-        check_same_tokenizer(tokenizer, load_tokenizer(settings.teacher))
-    if base is not None:
-        teacher = CausalLM(base, settings.head)
-        place_teacher(teacher, run.parallel)
-    return student, teacher, tokenizer
+    if loaded is not None:
+        placed = CausalLM(loaded, settings.head)
+        place_teacher(placed, run.parallel)
+    return student, choose_teacher(run, placed, tokenizer), tokenizer
+
+
+def judge(teacher: Teacher | None) -> Teacher | None:
+    """The teacher as what a student's own text is compared with: one that is stored knows nothing of that."""
+    return None if isinstance(teacher, StoredTeacher) else teacher
 
 
 def _introduce(
     run: RunDirectory,
     student: CausalLM,
-    teacher: CausalLM | None,
+    teacher: Teacher | None,
     tokenizer: "PreTrainedTokenizerBase",
     trainings: Mapping[str, Context],
 ) -> None:
@@ -179,9 +191,9 @@ def _introduce(
         layers, attention = getattr(lm.model.config, "num_hidden_layers", "?"), lm.model.config._attn_implementation
         return f"{lm.model.num_parameters() / 1e6:.1f}M parameters, {layers} layers, {attention}"
 
-    teacher_size = f"teacher {size(teacher)}; " if teacher is not None else ""
+    told = "" if teacher is None else f"teacher {size(teacher) if isinstance(teacher, CausalLM) else teacher}; "
     backends = ", ".join(name for name, state in run.environment["kernel_backends"].items() if state == "ok")
-    say(f"{teacher_size}student {size(student)}; kernels: {backends}; writing {run.path}")
+    say(f"{told}student {size(student)}; kernels: {backends}; writing {run.path}")
     for name, training in trainings.items():
         say(f"{name}: {training.about}")
     example = trainings[next(iter(trainings))].examples[0]
@@ -194,7 +206,7 @@ def _evaluated(
     name: str,
     run: RunDirectory,
     model: CausalLM,
-    teacher: CausalLM | None,
+    teacher: Teacher | None,
     tokenizer: "PreTrainedTokenizerBase",
     examples: Sequence[Example],
 ) -> Evaluation:
@@ -245,5 +257,7 @@ def _seconds(stages: Mapping[str, dict[str, Any]], evaluations: Mapping[str, Eva
     return seconds
 
 
-def _about(lm: CausalLM) -> dict[str, Any]:
+def _about(lm: Teacher) -> dict[str, Any]:
+    if not isinstance(lm, CausalLM):
+        return {"elsewhere": str(lm)}
     return {"parameters": lm.model.num_parameters(), "attention": lm.model.config._attn_implementation}

@@ -1,6 +1,7 @@
 """Files that are whole or absent, their checksums, and nested data as flat keys."""
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -94,6 +95,15 @@ def checksum(path: Path) -> str:
         while block := file.read(1 << 22):
             value = zlib.crc32(block, value)
     return f"{value:08x}"
+
+
+def sha256(path: Path) -> str:
+    """The digest by which files of others are known."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            found.update(block)
+    return found.hexdigest()
 
 
 def size_of(folder: Path) -> int:

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from minillm.config.engine import EngineConfig
 from minillm.config.schema import ConfigError, OptimConfig, RunConfig, StageConfig
+from minillm.config.teacher import wrong_teacher
 from minillm.files import flatten
 from minillm_kernels.rows import DIVERGENCES
 
@@ -136,6 +137,8 @@ def check_stage(stage: StageConfig, run: RunConfig) -> None:
         raise ConfigError("no student: set model.student, or model.drop_layers to cut it from the teacher")
     if model.student and model.drop_layers is not None:
         raise ConfigError("model.student and model.drop_layers are both set; keep one of them")
+    if wrong := wrong_teacher(stage, run):
+        raise ConfigError(wrong)
     if stage.objective.reward_scaling <= 0:
         raise ConfigError(f"objective.reward_scaling is {stage.objective.reward_scaling}; rewards are divided by it")
     if stage.rollout.on_policy_step and not 0 < stage.validation.every < stage.optim.steps:

@@ -19,7 +19,9 @@ class ConfigError(ValueError):
 @dataclass(frozen=True)
 class ModelConfig:
     teacher: str = ""
-    """Hub id, local directory, or `package:NAME` (minillm/data/packages.py lists the names)."""
+    """Hub id, local directory, or `package:NAME` (minillm/data/packages.py lists the names). Or a teacher that the run
+    does not load: `http://HOST:PORT` of `minillm teach MODEL`, several with commas between them, or the directory that
+    `minillm teach MODEL --data D --out DIR` wrote."""
     student: str = ""
     """The same; empty: cut from the teacher by `drop_layers`."""
     drop_layers: tuple[int, int] | None = None
@@ -45,6 +47,18 @@ class ModelConfig:
 class TeacherConfig:
     dtype: str = "checkpoint"
     """Dtype of the frozen teacher: float32, bfloat16, float16, or `checkpoint`, the one in which it is stored."""
+    wire: str = "auto"
+    """In what the hidden states of a teacher on a server travel: `auto`, its own dtype, which changes nothing;
+    float32; bfloat16; or float8, scaled for each token, which rounds to 4 bits."""
+    compress: bool = False
+    """Let a teacher's server compress the signs and exponents that it sends: a quarter less of bfloat16, for work on
+    both sides that pays below a gigabit a second."""
+    timeout: float = 120.0
+    """Seconds that a teacher's server may take for an answer, before it is asked again, or another one."""
+    patience: float = 300.0
+    """Seconds for which servers that do not answer are asked again, before the run saves and ends."""
+    prefetch: int = 4
+    """Micro-batches that a teacher on a server, or a stored one, is asked about before the first is needed."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +213,9 @@ class LossConfig:
     """reverse_kl | forward_kl | jsd | skew_forward_kl | skew_reverse_kl | tvd."""
     beta: float = 0.5
     """Parameter of jsd and of the skew divergences (DistiLLM: 0.1)."""
+    support: str = "full"
+    """kd: what the divergence is taken over. `full`: the whole vocabulary, exactly; `top_k`: the teacher's most likely
+    tokens, and one bucket for all others, which is all that a teacher stored by `minillm teach --top-k` knows."""
     temperature: float = 1.0
     """Temperature of both models inside the divergence."""
     distill_weight: float = 0.5

@@ -18,6 +18,8 @@ from minillm.foreign import foreign
 from minillm.terminal import printable
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from transformers import PreTrainedTokenizerBase
 
 
@@ -84,6 +86,7 @@ class Batch(NamedTuple):
     input_ids [B, T], attention_mask [B, T], predict [B, T] bool, targets [N] in the row-major order of `predict`, and
     positions [N], where it is true in the flattened rows.
     position_ids [B, T] where rows hold several sequences: each counts from 0 and attends to itself alone.
+    asked: what a teacher that is not here has been asked about this batch.
     policy [N] each and teacher_states [N, H], in the order of `targets`, where the responses were sampled and the
     method needs them.
     """
@@ -96,6 +99,7 @@ class Batch(NamedTuple):
     position_ids: Tensor | None = None
     policy: PolicyConstants | None = None
     teacher_states: Tensor | None = None
+    asked: "Future[Any] | None" = None
 
     @classmethod
     def of(cls, examples: Sequence[Example], row_length: int = 0) -> "Batch":

@@ -7,7 +7,9 @@ import torch
 from minillm.data.prompts import encode_prompt
 from minillm.doctor.patient import TOKENS, Finding, Patient, judged
 from minillm.model.cost import cost
+from minillm.model.head import CausalLM
 from minillm.model.load import load_tokenizer
+from minillm.teacher.stored import StoredTeacher
 from minillm.terminal import printable
 
 
@@ -89,6 +91,8 @@ def templates(patient: Patient) -> Finding:
     run, context = patient.context.run, patient.context
     if not (run.model.student and run.model.teacher):
         return Finding("skipped", "teacher and student have one tokenizer")
+    if not isinstance(context.teacher, CausalLM):
+        return Finding("skipped", "the teacher is not in this process; its tokenizer is the student's by its digest")
     theirs = load_tokenizer(run.model.teacher)
     if run.data.prompt_template == "chat" and not theirs.chat_template:
         return Finding(
@@ -112,6 +116,8 @@ def decoding(patient: Patient) -> Finding:
     run, context = patient.context.run, patient.context
     if not (run.model.student and run.model.teacher):
         return Finding("skipped", "teacher and student have one tokenizer")
+    if not isinstance(context.teacher, CausalLM):
+        return Finding("skipped", "the teacher is not in this process; its tokenizer is the student's by its digest")
     theirs = load_tokenizer(run.model.teacher)
     used = sorted({token for e in context.examples for token in (*e.prompt, *e.response)} | set(context.ends))
     differing = [token for token in used if context.tokenizer.decode([token]) != theirs.decode([token])]
@@ -125,8 +131,8 @@ def decoding(patient: Patient) -> Finding:
 
 def reliability(patient: Patient) -> Finding:
     """The teacher on the student's own prefixes, early and late: what it says of texts that nobody would write."""
-    if patient.context.teacher is None:
-        return Finding("skipped", "no teacher")
+    if patient.context.teacher is None or isinstance(patient.context.teacher, StoredTeacher):
+        return Finding("skipped", "no teacher that could be asked")
     batch, rollout = patient.batch(patient.samples), patient.samples
     law = torch.distributions.Categorical(logits=patient.logits(patient.context.teacher, batch))
     position = torch.arange(rollout.token_ids.shape[1], device=rollout.lengths.device).expand_as(rollout.mask)

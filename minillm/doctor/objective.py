@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from minillm.doctor.patient import TOKENS, Finding, Patient, judged
-from minillm.model.head import Output
+from minillm.model.head import CausalLM, Output
+from minillm.teacher.stored import StoredTeacher
 from minillm.train.baselines import cross_entropy, divergence_from_teacher
 from minillm.train.loop import METHODS
 from minillm_kernels import fused_divergence_loss, use_backend
@@ -19,6 +20,8 @@ def teacher_into_itself(patient: Patient) -> Finding:
     context, teacher = patient.context, patient.context.teacher
     if teacher is None or context.config.method in ("sft", "seqkd"):
         return Finding("skipped", "this stage compares no two distributions")
+    if not isinstance(teacher, CausalLM):
+        return Finding("skipped", "the teacher is not in this process")
     context = replace(context, student=teacher)
     loss, gradient, tokens = 0.0, 0.0, 0
     for part in METHODS[context.config.method](context, Path()).step(1).parts:
@@ -56,6 +59,10 @@ def formula(patient: Patient) -> Finding:
             what, found = settings.divergence, float(divergence_from_teacher(context, output, batch))
             logits = patient.logits(student, batch), patient.logits(teacher, batch)
             options = {"beta": settings.beta, "temperature": settings.temperature, "reduction": "sum"}
+            if settings.support == "top_k":
+                assert isinstance(teacher, StoredTeacher)
+                law, options["temperature"] = teacher.law(batch), 1.0
+                logits = law.outcomes_of(logits[0] / settings.temperature), law.outcomes().double()
             with use_backend("reference"):
                 expected = float(fused_divergence_loss(*logits, settings.divergence, **options))  # type: ignore
     found, expected = found / len(batch.targets), expected / len(batch.targets)
@@ -107,7 +114,8 @@ def slope(patient: Patient) -> Finding:
 
 def own_samples(patient: Patient) -> Finding:
     """Samples have their model's entropy as negative log-likelihood: the sampler draws from the law that it states."""
-    lm, name = patient.judge, "teacher" if patient.context.teacher is not None else "student"
+    lm = patient.local
+    name = "student" if lm is patient.context.student else "teacher"
     rollout = patient.sampled(lm, TOKENS // 2, copies=4)
     logprobs = patient.logits(lm, patient.batch(rollout)).log_softmax(-1)
     drawn = logprobs.gather(1, rollout.token_ids.flatten()[:, None])[:, 0]

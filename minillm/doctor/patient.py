@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from minillm.data.examples import Batch, Example
-from minillm.model.head import CausalLM
+from minillm.model.head import CausalLM, Scorer
 from minillm.model.rollout import Rollout
 from minillm.model.sampling import Decoding, draw_uniforms, sample
+from minillm.teacher.stored import StoredTeacher
 from minillm.train.context import Context
 
 EXAMPLES, TOKENS = 4, 32
@@ -59,14 +60,19 @@ class Patient:
         return cls(replace(context, config=config, examples=examples), context)
 
     @property
-    def lms(self) -> dict[str, CausalLM]:
+    def lms(self) -> dict[str, Scorer]:
         both = {"student": self.context.student, "teacher": self.context.teacher}
         return {name: lm for name, lm in both.items() if lm is not None}
 
     @property
-    def judge(self) -> CausalLM:
+    def judge(self) -> Scorer:
         """The model that is believed: the teacher, or the student where there is none."""
         return self.context.teacher or self.context.student
+
+    @property
+    def local(self) -> CausalLM:
+        """The same, or the student where the teacher is not in this process."""
+        return self.judge if isinstance(self.judge, CausalLM) else self.context.student
 
     @cached_property
     def samples(self) -> Rollout:
@@ -103,12 +109,17 @@ class Patient:
         return self.context.vocab_size or self.context.student.vocab_size
 
     @torch.no_grad()
-    def logits(self, lm: CausalLM, batch: Batch) -> Tensor:
-        """[N, V] float64, by the model's own forward: without our reading of its head."""
+    def logits(self, lm: Scorer, batch: Batch) -> Tensor:
+        """[N, V] float64, by the model's own forward: without our reading of its head, where the model is here."""
+        if isinstance(lm, StoredTeacher) and lm.plan.kind == "top_k":
+            return lm.law(batch).logits(self.columns).double()
+        if not isinstance(lm, CausalLM):
+            output = lm.output(batch)
+            return output.head.logits(output.states)[:, : self.columns].double()
         with lm.own_dtype():
             return lm.model(**batch.inputs(), use_cache=False).logits[batch.predict][:, : self.columns].double()
 
-    def rounding(self, *lms: CausalLM, exact: float, half: float) -> float:
+    def rounding(self, *lms: Scorer, exact: float, half: float) -> float:
         """What log-probs of two kinds of passes may differ by, in nats."""
-        dtypes = {lm.model.dtype for lm in lms} | {self.context.compute_dtype}
+        dtypes = {lm.model.dtype for lm in lms if isinstance(lm, CausalLM)} | {self.context.compute_dtype}
         return half if dtypes & {torch.bfloat16, torch.float16} else exact

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minillm.config.schema import ConfigError
 from minillm.engine.responses import Response
-from minillm.model.head import CausalLM
+from minillm.model.head import CausalLM, Scorer
 from minillm.model.rollout import Rollout, mixture_logprobs, read_responses
 
 WIDEST_GAP = 0.5
@@ -60,7 +60,7 @@ def drawn(responses: Sequence[Response], device: torch.device) -> Rollout:
 def read(
     rollout: Rollout,
     student: CausalLM,
-    teacher: CausalLM | None,
+    teacher: Scorer | None,
     alpha: float,
     *,
     temperature: float = 1.0,

@@ -20,7 +20,7 @@ from minillm.engine.responses import Response
 from minillm.engine.rollout import drawn, read
 from minillm.evaluation.means import Mean
 from minillm.evaluation.share import over_batches
-from minillm.model.head import CausalLM, common_vocabulary
+from minillm.model.head import CausalLM, Scorer, common_vocabulary
 from minillm.model.rollout import Rollout
 from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm_kernels import fused_linear_distill_stats
@@ -47,7 +47,7 @@ class Samples(NamedTuple):
 @torch.no_grad()
 def draw(
     author: CausalLM,
-    other: CausalLM | None,
+    other: Scorer | None,
     examples: Sequence[Example],
     settings: EvalConfig,
     ends: Sequence[int],
@@ -114,7 +114,7 @@ def draw(
 
 @torch.no_grad()
 def references(
-    student: CausalLM, teacher: CausalLM, examples: Sequence[Example], settings: EvalConfig
+    student: CausalLM, teacher: Scorer, examples: Sequence[Example], settings: EvalConfig
 ) -> tuple[Mean, Mean]:
     """Reverse and forward KL, nats per token, along the references."""
     vocab_size = common_vocabulary(student, teacher)

@@ -24,9 +24,10 @@ from minillm.evaluation.means import Mean, Seeds
 from minillm.evaluation.result import OWN, REFERENCES, Evaluation, Length, Responses
 from minillm.evaluation.share import over_batches
 from minillm.model.check import check_context
-from minillm.model.head import CausalLM, share_vocabulary
-from minillm.model.load import end_tokens
+from minillm.model.head import CausalLM, Scorer, share_vocabulary
 from minillm.model.sampling import Decoding, decode, greedy
+from minillm.teacher.choose import ends_of
+from minillm.teacher.served import ServedTeacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +74,7 @@ def evaluation_set(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", seen
 
 def measure(
     student: CausalLM,
-    teacher: CausalLM | None,
+    teacher: Scorer | None,
     tokenizer: "PreTrainedTokenizerBase",
     examples: Sequence[Example],
     config: RunConfig,
@@ -87,14 +88,13 @@ def measure(
 
     Raises ConfigError for a temperature other than 1 with a teacher, or sequences beyond the models' positions.
     """
-    settings, models = config.eval, [lm.model for lm in (student, teacher) if lm is not None]
-    ends = end_tokens(tokenizer, config.data, models)
+    settings, ends = config.eval, ends_of(tokenizer, config.data, (student, teacher))
     check_measurable(student, teacher, examples, config)
     if teacher is not None:
         share_vocabulary(student, teacher)
     if settings.engine != "builtin":
         for part, lm in {"greedy": student, "samples": student, "teacher_samples": teacher}.items():
-            if lm is not None and part in parts:
+            if isinstance(lm, CausalLM) and part in parts:
                 engine_of(lm, config.engine)  # before any work that could be lost
 
     def engine(lm: CausalLM) -> Engine | None:
@@ -131,6 +131,7 @@ def measure(
             with _timed(seconds, "references"):
                 means[REFERENCES], means["forward_kl/references"] = references(student, teacher, examples, settings)
         if "teacher_samples" in parts:
+            assert isinstance(teacher, CausalLM)
             with _timed(seconds, "teacher's samples"):
                 taught = draw(teacher, student, examples, settings, ends, engine(teacher))
             means["forward_kl/teacher_samples"] = taught.per_token(taught.to_other)
@@ -176,7 +177,7 @@ def generation(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[
 
 
 def check_measurable(
-    student: CausalLM, teacher: CausalLM | None, examples: Sequence[Example], config: RunConfig
+    student: CausalLM, teacher: Scorer | None, examples: Sequence[Example], config: RunConfig
 ) -> None:
     if teacher is not None and config.eval.temperature != 1:
         raise ConfigError(
@@ -184,9 +185,12 @@ def check_measurable(
             "1, or evaluate without a teacher"
         )
     new_tokens = max(*_limits(config).values(), *(len(example.response) for example in examples))
+    tokens = max(len(example.prompt) for example in examples) + new_tokens
     for model in (student, teacher):
-        if model is not None:
-            check_context(model.model, max(len(example.prompt) for example in examples) + new_tokens)
+        if isinstance(model, CausalLM):
+            check_context(model.model, tokens)
+        elif isinstance(model, ServedTeacher):
+            model.check(tokens, largest=0)
 
 
 def _limits(config: RunConfig) -> dict[str, int]:

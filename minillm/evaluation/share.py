@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from minillm.model.head import CausalLM
+from minillm.model.head import Scorer
 from minillm.parallel.tensor import runs_together
 
 Item = TypeVar("Item")
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 def over_batches(
-    work: Callable[[int, Sequence[Item]], Result], items: Sequence[Item], size: int, *models: CausalLM | None
+    work: Callable[[int, Sequence[Item]], Result], items: Sequence[Item], size: int, *models: Scorer | None
 ) -> list[Result]:
     """What `work` makes of each batch of `size` items, in their order; every process does a share and knows all.
 

@@ -14,13 +14,13 @@ teacher at nearly every position, and nothing would be gained.
 Legend: B rows, b rows of a group, g positions read at once, T positions, P longest prompt, H hidden, V vocabulary.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from minillm.model.decoder import Decoder, Padded
-from minillm.model.head import CausalLM
+from minillm.model.head import CausalLM, Scorer
 from minillm_kernels import MixedSample, mixed_sample, token_logprobs
 
 
@@ -29,6 +29,27 @@ def share_coins(uniforms: Tensor, groups: int) -> Tensor:
     shared = uniforms.clone()
     shared[..., 0] = uniforms[:, torch.arange(uniforms.shape[1]) % groups, 0]
     return shared
+
+
+class ReadsOn(Protocol):
+    """What reads tokens behind those before, as a Decoder does."""
+
+    def read(self, ids: Tensor) -> Tensor:
+        """[b, g, H] the states after each of the tokens `ids` [b, g]."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows."""
+
+    def logits(self) -> Tensor:
+        """[b, V] of the token that comes next."""
+
+
+@runtime_checkable
+class Mixer(Scorer, Protocol):
+    """A teacher that is not in this process and can take its turns."""
+
+    def decoder(self, exists: Tensor, padded: bool) -> ReadsOn:
+        """Of rows as in Padded."""
 
 
 class Block(NamedTuple):
@@ -42,12 +63,13 @@ class Block(NamedTuple):
 class Group:
     """The teacher of rows that share their coins."""
 
-    def __init__(self, teacher: CausalLM, prompts: Padded, places: list[int], coins: list[bool]) -> None:
+    def __init__(self, teacher: CausalLM | Mixer, prompts: Padded, places: list[int], coins: list[bool]) -> None:
         self.places, self.coins = places, coins
         """Rows of the batch that are still read, and whether a position is the teacher's."""
         self.rows = torch.tensor(places).to(prompts.ids.device, non_blocking=True)
         self.prompts = prompts.ids[self.rows]
-        self.decoder = Decoder(teacher, prompts.exists[self.rows], prompts.any)
+        rows = prompts.exists[self.rows], prompts.any
+        self.decoder: ReadsOn = Decoder(teacher, *rows) if isinstance(teacher, CausalLM) else teacher.decoder(*rows)
         self.known = 0
         """Positions whose states are known."""
 
@@ -76,7 +98,7 @@ class Turns:
 
     def __init__(
         self,
-        teacher: CausalLM,
+        teacher: CausalLM | Mixer,
         prompts: Padded,
         uniforms: Tensor,
         coins: list[list[bool]],

@@ -11,7 +11,7 @@ Legend: B sequences, T positions, N positions selected over the batch, H hidden,
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,25 @@ class Output(NamedTuple):
 
     states: Tensor
     head: Head
+
+
+class Scorer(Protocol):
+    """A model as what scores texts, wherever it is: a teacher that need not decode."""
+
+    @property
+    def head(self) -> Head:
+        """What reads its states, on `device`."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The columns of its head that count."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its states and its head are."""
+
+    def output(self, batch: Batch) -> Output:
+        """The final states of the positions of a batch whose next token counts, and the head."""
 
 
 class CausalLM(nn.Module):
@@ -130,6 +149,9 @@ class CausalLM(nn.Module):
     def enter(self) -> None:
         """Nothing: what sharding does before a forward pass can be had by it alone (minillm/parallel/shard.py)."""
 
+    def close(self) -> None:
+        """Nothing: as a teacher, it holds nothing outside of this process."""
+
     def forward(self, batch: Batch, loss: Callable[[Output, Batch], Sums]) -> Sums:
         return loss(self.output(batch), batch)
 
@@ -172,17 +194,17 @@ def _whole_head(model: "PreTrainedModel") -> Head | None:
     return replace(head, weight=weight, bias=bias)
 
 
-def common_vocabulary(*models: CausalLM) -> int:
+def common_vocabulary(*models: Scorer) -> int:
     """The columns that all of these models have: those of the smallest head; the rest is padding."""
     return min(lm.vocab_size for lm in models)
 
 
-def share_vocabulary(*models: CausalLM) -> None:
+def share_vocabulary(*models: Scorer) -> None:
     """From here on the models have their common columns alone. Their configurations say so, and tell it to whoever
-    loads the model that is saved."""
+    loads the model that is saved. Of a teacher that is not in this process the losses read the common columns."""
     common = common_vocabulary(*models)
     for lm in models:
-        if lm.vocab_size > common:
+        if isinstance(lm, CausalLM) and lm.vocab_size > common:
             setattr(lm.model.config, VOCABULARY, common)
 
 

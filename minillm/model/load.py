@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from minillm.config.schema import ConfigError, EvalDataConfig, RunConfig
+from minillm.config.teacher import addresses, is_stored
 from minillm.data import packages
 from minillm.data.prompts import answer_end
 from minillm.foreign import foreign
@@ -207,9 +208,11 @@ Loader = Callable[[str, str, str], "PreTrainedModel"]
 
 
 def load_teacher(run: RunConfig, load: Loader = load_model) -> "PreTrainedModel | None":
-    """The frozen teacher named in the configuration, None where it names none."""
+    """The frozen teacher named in the configuration, None where it names none, or one that is not loaded here."""
     source = run.model.teacher
-    return load(source, run.teacher.dtype, run.model.attn).requires_grad_(False) if source else None
+    if not source or addresses(source) or is_stored(source):
+        return None
+    return load(source, run.teacher.dtype, run.model.attn).requires_grad_(False)
 
 
 def load_student(run: RunConfig, teacher: "PreTrainedModel | None", load: Loader = load_model) -> "PreTrainedModel":

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from minillm.data.examples import collate
-from minillm.model.head import CausalLM
+from minillm.model.head import CausalLM, Scorer
 from minillm_kernels import fused_linear_token_logprobs
 
 
@@ -59,7 +59,7 @@ class Rollout(NamedTuple):
 
 
 def add_teacher(
-    rollout: Rollout, teacher: CausalLM, temperature: float, vocab_size: int | None, row_length: int
+    rollout: Rollout, teacher: Scorer, temperature: float, vocab_size: int | None, row_length: int
 ) -> Rollout:
     """Add the teacher's log-probs and states to responses that it had no part in."""
     hidden, logprobs = read_responses(teacher, rollout, temperature, vocab_size, row_length)
@@ -67,7 +67,7 @@ def add_teacher(
 
 
 def add_teacher_logprobs(
-    rollout: Rollout, teacher: CausalLM, alpha: float, temperature: float, vocab_size: int | None
+    rollout: Rollout, teacher: Scorer, alpha: float, temperature: float, vocab_size: int | None
 ) -> Rollout:
     """Add the log-probs of the teacher, whose states are known, and of the mixture."""
     states, mask = rollout.teacher_hidden, rollout.mask
@@ -84,7 +84,7 @@ def add_teacher_logprobs(
 def rescore(
     rollout: Rollout,
     student: CausalLM,
-    teacher: CausalLM,
+    teacher: Scorer,
     alpha: float,
     vocab_size: int | None,
     row_length: int,
@@ -108,7 +108,7 @@ def rescore(
 
 
 def read_responses(
-    lm: CausalLM, rollout: Rollout, temperature: float, vocab_size: int | None, row_length: int
+    lm: Scorer, rollout: Rollout, temperature: float, vocab_size: int | None, row_length: int
 ) -> tuple[Tensor, Tensor]:
     """[B, T, H] final states and [B, T] log-probs of the responses, read by a model; 0 beyond their ends."""
     hidden, logprobs = [], []

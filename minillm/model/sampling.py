@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minillm.model.coins import Turns
+from minillm.model.coins import Mixer, Turns
 from minillm.model.decoder import Decoder, Padded, left_pad
-from minillm.model.head import CausalLM, common_vocabulary
+from minillm.model.head import CausalLM, Scorer, common_vocabulary
 from minillm.model.masks import decodes_by_sdpa
 from minillm.model.rollout import Rollout, add_teacher, add_teacher_logprobs, in_order
 from minillm_kernels import MixedSample, mixed_sample
@@ -60,7 +60,7 @@ class Decoding:
 @torch.no_grad()  # not inference_mode: the hidden states kept enter a graph later
 def sample(
     student: CausalLM,
-    teacher: CausalLM | None,
+    teacher: Scorer | None,
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     *,
@@ -89,11 +89,12 @@ def sample(
     Raises FloatingPointError where logits are not finite.
     """
     copies = samples_per_prompt
-    models = [lm for lm in (student, teacher) if lm is not None]
-    vocab_size = vocab_size or common_vocabulary(*models)
-    beside = teacher
-    if alpha == 0 and decoding.top_k == 0 and decoding.top_p == 1:
-        beside = None  # it has no part in the draw, and its law of a token needs no filter
+    vocab_size = vocab_size or common_vocabulary(student, *([] if teacher is None else [teacher]))
+    beside: CausalLM | Mixer | None = None
+    if alpha > 0 or decoding.top_k or decoding.top_p < 1:  # else it has no part in the draw, and needs no filter
+        if not isinstance(teacher, CausalLM | None) and not (decoding.coins_first and isinstance(teacher, Mixer)):
+            raise ValueError("a teacher that is not in this process draws tokens by coins_first alone")
+        beside = teacher
     if uniforms is None:
         uniforms = torch.rand(decoding.max_new_tokens, len(prompts) * copies, 2, dtype=torch.float64)
     order, at_once = list(range(len(prompts))), len(prompts)
@@ -101,7 +102,7 @@ def sample(
         order, at_once = sorted(order, key=lambda i: len(prompts[i])), max(1, decoding.chunk_size // copies)
     rows: list[int] = []
     parts: list[Rollout] = []
-    with decodes_by_sdpa(*models):
+    with decodes_by_sdpa(*[lm for lm in (student, beside) if isinstance(lm, CausalLM)]):
         for start in range(0, len(order), at_once):
             chosen = order[start : start + at_once]
             mine = [i * copies + copy for i in chosen for copy in range(copies)]
@@ -126,7 +127,7 @@ class _Batch:
     """[max_new_tokens, B, 2], where they were drawn."""
     vocab_size: int
 
-    def decode(self, student: CausalLM, teacher: CausalLM | None, student_states: bool) -> Rollout:
+    def decode(self, student: CausalLM, teacher: CausalLM | Mixer | None, student_states: bool) -> Rollout:
         """The answers of both models, or of the student alone. Rows that have ended are dropped once they are a
         quarter of those that are decoded.
         """
@@ -139,7 +140,7 @@ class _Batch:
             behind = Padded(padded.ids[of_prompt], padded.exists[of_prompt], padded.any)
             coins = (self.uniforms[..., 0] < self.alpha).T.tolist()
             turns = Turns(teacher, behind, uniforms, coins, decoding.temperature, self.vocab_size)
-        lms = [lm for lm in (student, None if turns else teacher) if lm is not None]
+        lms = [lm for lm in (student, None if turns else teacher) if isinstance(lm, CausalLM)]
         decoders = [Decoder(lm, padded.exists, padded.any) for lm in lms]
         for decoder in decoders:
             decoder.read(padded.ids)
@@ -209,7 +210,7 @@ class _Drawn(NamedTuple):
     states: list[Tensor]
 
 
-def _read_once(rollout: Rollout, lengths: list[int], models: Sequence[CausalLM | None]) -> Rollout:
+def _read_once(rollout: Rollout, lengths: list[int], models: Sequence[Scorer | None]) -> Rollout:
     """The rollout with its tokens on the host.
 
     Raises FloatingPointError where a token was drawn from logits that are not finite.
@@ -218,10 +219,11 @@ def _read_once(rollout: Rollout, lengths: list[int], models: Sequence[CausalLM |
     found = torch.cat([rollout.token_ids, undrawable[:, None]], dim=1).tolist()
     broken = [i for i, (*_, nothing_drawn) in enumerate(found) if nothing_drawn]
     if broken:
+        names = [type(lm.model if isinstance(lm, CausalLM) else lm).__name__ for lm in models if lm is not None]
         raise FloatingPointError(
-            f"the logits of {' or '.join(type(lm.model).__name__ for lm in models if lm is not None)} are not finite "
-            f"in response to the prompt with the token ids {rollout.prompts[broken[0]][:20]}: nothing can be sampled. "
-            "Its weights are broken, or its dtype overflows"
+            f"the logits of {' or '.join(names)} are not finite in response to the prompt with the token ids "
+            f"{rollout.prompts[broken[0]][:20]}: nothing can be sampled. Its weights are broken, or its dtype "
+            "overflows"
         )
     return rollout._replace(known=[row[:n] for row, n in zip(found, lengths, strict=True)])
 

@@ -6,16 +6,17 @@ evaluations do not: responses end where they end. Inside, nothing communicates.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from minillm.model.head import CausalLM
+from minillm.model.head import Scorer
 from minillm.parallel.shard import groups_of
 
 
 @contextmanager
-def gathered(*models: CausalLM | None) -> Iterator[None]:
+def gathered(*models: Scorer | None) -> Iterator[None]:
     """Inside, the parameters of sharded models are plain tensors, in the dtype that the models compute in; models that
     are whole are left alone. Every process must enter. An optimiser must not be made inside."""
-    sharded = [lm for lm in models if lm is not None and groups_of(lm)]
+    sharded: list[Any] = [lm for lm in models if groups_of(lm)]
     groups = [group for lm in sharded for group in groups_of(lm)]
     for lm in sharded:
         lm.enter()

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from minillm.config.parallel import ParallelConfig
 from minillm.config.schema import ConfigError
 from minillm.data.examples import Batch
-from minillm.model.head import CausalLM, Output
+from minillm.model.head import Output, Scorer
 from minillm.model.load import Loader, load_model
 
 
@@ -35,13 +35,13 @@ def teacher_loader(parallel: ParallelConfig) -> Loader:
     return partial(load_model, distributed=distributed)
 
 
-def runs_together(lm: CausalLM | None) -> bool:
+def runs_together(lm: Scorer | None) -> bool:
     """Whether all processes must run this model on the same tokens."""
     model = getattr(lm, "model", None)  # a teacher that is elsewhere has none
     return getattr(model, "tp_size", None) not in (None, 1)
 
 
-def output_of(lm: CausalLM, batch: Batch) -> Output:
+def output_of(lm: Scorer, batch: Batch) -> Output:
     """The output on a batch that each process has of its own. Every process must call it."""
     if not runs_together(lm):
         return lm.output(batch)

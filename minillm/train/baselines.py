@@ -27,10 +27,13 @@ from minillm.data.examples import Batch, Example, Shuffled
 from minillm.data.sources import DataError
 from minillm.engine.rollout import engine_gap
 from minillm.files import read_lines, write_atomically
-from minillm.model.head import Output, Sums
+from minillm.model.head import CausalLM, Output, Sums
 from minillm.model.sampling import draw_uniforms
 from minillm.parallel.gathered import gathered
 from minillm.parallel.tensor import runs_together
+from minillm.teacher.served import ServedTeacher
+from minillm.teacher.stored import StoredTeacher
+from minillm.teacher.top_k import top_k_divergence
 from minillm.terminal import say
 from minillm.train.context import Context, Loss, Part, Step, chunks
 from minillm_kernels import fused_linear_distill_loss, fused_linear_divergence_loss
@@ -43,7 +46,7 @@ def sft(context: Context, folder: Path) -> "Given":
 
 def kd(context: Context, folder: Path) -> "Given":
     """distill_weight · divergence(teacher, student) + label_weight · cross entropy, on the responses of the data."""
-    return Given(context, context.examples, partial(kd_loss, context))
+    return Given(context, context.examples, partial(kd_loss, context), asks_teacher=True)
 
 
 def seqkd(context: Context, folder: Path) -> "Given":
@@ -54,8 +57,8 @@ def seqkd(context: Context, folder: Path) -> "Given":
 class Given:
     """Learns from responses that exist before the first step."""
 
-    def __init__(self, context: Context, examples: list[Example], loss: Loss) -> None:
-        self.context, self.examples, self.loss = context, examples, loss
+    def __init__(self, context: Context, examples: list[Example], loss: Loss, asks_teacher: bool = False) -> None:
+        self.context, self.examples, self.loss, self.asks_teacher = context, examples, loss, asks_teacher
         self.order = Shuffled(len(examples), context.run.seed)
         self.memory: dict[str, Tensor] = {}
 
@@ -70,7 +73,7 @@ class Given:
 
     def part(self, examples: list[Example]) -> Part:
         """Examples with the loss of this method; also those of the validation."""
-        return Part("responses", examples, self.loss, self.context.row_length)
+        return Part("responses", examples, self.loss, self.context.row_length, self.asks_teacher)
 
     def validated(self, loss: float) -> None:
         """Called with each validation loss, which changes nothing here."""
@@ -132,7 +135,8 @@ def label_loss(context: Context, student: Output, batch: Batch) -> Sums:
 def kd_loss(context: Context, student: Output, batch: Batch) -> Sums:
     """Divergence from the teacher and cross entropy with the targets."""
     settings = context.config.loss
-    if settings.divergence in ("forward_kl", "reverse_kl") and settings.temperature == 1:  # one sweep for both
+    one_sweep = settings.divergence in ("forward_kl", "reverse_kl") and settings.temperature == 1
+    if one_sweep and settings.support == "full":
         weights: dict[str, Any] = {settings.divergence: settings.distill_weight}
         loss, stats = fused_linear_distill_loss(
             *student,
@@ -166,6 +170,18 @@ def cross_entropy(context: Context, student: Output, batch: Batch) -> Tensor:
 def divergence_from_teacher(context: Context, student: Output, batch: Batch) -> Tensor:
     """Summed over the targets, in nats."""
     settings = context.config.loss
+    if settings.support == "top_k":
+        assert isinstance(context.teacher, StoredTeacher)
+        with context.clock("score"):
+            law = context.teacher.law(batch)
+        return top_k_divergence(
+            student,
+            law,
+            settings.divergence,
+            beta=settings.beta,
+            temperature=settings.temperature,
+            vocab_size=context.vocab_size,
+        )
     return fused_linear_divergence_loss(
         *student,
         *context.score(batch),
@@ -201,24 +217,26 @@ def with_teacher_responses(context: Context, folder: Path) -> list[Example]:
 def sample_teacher(context: Context, path: Path) -> None:
     """Write one response of the teacher per example; the processes share the work. Until all exist, they stand in a
     file beside `path`, to which each batch is added: whatever interrupts, the next run goes on there."""
-    assert context.teacher is not None
+    teacher = context.teacher
+    assert isinstance(teacher, CausalLM | ServedTeacher)
     rollout, examples, process = context.config.rollout, context.examples, context.accelerator
     uniforms = draw_uniforms(context.run.seed, rollout.max_new_tokens, len(examples))
     unfinished = path.with_name(f"{path.name}.unfinished")
     kept = gather_object([_answers_in(unfinished, examples)])[0]  # as the first process sees them
     if process.is_main_process:
         write_atomically(unfinished, "".join(kept))
-    with gathered(context.teacher):
+    with gathered(teacher):
         for part in chunks(list(range(len(kept), len(examples))), rollout.batch_size):
-            mine = context.to_sample(part, context.teacher)
+            mine = context.to_sample(part, teacher)
             sampled: list[list[int]] = []
             if mine or rollout.engine != "builtin":  # an engine is asked by all processes, or by none
                 prompts = [examples[i].prompt for i in mine]
-                sampled = context.sample_responses(
-                    context.teacher, None, prompts, uniforms[:, mine], alpha=0.0
-                ).responses()
+                if isinstance(teacher, CausalLM):
+                    sampled = context.sample_responses(teacher, None, prompts, uniforms[:, mine], 0.0).responses()
+                else:
+                    sampled = teacher.sample(prompts, context.decoding(0.0), uniforms[:, mine], context.vocab_size)
             answers = list(zip(mine, sampled, strict=True))
-            numbered = sorted(answers if runs_together(context.teacher) else gather_object(answers))
+            numbered = sorted(answers if runs_together(teacher) else gather_object(answers))
             if process.is_main_process:
                 with unfinished.open("a", encoding="utf-8") as file:
                     for i, response in numbered:

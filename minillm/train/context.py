@@ -16,13 +16,15 @@ from minillm.engine.pair import Draw, draw, engine_of
 from minillm.engine.rollout import drawn, read
 from minillm.model.coins import share_coins
 from minillm.model.head import CausalLM, Output, Sums, share_vocabulary
-from minillm.model.load import end_tokens, packs_in_one_row
+from minillm.model.load import packs_in_one_row
 from minillm.model.rollout import Rollout, gather_processes, rescore
 from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm.parallel.gathered import gathered
 from minillm.parallel.shard import is_sharded
 from minillm.parallel.tensor import output_of, runs_together
 from minillm.run.clock import Clock
+from minillm.teacher import Teacher
+from minillm.teacher.choose import Elsewhere, ends_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,10 +45,19 @@ class Part(NamedTuple):
     loss: Loss
     row_length: int = 0
     """As in `collate`."""
+    asks_teacher: bool = False
+    """Whether the loss asks the teacher about each batch."""
 
     def batch(self, examples: list[Example]) -> Batch:
         """A micro-batch of some of the examples."""
         return Batch.of(examples, self.row_length)
+
+
+class Micro(NamedTuple):
+    """A micro-batch: what goes through one forward and backward pass, and the part it is of."""
+
+    part: Part
+    batch: Batch
 
 
 class Step(NamedTuple):
@@ -66,7 +77,7 @@ class Context:
     """The stage's."""
     accelerator: Accelerator
     student: CausalLM
-    teacher: CausalLM | None
+    teacher: Teacher | None
     tokenizer: "PreTrainedTokenizerBase"
     examples: list[Example]
     validation: list[Example]
@@ -88,8 +99,7 @@ class Context:
     @property
     def ends(self) -> tuple[int, ...]:
         """The tokens that end a response."""
-        models = [lm.model for lm in (self.student, self.teacher) if lm is not None]
-        return end_tokens(self.tokenizer, self.run.data, models)
+        return ends_of(self.tokenizer, self.run.data, (self.student, self.teacher))
 
     @property
     def row_length(self) -> int:
@@ -97,7 +107,7 @@ class Context:
         data = self.config.data
         if not data.packing:
             return 0
-        models = [lm.model for lm in (self.student, self.teacher) if lm is not None]
+        models = [lm.model for lm in (self.student, self.teacher) if isinstance(lm, CausalLM)]
         if any(packs_in_one_row(model) for model in models):
             return sys.maxsize
         return data.max_prompt_length + data.max_response_length
@@ -120,16 +130,14 @@ class Context:
         """This process's share of what all processes draw alike."""
         return items[self.accelerator.process_index :: self.accelerator.num_processes]
 
-    def to_sample(self, items: list, *models: CausalLM | None) -> list:
+    def to_sample(self, items: list, *models: Teacher | None) -> list:
         """This process's share of what these models sample: all of it where processes compute one of them together."""
         return items if any(map(runs_together, models)) else self.mine(items)
 
-    def sample_responses(
-        self, student: CausalLM, teacher: CausalLM | None, prompts: list[list[int]], uniforms: Tensor, alpha: float
-    ) -> Rollout:
-        """Responses of the mixture of these two, drawn as the section `rollout` says."""
+    def decoding(self, alpha: float) -> Decoding:
+        """How the section `rollout` says that responses of a mixture are drawn."""
         rollout = self.config.rollout
-        decoding = Decoding(
+        return Decoding(
             rollout.max_new_tokens,
             self.ends,
             temperature=rollout.temperature,
@@ -138,13 +146,18 @@ class Context:
             coins_first=rollout.coins != "row" and alpha > 0,
             chunk_size=rollout.chunk_size,
         )
-        if rollout.engine != "builtin":
-            return self._drawn_by_engines(student, teacher, prompts, decoding, uniforms, alpha)
+
+    def sample_responses(
+        self, student: CausalLM, teacher: Teacher | None, prompts: list[list[int]], uniforms: Tensor, alpha: float
+    ) -> Rollout:
+        """Responses of the mixture of these two, drawn as the section `rollout` says."""
+        if self.config.rollout.engine != "builtin":
+            return self._drawn_by_engines(student, teacher, prompts, uniforms, alpha)
         return sample(
             student,
             teacher,
             prompts,
-            decoding,
+            self.decoding(alpha),
             alpha=alpha,
             uniforms=uniforms,
             vocab_size=self.vocab_size,
@@ -157,17 +170,12 @@ class Context:
         return engine_of(lm, self.run.engine, self.compute_dtype if lm is self.student else None)
 
     def _drawn_by_engines(
-        self,
-        student: CausalLM,
-        teacher: CausalLM | None,
-        prompts: list[list[int]],
-        decoding: Decoding,
-        uniforms: Tensor,
-        alpha: float,
+        self, student: CausalLM, teacher: Teacher | None, prompts: list[list[int]], uniforms: Tensor, alpha: float
     ) -> Rollout:
         """Drawn by engines, then read by our own models. The teacher's own answers are text, of which nothing else is
         asked, and log-probs of a filtered law are nobody's."""
-        beside = teacher if alpha > 0 else None
+        decoding, beside = self.decoding(alpha), teacher if alpha > 0 else None
+        assert beside is None or isinstance(beside, CausalLM)  # prepare refuses others
         engines = self.engine(student), None if beside is None else self.engine(beside)
         how = Draw(student, beside, alpha, decoding, self.vocab_size)
         rollout = drawn(draw(how, engines, prompts, uniforms), student.device)
@@ -184,7 +192,7 @@ class Context:
                 row_length=self.row_length,
             )
 
-    def roll_out(self, iteration: int, examples: list[Example], teacher: CausalLM | None, alpha: float) -> Rollout:
+    def roll_out(self, iteration: int, examples: list[Example], teacher: Teacher | None, alpha: float) -> Rollout:
         """The student's responses, or the mixture's, to these prompts: the processes share the work, and all of them
         know the result. Those that compute a teacher together sample all of them together.
         """
@@ -204,6 +212,19 @@ class Context:
             if decoded and teacher is not None and self.compute_dtype != torch.float32:
                 rollout = rescore(rollout, self.student, teacher, alpha, self.vocab_size, self.row_length)
             return rollout if runs_together(teacher) else gather_processes(rollout, self.accelerator)
+
+    def ask_ahead(self, micros: list[Micro], following: list[Micro]) -> Iterator[Micro]:
+        """The micro-batches, one by one. A teacher that is not here has by then been asked about each, and about
+        `teacher.prefetch` of those after it, the `following` ones of the next step included, which stand in their list
+        with what was asked."""
+        upcoming = [(part, i) for part in (micros, following) for i in range(len(part))]
+        for now in range(len(micros)):
+            for part, i in upcoming[: now + 1 + self.run.teacher.prefetch]:
+                asks = part[i].part.asks_teacher and part[i].batch.asked is None
+                if asks and isinstance(self.teacher, Elsewhere):
+                    batch = part[i].batch
+                    part[i] = part[i]._replace(batch=batch._replace(asked=self.teacher.ask(batch)))
+            yield micros[now]
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Output:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +21,6 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from minillm.config.schema import OptimConfig
-from minillm.data.examples import Batch
 from minillm.engine import EngineLost
 from minillm.model.head import Sums
 from minillm.parallel import student as parallel
@@ -32,8 +30,10 @@ from minillm.run import checkpoint
 from minillm.run.checkpoint import Checkpoint, Progress
 from minillm.run.directory import RunDirectory
 from minillm.run.interrupt import Interrupt, Interrupted
+from minillm.teacher import TeacherLost
+from minillm.teacher.choose import Elsewhere
 from minillm.train.baselines import Given, Gkd, kd, seqkd, sft
-from minillm.train.context import Context, Part, chunks
+from minillm.train.context import Context, Micro, Part, Step, chunks
 from minillm.train.minillm import MiniLLM
 from minillm.train.optimizers import make_optimizer, set_lr, take_step
 from minillm.train.selection import Selection
@@ -41,13 +41,6 @@ from minillm.train.selection import Selection
 METHODS: dict[str, Callable[[Context, Path], Given | Gkd | MiniLLM]] = {
     "sft": sft, "kd": kd, "seqkd": seqkd, "gkd": Gkd, "minillm": MiniLLM,
 }  # fmt: skip
-
-
-class Micro(NamedTuple):
-    """A micro-batch: what goes through one forward and backward pass, and the part it is of."""
-
-    part: Part
-    batch: Batch
 
 
 def train(
@@ -96,6 +89,10 @@ def train(
         except EngineLost as lost:  # in all processes
             save()
             raise EngineLost(f"{lost}. {directory.how_to_resume()}") from lost
+        except TeacherLost:  # of several processes the others may still wait for this one
+            if progress.step > 0 and accelerator.num_processes == 1:
+                save()
+            raise
 
     method: Given | Gkd | MiniLLM | None = None
     selection: Selection | None = None
@@ -107,6 +104,15 @@ def train(
     selection = Selection(context, method, folder)
     selection.weights(progress)  # what the end of the stage reads must be there before its first step
 
+    def plan(step: int) -> tuple[Step, list[Micro]]:
+        learnt = method.step(step)
+        return learnt, [
+            Micro(part, part.batch(examples))
+            for part in learnt.parts
+            for examples in chunks(part.examples, optim.micro_batch_size)
+        ]
+
+    following: tuple[Step, list[Micro]] | None = None
     started, begun = time.perf_counter(), progress.step
     if progress.step == 0 and context.validation:
         selection.validate(progress)  # the weights a stage starts with are its first candidate
@@ -118,15 +124,12 @@ def train(
             step_started = time.perf_counter()
             set_lr(optimizer, optim.lr * lr_factor(step, optim))
             with saved_when_lost():
-                parts, known = method.step(step)
-            micros = [
-                Micro(part, part.batch(examples))
-                for part in parts
-                for examples in chunks(part.examples, optim.micro_batch_size)
-            ]
+                (parts, known), micros = following or plan(step)
+                looks_ahead = isinstance(method, Given) and isinstance(context.teacher, Elsewhere)
+                following = plan(step + 1) if looks_ahead and step < optim.steps else None
 
-            # ---- loss and gradient
-            sums = backward(context, predictor, micros)
+                # ---- loss and gradient
+                sums = backward(context, predictor, micros, following[1] if following else None)
             grad_norm = whole(accelerator.clip_grad_norm_(checkpoint.trained(model).values(), optim.max_grad_norm))
             seen = sum(len(example.prompt) + len(example.response) for part in parts for example in part.examples)
             (tokens,) = over_processes(accelerator, [seen])
@@ -181,12 +184,15 @@ def train(
     return {"num_tokens": progress.num_tokens, **best, **{k: round(v, 2) for k, v in progress.totals.items()}}
 
 
-def backward(context: Context, predictor: torch.nn.Module, micros: list[Micro]) -> Sums:
-    """Accumulate the gradient of the losses per token; returns every named sum per token, over all processes."""
+def backward(
+    context: Context, predictor: torch.nn.Module, micros: list[Micro], following: list[Micro] | None = None
+) -> Sums:
+    """Accumulate the gradient of the losses per token; returns every named sum per token, over all processes. A
+    teacher that is not here is asked about the micro-batches `following` in the next step, too."""
     accelerator = context.accelerator
     tokens = count_targets(micros, accelerator)
     metrics: Sums = {}
-    for i, micro in enumerate(micros):
+    for i, micro in enumerate(context.ask_ahead(micros, following or [])):
         batch, kind = micro.batch.to(accelerator.device), micro.part.kind
         last = i + 1 == len(micros)
         with nullcontext() if last else accelerator.no_sync(predictor):

@@ -86,7 +86,8 @@ class MiniLLM:
         if config.objective.pt_weight > 0:
             size = config.objective.pt_batch_size
             text = [self.passage(i) for i in self.text.take(done * size, size)]
-            parts.append(Part("text", context.mine(text), self.text_loss))
+            asks = config.objective.pt_teacher > 0
+            parts.append(Part("text", context.mine(text), self.text_loss, asks_teacher=asks))
         return Step(parts, self.metrics)
 
     def learn_from(self, rollout: Rollout, examples: list[Example]) -> None:

@@ -23,10 +23,13 @@ from minillm.model.check import (
     check_training,
 )
 from minillm.model.head import CausalLM
-from minillm.model.load import end_tokens
 from minillm.parallel.mesh import processes_of_a_host, refuse_wrappers
 from minillm.parallel.shard import is_sharded
 from minillm.run.trackers import check_trackers
+from minillm.teacher import Teacher
+from minillm.teacher.choose import Elsewhere, ends_of
+from minillm.teacher.served import ServedTeacher
+from minillm.teacher.stored import StoredTeacher
 from minillm.train.context import Context, compute_dtype
 from minillm.train.optimizers import find_optimizer
 from minillm.train.selection import split_validation
@@ -39,7 +42,7 @@ def prepare(
     run: RunConfig,
     config: StageConfig,
     student: CausalLM,
-    teacher: CausalLM | None,
+    teacher: Teacher | None,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> Context:
     """Read the data and check it against the models, before any work that could be lost."""
@@ -84,11 +87,18 @@ def prepare(
     text = chunk_text(read_text(config.data.text), tokenizer, config.objective.pt_length) if wants_text else []
     if text:
         about += f"; {len(text)} chunks of text"
-    if teacher is not None:
+    if isinstance(teacher, CausalLM):
         teacher.requires_grad_(False)
     largest = max(max(ids) for ids in (*(e.prompt + e.response for e in (*examples, *validation)), *text) if ids)
+    if isinstance(teacher, Elsewhere):
+        teacher.to(accelerator.device)
+    if isinstance(teacher, StoredTeacher) and config.method == "kd":
+        teacher.check((*examples, *validation), config.loss, min(student.vocab_size, teacher.vocab_size))
+    if isinstance(teacher, ServedTeacher):
+        takes_turns = config.method == "minillm" and config.rollout.alpha > 0
+        teacher.check(longest(config, validates=bool(validation)), largest, takes_turns)
     for model in (student, teacher):
-        if model is not None:
+        if isinstance(model, CausalLM):
             check_context(model.model, longest(config, validates=bool(validation)))
             check_ids(model.model, largest, config.data.train)
             if not is_sharded(model):
@@ -98,19 +108,24 @@ def prepare(
                 check_packing(model.model)
     keep_base_in(student.model, compute_dtype(run, accelerator))
     check_training(student)
-    ends = end_tokens(tokenizer, run.data, [lm.model for lm in (student, teacher) if lm is not None])
+    ends = ends_of(tokenizer, run.data, (student, teacher))
     if config.method in ("minillm", "seqkd", "gkd"):
         about += f"; a response ends at {' or '.join(map(repr, tokenizer.convert_ids_to_tokens(list(ends))))}"
     samplers = {"minillm": (student, teacher), "gkd": (student,), "seqkd": (teacher,)}.get(config.method, ())
     for model in samplers:
-        if model is not None:
+        if isinstance(model, CausalLM):
             check_decoding(model, longest(config, validates=bool(validation)))
     found = Context(run, config, accelerator, student, teacher, tokenizer, examples, validation, text, about)
     if config.rollout.engine != "builtin":
         for model in samplers:
             if model is not None and (model is not teacher or config.method == "seqkd" or config.rollout.alpha > 0):
+                if not isinstance(model, CausalLM):
+                    raise ConfigError(
+                        f"rollout.engine is {config.rollout.engine}, and the teacher {run.model.teacher} is no model "
+                        "that an engine could draw from: set rollout.engine to builtin, or model.teacher to a model"
+                    )
                 found.engine(model)
-    if config.method == "minillm" and config.rollout.coins != "row" and teacher is not None:
+    if config.method == "minillm" and config.rollout.coins != "row" and isinstance(teacher, CausalLM):
         check_blocks(teacher)
     return found
 

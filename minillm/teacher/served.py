@@ -1,0 +1,257 @@
+"""The client of `minillm teach`: a teacher on one server, or on several that serve the same model.
+
+Questions about the next micro-batches travel while the current one is learnt from. A server that is busy, slow or gone
+is asked again, or the next one is; when none has answered for `teacher.patience` seconds, TeacherLost ends the run.
+"""
+
+import itertools
+import json
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+from torch import Tensor
+
+from minillm.config.schema import ConfigError, TeacherConfig
+from minillm.config.teacher import TOKEN
+from minillm.data.examples import Batch
+from minillm.data.packages import cache_directory
+from minillm.files import sha256, whole_or_absent
+from minillm.model.head import Output
+from minillm.model.sampling import Decoding
+from minillm.teacher import TeacherLost
+from minillm.teacher.sessions import Gone, RemoteDecoder
+from minillm.teacher.wire import (
+    DTYPES,
+    FLOAT8,
+    MODEL_HEADER,
+    Question,
+    Refused,
+    read_tensors,
+    unpack_states,
+    write_tensors,
+)
+from minillm_kernels import Head
+
+ABOUT = {
+    "model", "fingerprint", "dtype", "hidden_size", "vocab_size", "embeddings", "ends", "tokenizer", "head", "longest",
+    "reads_blocks",
+}  # fmt: skip
+"""What a server says of its model."""
+START_SECONDS, CONNECT_SECONDS, REST_SECONDS = 30, 10, 30
+"""How long a server is waited for at the start of a run, how long a connection may take, and for how long a server
+that failed is asked last."""
+
+
+class ServedTeacher:
+    """A teacher behind HTTP. `head` is fetched once and kept in the cache directory, by its digest.
+
+    Raises ConfigError where servers serve different models, or something that is no teacher; TeacherLost.
+    """
+
+    def __init__(self, urls: Sequence[str], settings: TeacherConfig, device: torch.device) -> None:
+        try:
+            import urllib3
+        except ImportError as error:
+            raise ConfigError('a teacher on a server needs urllib3: pip install "minillm-kernels[teach]"') from error
+        self.urls, self.settings, self.device = list(urls), settings, device
+        token = os.environ.get(TOKEN)
+        self.http = urllib3.PoolManager(
+            maxsize=settings.prefetch + 1,
+            headers={"authorization": f"Bearer {token}"} if token else {},
+            timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=settings.timeout),
+            retries=False,
+        )
+        self.network_error = urllib3.exceptions.HTTPError
+        self.turn, self.failed, self.stopped = itertools.count(), dict[str, float](), threading.Event()
+        self.fingerprint = ""
+        self.about = self._agreed()
+        self.fingerprint = self.about["fingerprint"]
+        self.dtype = DTYPES[self.about["dtype"]]
+        chosen = self.about["dtype"] if settings.wire == "auto" else settings.wire
+        self.wire_name, self.wire = chosen, FLOAT8 if chosen == "float8" else DTYPES[chosen]
+        self.vocab_size: int = self.about["vocab_size"]
+        self.ends: list[int] = self.about["ends"]
+        self.head = self._fetch_head()
+        self.pool = ThreadPoolExecutor(settings.prefetch, "teacher")
+
+    def __str__(self) -> str:
+        return f"{self.about['model']} on {', '.join(self.urls)} ({self.wire_name} on the wire)"
+
+    def to(self, device: torch.device) -> None:
+        """From now on, give states and head there."""
+        bias = None if self.head.bias is None else self.head.bias.to(device)
+        assert self.head.weight is not None
+        self.device, self.head = device, Head(self.head.weight.to(device), bias, self.head.softcap, self.head.scale)
+
+    def check(self, tokens: int, largest: int, takes_turns: bool = False) -> None:
+        """Raises ConfigError for sequences or ids beyond what the model reads, and for turns that it cannot take."""
+        if takes_turns and not self.about["reads_blocks"]:
+            raise ConfigError(
+                f"the teacher at {self.urls[0]} reads tokens behind its cache by another law than its forward pass "
+                "has: set rollout.alpha to 0"
+            )
+        if tokens > self.about["longest"]:
+            raise ConfigError(
+                f"prompt and answer may reach {tokens} tokens, but the teacher at {self.urls[0]} reads "
+                f"{self.about['longest']}: lower data.max_prompt_length, data.max_response_length or "
+                "rollout.max_new_tokens"
+            )
+        if largest >= self.about["embeddings"]:
+            raise ConfigError(
+                f"the data holds the token id {largest}, but the teacher at {self.urls[0]} has "
+                f"{self.about['embeddings']} embeddings: use a student of its family"
+            )
+
+    def ask(self, batch: Batch) -> "Future[Tensor]":
+        """Ask about a batch without waiting; `output` takes the answer from `batch.asked`."""
+        return self.pool.submit(self._states, Question.of(batch))
+
+    def output(self, batch: Batch) -> Output:
+        asked = batch.asked or self.ask(batch)
+        return Output(asked.result().to(self.device, non_blocking=True), self.head)
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], decoding: Decoding, uniforms: Tensor, vocab_size: int
+    ) -> list[list[int]]:
+        """The teacher's own answers, the same as `minillm.model.sampling.sample` draws from these uniforms."""
+        flat = [token for prompt in prompts for token in prompt]
+        body = write_tensors(
+            {
+                "ids": torch.tensor(flat, dtype=torch.int32),
+                "lengths": torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32),
+                "ends": torch.tensor(list(decoding.ends), dtype=torch.int32),
+                "uniforms": uniforms.double().cpu().flatten(),
+            }
+        )
+        path = (
+            f"/sample?temperature={decoding.temperature}&top_k={decoding.top_k}&top_p={decoding.top_p}"
+            f"&vocab_size={vocab_size}"
+        )
+
+        def read(answer: bytes) -> list[list[int]]:
+            found = read_tensors(answer, {"ids": torch.int32, "lengths": torch.int32})
+            return [part.tolist() for part in found["ids"].split(found["lengths"].tolist())]
+
+        return self._call("POST", path, read, body)
+
+    def decoder(self, exists: Tensor, padded: bool) -> RemoteDecoder:
+        """What reads rows bit by bit, so that the teacher takes its turns in a rollout."""
+        return RemoteDecoder(self, exists)
+
+    def logits(self, states: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.head.logits(states)
+
+    def read_on(self, session: str, past: int, ids: Tensor, exists: Tensor, keep: Tensor) -> Tensor:
+        """As `Sessions.read`, on `device`."""
+        room = exists.byte() if past == 0 else exists.byte()[:, :0]
+        body = write_tensors({"ids": ids.flatten(), "exists": room.flatten(), "keep": keep})
+        rows, new = ids.shape
+        path = f"/read?wire={self.wire_name}&session={session}&past={past}&rows={rows}"
+        read = lambda answer: unpack_states(answer, self.wire, self.dtype, (rows * new, self.about["hidden_size"]))
+        states = self._call("POST", path, read, body, start=int(session[:8], 16))
+        return states.view(rows, new, -1).to(self.device, non_blocking=True)
+
+    def close(self) -> None:
+        """Stop asking. Nothing waits for servers that do not answer."""
+        self.stopped.set()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.http.clear()
+
+    # ---- what travels
+
+    def _states(self, question: Question) -> Tensor:
+        shape = (len(question.positions), self.about["hidden_size"])
+        if not shape[0]:
+            return torch.zeros(shape, dtype=self.dtype)
+        body = write_tensors(question._asdict())
+        compress = self.settings.compress
+        read = lambda answer: unpack_states(answer, self.wire, self.dtype, shape, compress)
+        return self._call("POST", f"/states?wire={self.wire_name}&compress={int(compress)}", read, body)
+
+    def _agreed(self) -> dict[str, Any]:
+        """What all servers say of themselves. One that is not there yet is waited for."""
+        found = {url: self._call("GET", "/about", lambda body: dict(json.loads(body)), only=url) for url in self.urls}
+        first, *others = self.urls
+        for url in others:
+            if found[url].get("fingerprint") != found[first].get("fingerprint"):
+                raise ConfigError(f"{first} and {url} serve different models: name servers of one model")
+        if ABOUT - found[first].keys() or found[first]["dtype"] not in DTYPES:
+            raise ConfigError(f"{first} is no teacher of this version: start it by `minillm teach MODEL`")
+        return found[first]
+
+    def _fetch_head(self) -> Head:
+        told = self.about["head"]
+        path = cache_directory() / "heads" / f"{told['sha256']}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                self._call("GET", "/head", lambda body: _keep(path, body, told["sha256"]))
+        tensors = load_file(path, device=str(self.device))
+        return Head(tensors["weight"], tensors.get("bias"), told["softcap"], told["scale"])
+
+    def _call(
+        self, method: str, path: str, read: Any, body: bytes | None = None, only: str = "", start: int | None = None
+    ) -> Any:
+        """What `read` makes of the answer of a server: of `only` that one, or of whichever gives one first, beginning
+        with number `start`, or by turns. Raises Gone for a session that is not there."""
+        patience = self.settings.patience if self.fingerprint else min(self.settings.patience, START_SECONDS)
+        give_up, pause, trouble = time.monotonic() + patience, 0.1, ""
+        while True:
+            for url in [only] if only else self._order(start):
+                try:
+                    answer = self.http.request(method, url + path, body=body)
+                    if answer.status == 200:
+                        self._check_model(url, answer.headers.get(MODEL_HEADER, ""))
+                        return read(answer.data)
+                except self.network_error as error:
+                    trouble = f"{url}: {' '.join(str(error).split())[:300]}"
+                except ValueError as error:  # Refused, or no JSON
+                    trouble = f"{url} answers what was not asked: {error}"
+                else:
+                    trouble = f"{url} answers {answer.status}: {_words(answer.data)}"
+                    if answer.status in (401, 403):
+                        raise ConfigError(f"{trouble} (set the environment variable {TOKEN})")
+                    if answer.status == 409:
+                        raise Gone
+                    if 400 <= answer.status < 500 and answer.status not in (408, 429):
+                        raise ConfigError(trouble)
+                    if answer.status == 503:  # busy, not gone
+                        continue
+                self.failed[url] = time.monotonic()
+            if time.monotonic() + pause > give_up or self.stopped.wait(pause):
+                raise TeacherLost(f"the teacher has not answered for {patience:g} s (teacher.patience): {trouble}")
+            pause = min(2 * pause, 5.0)
+
+    def _order(self, start: int | None) -> list[str]:
+        """The servers by turns, those that failed a moment ago last."""
+        start, now = (next(self.turn) if start is None else start) % len(self.urls), time.monotonic()
+        turns = self.urls[start:] + self.urls[:start]
+        return sorted(turns, key=lambda url: now - self.failed.get(url, -REST_SECONDS) < REST_SECONDS)
+
+    def _check_model(self, url: str, fingerprint: str) -> None:
+        if self.fingerprint and fingerprint != self.fingerprint:
+            raise TeacherLost(f"{url} serves another model than at the start of this run: start the teacher again")
+
+
+def _keep(path: Path, body: bytes, wanted: str) -> None:
+    """Raises Refused where the digest is another."""
+    with whole_or_absent(path) as partial:
+        partial.write_bytes(body)
+        if sha256(partial) != wanted:
+            raise Refused("the head is not the one that /about describes")
+
+
+def _words(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError):
+        return " ".join(body[:200].decode(errors="replace").split())
