@@ -16,11 +16,12 @@ from minillm.evaluation.measure import check_measurable, evaluation_set, measure
 from minillm.evaluation.result import START, TEACHER, Evaluation, plain
 from minillm.model.check import check_decoding, check_same_tokenizer
 from minillm.model.head import CausalLM
-from minillm.model.load import load_student, load_teacher, load_tokenizer
+from minillm.model.load import load_student, load_teacher, load_tokenizer, own_weights
 from minillm.report.summary import card, changes, run_text
 from minillm.run.directory import RunDirectory
 from minillm.run.export import check_export
 from minillm.run.workers import WorkerLost
+from minillm.teacher.own_base import own_teacher
 from minillm.terminal import say
 from minillm.train.context import Context
 from minillm.train.loop import train
@@ -29,6 +30,11 @@ from minillm.train.preflight import check_same_everywhere, prepare, space_needed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+OWN = {
+    "base": "the student's own base, without its adapters",
+    "student": "the student itself, as it is at each step",
+    "ema": "the moving average of the student",
+}
 PARTS = ("greedy", "samples", "references")
 """What is measured around the stages: enough to follow the objective, and quick."""
 
@@ -78,7 +84,7 @@ def run_recipe(
             if model is not None:
                 check_decoding(model)
     check_same_everywhere(recipe, trainings, examples)
-    check_export(student.model, tokenizer)
+    check_export(student.model, tokenizer, recipe.run.lora.export)
     with RunDirectory(recipe, resume, command, student.model, space_needed(recipe, student.model)) as run:
         return _run(run, student, teacher, tokenizer, trainings, examples, started)
 
@@ -147,12 +153,14 @@ def diagnose(recipe: Recipe) -> dict[str, dict[str, Finding]]:
 
 def load_pair(run: RunConfig) -> "tuple[CausalLM, CausalLM | None, PreTrainedTokenizerBase]":
     """Student, teacher and the tokenizer that they must share."""
-    settings, base = run.model, load_teacher(run)
-    student = CausalLM(load_student(run, base), settings.head)
+    settings, loaded, own = run.model, load_teacher(run), own_weights(run)
+    student = CausalLM(load_student(run, loaded), settings.head)
     tokenizer = load_tokenizer(settings.student or settings.teacher)
+    if own:
+        return student, own_teacher(student, own), tokenizer
     if settings.student and settings.teacher:
         check_same_tokenizer(tokenizer, load_tokenizer(settings.teacher))
-    return student, None if base is None else CausalLM(base, settings.head), tokenizer
+    return student, None if loaded is None else CausalLM(loaded, settings.head), tokenizer
 
 
 def _introduce(
@@ -168,7 +176,8 @@ def _introduce(
         layers, attention = getattr(lm.model.config, "num_hidden_layers", "?"), lm.model.config._attn_implementation
         return f"{lm.model.num_parameters() / 1e6:.1f}M parameters, {layers} layers, {attention}"
 
-    teacher_size = f"teacher {size(teacher)}; " if teacher is not None else ""
+    own = own_weights(run.recipe.run)
+    teacher_size = f"teacher {OWN[own] if own else size(teacher)}; " if teacher is not None else ""
     backends = ", ".join(name for name, state in run.environment["kernel_backends"].items() if state == "ok")
     say(f"{teacher_size}student {size(student)}; kernels: {backends}; writing {run.path}")
     for name, training in trainings.items():

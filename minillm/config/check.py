@@ -16,6 +16,8 @@ ROUNDING = ("adamw_stochastic", "adamw_kahan")
 OPTIMIZERS = ("adamw", *ROUNDING, "adamw_8bit", "adamw_4bit", "bnb_adamw_8bit", "bnb_paged_adamw_8bit")
 KEEP_UPDATES = (*ROUNDING, "adamw_8bit", "adamw_4bit")
 """Those under which weights of 16 bits keep updates below their spacing."""
+MOVING = ("student", "ema")
+"""Values of teacher.source whose teacher changes with every update."""
 MAX_SEED = 2**42  # the rollouts of a step draw from the seed 1_000_003 · seed + step, which has 63 bits
 OF_TEMPLATE = (
     "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
@@ -36,6 +38,8 @@ def check_run(run: RunConfig) -> None:
     _at_least_one(run.log, "log", "every", "checkpoints_kept")
     if run.eval.prompts < 0:
         raise ConfigError(f"eval.prompts is {run.eval.prompts}; give a number, or 0 for all")
+    one_of("lora.export", run.lora.export, ("merged", "adapter"))
+    check_teacher(run)
     if run.lora.rank < 0:
         raise ConfigError(f"lora.rank is {run.lora.rank}; give a rank, or 0 for no adapters")
     check_seed("seed", run.seed)
@@ -48,6 +52,35 @@ def check_run(run: RunConfig) -> None:
     ours = [key for key in run.data.chat_template_kwargs if key in OF_TEMPLATE]
     if ours:
         raise ConfigError(f"data.chat_template_kwargs.{ours[0]} is set by minillm itself: leave it out")
+
+
+def check_teacher(run: RunConfig) -> None:
+    """Refuse contradictions about whose weights the teacher has, and how they are held."""
+    teacher, model = run.teacher, run.model
+    one_of("teacher.source", teacher.source, ("checkpoint", "base", *MOVING))
+    one_of("teacher.quantize", teacher.quantize, ("", "8bit", "4bit"))
+    one_of("model.quantize", model.quantize, ("", "4bit"))
+    if not 0 <= teacher.decay < 1:
+        raise ConfigError(f"teacher.decay is {teacher.decay}; it lies in [0, 1)")
+    if teacher.source != "checkpoint":
+        given = {"model.teacher": model.teacher, "teacher.quantize": teacher.quantize}
+        given["teacher.dtype"] = "" if teacher.dtype == "checkpoint" else teacher.dtype
+        for key, value in given.items():
+            if value:
+                raise ConfigError(
+                    f"teacher.source is {teacher.source}, the student's own weights, and {key} is {value}: keep one"
+                )
+    if teacher.source == "ema" and model.dtype != "float32" and not run.lora.rank:
+        raise ConfigError(
+            f"teacher.source is ema: an average of weights in {model.dtype} would not move: set model.dtype float32"
+        )
+    if run.lora.export == "adapter" and model.drop_layers is not None:
+        raise ConfigError(
+            "lora.export is adapter, and adapters of a student that was cut from its teacher have no base model that "
+            "could be named: set lora.export to merged"
+        )
+    if model.quantize and model.drop_layers is not None:
+        raise ConfigError("model.quantize is for a student that is loaded, and model.drop_layers cuts one: keep one")
 
 
 def check_seed(path: str, seed: int) -> None:
@@ -79,9 +112,15 @@ def check_stage(stage: StageConfig, run: RunConfig) -> None:
     model = run.model
     one_of("optim.optimizer", stage.optim.optimizer, OPTIMIZERS)
     _check_weights(stage, run)
-    if not model.teacher and (stage.method != "sft" or model.drop_layers is not None):
-        needs = "model.drop_layers" if model.drop_layers is not None else f"method {stage.method}"
-        raise ConfigError(f"{needs} needs model.teacher: a hub id, a directory or package:NAME")
+    if not model.teacher and model.drop_layers is not None:
+        raise ConfigError("model.drop_layers needs model.teacher: a hub id, a directory or package:NAME")
+    if not model.teacher and run.teacher.source == "checkpoint" and stage.method != "sft":
+        raise ConfigError(f"method {stage.method} needs model.teacher: a hub id, a directory or package:NAME")
+    if run.teacher.source in MOVING and stage.method in ("minillm", "seqkd"):
+        raise ConfigError(
+            f"teacher.source is {run.teacher.source}, and {stage.method} learns from what the teacher said before the "
+            "updates that move it: use gkd or kd, or the teacher.source base"
+        )
     if not model.student and model.drop_layers is None:
         raise ConfigError("no student: set model.student, or model.drop_layers to cut it from the teacher")
     if model.student and model.drop_layers is not None:

@@ -24,6 +24,9 @@ class ModelConfig:
     dtype: str = "float32"
     """Dtype of the student's weights: float32 where they are trained, or bfloat16 under LoRA and under an
     optim.optimizer that keeps small updates; a model that is only evaluated may be float16 as well."""
+    quantize: str = ""
+    """`4bit` holds the frozen matrices below LoRA adapters in NF4 (QLoRA; needs bitsandbytes); head, embeddings and
+    adapters stay as they are. Export merges the adapters into the weights so rounded."""
     compute_dtype: str = "auto"
     """Dtype in which the student's layers compute, from float32 weights: float32, bfloat16 or float16; `auto` is
     bfloat16 on CUDA and float32 elsewhere, or what accelerate was launched with."""
@@ -42,6 +45,15 @@ class ModelConfig:
 class TeacherConfig:
     dtype: str = "checkpoint"
     """Dtype of the frozen teacher: float32, bfloat16, float16, or `checkpoint`, the one in which it is stored."""
+    quantize: str = ""
+    """`8bit` (int8, by torchao) or `4bit` (NF4, by bitsandbytes) rounds the teacher's matrices, all but its head and
+    embeddings: less memory, a slightly other teacher."""
+    source: str = "checkpoint"
+    """`checkpoint`: the model that model.teacher names. The others are the student's own weights, of which what is
+    frozen is held once, and leave model.teacher empty: `base`, those below its LoRA adapters; `student`, as they are
+    at each step; `ema`, their moving average. The last two are for kd and gkd."""
+    decay: float = 0.99
+    """ema: average ← decay · average + (1 - decay) · student, after each optimiser step; it starts at the student."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,9 @@ class LoraConfig:
     """`all-linear` (all but the vocabulary head), or module names separated by commas, such as q_proj,v_proj."""
     modules_to_save: str = ""
     """Modules trained whole beside the adapters, names separated by commas, such as lm_head."""
+    export: str = "merged"
+    """What model/ holds: `merged`, a plain model, with the adapters alone in model/adapter/; or `adapter`, these
+    alone, which name their base model."""
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,10 @@ class CausalLM(nn.Module):
     for a model that cannot be run on token ids alone, or whose predictions see the tokens that they predict.
     """
 
-    def __init__(self, model: "PreTrainedModel", head: str = "fused") -> None:
+    def __init__(self, model: "PreTrainedModel", head: str = "fused", constant: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.constant = constant  # a teacher, even where its weights are those that are trained
         self.fused = head == "fused"
         self.takes_masks: bool | None = None  # minillm/model/masks.py tries it
         if self.fused:
@@ -62,7 +63,7 @@ class CausalLM(nn.Module):
     @property
     def head(self) -> Head:
         """As constants where no gradient is taken: a teacher's."""
-        return self._head() if torch.is_grad_enabled() else self._head().detach()
+        return self._head().detach() if self.constant or not torch.is_grad_enabled() else self._head()
 
     def _head(self) -> Head:
         if not self.fused:

@@ -153,10 +153,10 @@ class RunDirectory:
         return f"Resume with: {command} --resume {shlex.quote(str(newest))}"
 
     def export(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Write model/, or replace the one of the stage before; adapters merged, and alone in model/adapter/."""
+        """Write model/, or replace the one of the stage before, in the form that lora.export says."""
         if self.main:
             try:
-                write_model(model, tokenizer, self.path / "model")
+                write_model(model, tokenizer, self.path / "model", self.recipe.run.lora.export)
             except checkpoint.CheckpointError as error:
                 raise checkpoint.CheckpointError(f"{error}. {self.how_to_resume()}") from error
 

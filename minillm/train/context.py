@@ -17,6 +17,7 @@ from minillm.model.load import end_tokens, packs_in_one_row
 from minillm.model.rollout import Rollout, gather_processes, rescore
 from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm.run.clock import Clock
+from minillm.teacher.own_base import MovingAverage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,9 +71,14 @@ class Context:
     """What the data filters did, in words."""
     clock: Clock = field(default_factory=Clock)
 
+    average: MovingAverage | None = field(init=False, default=None)
+    """Of the student, where that is the teacher; the loop moves it."""
+
     def __post_init__(self) -> None:
         if self.teacher is not None:
             share_vocabulary(self.student, self.teacher)
+            if self.run.teacher.source == "ema":
+                self.average = MovingAverage(self.student, self.teacher, self.run.teacher.decay)
 
     @property
     def vocab_size(self) -> int:

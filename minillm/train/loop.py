@@ -69,6 +69,9 @@ def train(
     optimizer: torch.optim.Optimizer = make_optimizer(optim, checkpoint.trained(model).values())
     predictor, optimizer = accelerator.prepare(context.student, optimizer)
     method = METHODS[config.method](context, folder)
+    moving = context.average
+    if moving is not None:
+        moving.restart()
     progress = Progress(stage, first_step=first_step, stages=dict(directory.stages))
     if resumed is not None:
         progress = resumed.progress
@@ -76,12 +79,15 @@ def train(
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(progress.scaler)
         memory = {name: value.to(accelerator.device) for name, value in resumed.groups.get("memory", {}).items()}
+        if moving is not None:
+            moving.remember(memory)
         method.remember(memory, progress.step)
     selection = Selection(context, method, folder)
     selection.weights(progress)  # what the end of the stage reads must be there before its first step
 
     def save() -> None:
-        groups = {**checkpoint.state_of(model, optimizer, accelerator), "memory": method.memory}
+        memory = method.memory | (moving.memory if moving is not None else {})
+        groups = {**checkpoint.state_of(model, optimizer, accelerator), "memory": memory}
         progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
         if accelerator.is_main_process:
             directory.checkpoint(progress, groups, model, log.checkpoints_kept)
@@ -121,6 +127,8 @@ def train(
                 )
             take_step(optimizer, optim, context.run.seed, step)
             optimizer.zero_grad()
+            if moving is not None:
+                moving.update()
             progress.step = step
 
             # ---- validate

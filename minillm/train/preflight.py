@@ -75,8 +75,6 @@ def prepare(
     text = chunk_text(read_text(config.data.text), tokenizer, config.objective.pt_length) if wants_text else []
     if text:
         about += f"; {len(text)} chunks of text"
-    if teacher is not None:
-        teacher.requires_grad_(False)
     largest = max(max(ids) for ids in (*(e.prompt + e.response for e in (*examples, *validation)), *text) if ids)
     for model in (student, teacher):
         if model is not None:
