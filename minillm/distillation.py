@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minillm.config.check import routes
 from minillm.config.recipe import Recipe
 from minillm.config.schema import ConfigError, RunConfig
 from minillm.data.examples import Example, show
@@ -16,12 +17,13 @@ from minillm.evaluation.measure import check_measurable, evaluation_set, measure
 from minillm.evaluation.result import START, TEACHER, Evaluation, plain
 from minillm.model.check import check_decoding, check_same_tokenizer
 from minillm.model.head import CausalLM
-from minillm.model.load import load_student, load_teacher, load_tokenizer, own_weights
+from minillm.model.load import load_frozen, load_student, load_teacher, load_tokenizer, own_weights
 from minillm.report.summary import card, changes, run_text
 from minillm.run.directory import RunDirectory
 from minillm.run.export import check_export
 from minillm.run.workers import WorkerLost
 from minillm.teacher.own_base import own_teacher
+from minillm.teacher.routed import Routed
 from minillm.terminal import say
 from minillm.train.context import Context
 from minillm.train.loop import train
@@ -71,12 +73,12 @@ def run_recipe(
         raise ConfigError("data.eval is empty: distill evaluates before and after; `minillm train` does without")
     if with_evaluation and (reserved := {START, TEACHER} & recipe.stages.keys()):
         raise ConfigError(f"a stage is called {reserved.pop()!r}, the name of another evaluation: call it otherwise")
-    student, teacher, tokenizer = load_pair(recipe.run)
-    trainings = {
-        name: prepare(recipe.run, stage, student, teacher, tokenizer) for name, stage in recipe.stages.items()
-    }
+    student, loaded, tokenizer = load_pair(recipe.run)
+    trainings = {name: prepare(recipe.run, stage, student, loaded, tokenizer) for name, stage in recipe.stages.items()}
     for name, training in trainings.items() if doctor else ():
-        refuse(name, training)
+        for context, _ in training.by_teacher(training.examples):
+            refuse(name, context)
+    teacher = None if isinstance(loaded, Routed) else loaded  # of several, none is the one to evaluate against
     examples = evaluation_set(recipe.run, tokenizer, recipe.training_sources) if with_evaluation else []
     if examples:
         check_measurable(student, teacher, examples, recipe.run)
@@ -148,18 +150,27 @@ def _run(
 def diagnose(recipe: Recipe) -> dict[str, dict[str, Finding]]:
     """What `minillm doctor` finds on every stage, with its models as they are before the first of them."""
     pair = load_pair(recipe.run)
-    return {name: examine(prepare(recipe.run, stage, *pair)) for name, stage in recipe.stages.items()}
+    trainings = {name: prepare(recipe.run, stage, *pair) for name, stage in recipe.stages.items()}
+    return {
+        f"{name}, teacher {context.route}" if context.route else name: examine(context)
+        for name, training in trainings.items()
+        for context, _ in training.by_teacher(training.examples)
+    }
 
 
-def load_pair(run: RunConfig) -> "tuple[CausalLM, CausalLM | None, PreTrainedTokenizerBase]":
-    """Student, teacher and the tokenizer that they must share."""
+def load_pair(run: RunConfig) -> "tuple[CausalLM, CausalLM | Routed | None, PreTrainedTokenizerBase]":
+    """Student, teacher or teachers, and the tokenizer that they must share."""
     settings, loaded, own = run.model, load_teacher(run), own_weights(run)
     student = CausalLM(load_student(run, loaded), settings.head)
     tokenizer = load_tokenizer(settings.student or settings.teacher)
     if own:
         return student, own_teacher(student, own), tokenizer
-    if settings.student and settings.teacher:
-        check_same_tokenizer(tokenizer, load_tokenizer(settings.teacher))
+    named = routes(run)
+    for source in [settings.teacher] * bool(settings.student and settings.teacher) + [r.model for r in named.values()]:
+        check_same_tokenizer(tokenizer, load_tokenizer(source))
+    if named:
+        teachers = {name: CausalLM(load_frozen(r.model, run), settings.head) for name, r in named.items()}
+        return student, Routed(teachers, named), tokenizer
     return student, None if loaded is None else CausalLM(loaded, settings.head), tokenizer
 
 
@@ -178,6 +189,9 @@ def _introduce(
 
     own = own_weights(run.recipe.run)
     teacher_size = f"teacher {OWN[own] if own else size(teacher)}; " if teacher is not None else ""
+    for several in {id(t.routed): t.routed for t in trainings.values() if t.routed is not None}.values():
+        told = ", ".join(f"{name} {size(each)}" for name, each in several.teachers.items())  # type: ignore[arg-type]
+        teacher_size = f"teachers {told}; "
     backends = ", ".join(name for name, state in run.environment["kernel_backends"].items() if state == "ok")
     say(f"{teacher_size}student {size(student)}; kernels: {backends}; writing {run.path}")
     for name, training in trainings.items():

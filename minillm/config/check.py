@@ -3,10 +3,11 @@
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from minillm.config.schema import ConfigError, OptimConfig, RunConfig, StageConfig
+from minillm.config.schema import ConfigError, OptimConfig, Route, RunConfig, StageConfig
 from minillm.files import flatten
 from minillm_kernels.rows import DIVERGENCES
 
@@ -58,6 +59,9 @@ def check_teacher(run: RunConfig) -> None:
     """Refuse contradictions about whose weights the teacher has, and how they are held."""
     teacher, model = run.teacher, run.model
     one_of("teacher.source", teacher.source, ("checkpoint", "base", *MOVING))
+    if run.teachers and (model.teacher or teacher.source != "checkpoint"):
+        raise ConfigError("teachers and model.teacher (or teacher.source) both name teachers: keep one of them")
+    routes(run)
     one_of("teacher.quantize", teacher.quantize, ("", "8bit", "4bit"))
     one_of("model.quantize", model.quantize, ("", "4bit"))
     if not 0 <= teacher.decay < 1:
@@ -81,6 +85,26 @@ def check_teacher(run: RunConfig) -> None:
         )
     if model.quantize and model.drop_layers is not None:
         raise ConfigError("model.quantize is for a student that is loaded, and model.drop_layers cuts one: keep one")
+
+
+def routes(run: RunConfig) -> dict[str, Route]:
+    """The section `teachers`, each as what it says. Raises ConfigError for what is no teacher."""
+    found = {}
+    keys = [key.name for key in dataclasses.fields(Route)]
+    for name, tree in run.teachers.items():
+        where = f"teachers.{name}"
+        if not isinstance(tree, dict) or not isinstance(tree.get("model"), str):
+            raise ConfigError(f"{where} is {tree!r}; expected {{model: ORG/NAME}}, with weight, divergence and beta")
+        for key in tree:
+            if key not in keys:
+                raise ConfigError(unknown(f"key in `{where}`:", str(key), keys))
+        found[name] = route = Route(**tree)
+        if route.divergence:
+            one_of(f"{where}.divergence", route.divergence, DIVERGENCES)
+        for key, value, top in (("weight", route.weight, math.inf), ("beta", route.beta or 0.0, 1)):
+            if not isinstance(value, (int, float)) or not 0 <= value <= top:
+                raise ConfigError(f"{where}.{key} is {value!r}; it lies in [0, {top}]")
+    return found
 
 
 def check_seed(path: str, seed: int) -> None:
@@ -114,7 +138,9 @@ def check_stage(stage: StageConfig, run: RunConfig) -> None:
     _check_weights(stage, run)
     if not model.teacher and model.drop_layers is not None:
         raise ConfigError("model.drop_layers needs model.teacher: a hub id, a directory or package:NAME")
-    if not model.teacher and run.teacher.source == "checkpoint" and stage.method != "sft":
+    if run.teachers and stage.method not in ("sft", "kd", "gkd"):
+        raise ConfigError(f"teachers are for kd and gkd; method {stage.method} has one, model.teacher")
+    if not model.teacher and not run.teachers and run.teacher.source == "checkpoint" and stage.method != "sft":
         raise ConfigError(f"method {stage.method} needs model.teacher: a hub id, a directory or package:NAME")
     if run.teacher.source in MOVING and stage.method in ("minillm", "seqkd"):
         raise ConfigError(
@@ -194,6 +220,11 @@ def _between_zero_and_one(section: Any, name: str, *keys: str) -> None:
 
 
 def _check_minillm(stage: StageConfig) -> None:
+    if stage.objective.reward and not re.fullmatch(r"[\w.]+:\w+", stage.objective.reward):
+        raise ConfigError(
+            f"objective.reward is {stage.objective.reward!r}; expected the import path of a function, "
+            "package.module:function"
+        )
     # Filtered or tempered log-probs are -inf or another law for the other model's tokens, so the importance weights
     # and rewards of the method exist only for the plain softmax of both models.
     for key, needed in (("temperature", 1), ("top_k", 0), ("top_p", 1)):

@@ -107,6 +107,9 @@ class DataConfig:
     train_on: str = "last"
     """sft, kd and gkd: `last`, the answer that ends a conversation, or `all`, every turn of the assistant in it. Where
     answers are sampled, they are always the last turn."""
+    teacher_template: str = ""
+    """What the teacher reads in the place of the last message: a text with {prompt}, {answer} (the record's), {hint}
+    (its column). A record's own `teacher_prompt` goes before it; empty: what the student reads."""
     teacher_answers: str = ""
     """seqkd: JSONL file of the teacher's answers, written where it does not exist; empty: one in the run directory."""
     packing: bool = False
@@ -169,6 +172,11 @@ class ObjectiveConfig:
     """Shift and scale the returns of each optimiser step to mean 0 and variance 1 over its tokens."""
     clip_range: float = 0.2
     """PPO clipping of the policy ratio; 0: no clipping."""
+    reward: str = ""
+    """A reward of the task beside the KL: a Python function by its import path, package.module:function. It is called
+    with prompts, responses (texts) and records, and returns a number for each response."""
+    reward_coef: float = 1.0
+    """The task's reward times this is added to the return of every token of its response."""
     pt_weight: float = 1.0
     """Weight of the loss on plain text, L_PT; 0: none."""
     pt_teacher: float = 0.0
@@ -305,6 +313,20 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
+class Route:
+    """One of several teachers, by its name in `teachers`, and how it teaches its records."""
+
+    model: str
+    """Hub id, local directory, or `package:NAME`."""
+    weight: float = 1.0
+    """Multiplies loss.distill_weight."""
+    divergence: str = ""
+    """As loss.divergence; empty: that one."""
+    beta: float | None = None
+    """As loss.beta; none: that one."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """What all stages of a run share."""
 
@@ -314,6 +336,10 @@ class RunConfig:
     """Seed of data order, sampling and initialisation."""
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: dict[str, Any] = field(default_factory=dict)
+    """kd and gkd: several teachers in the place of model.teacher, by the names in the column `teacher`, such as
+    {math: {model: ORG/NAME, weight: 1.0, divergence: reverse_kl, beta: 0.5}}. `weight` multiplies
+    loss.distill_weight; `divergence` and `beta` are those of `loss` where they are not given."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -31,6 +31,12 @@ class Record(NamedTuple):
     """Answers to choose from, the right one among them."""
     tools: tuple[dict[str, Any], ...] = ()
     """Definitions of the tools that the conversation may call, for the chat template."""
+    teacher_messages: list[dict[str, Any]] | None = None
+    """What the teacher reads in the place of `messages`, where it is told more than the student."""
+    hint: str = ""
+    """What data.teacher_template may tell the teacher."""
+    teacher: str = ""
+    """Which of several teachers teaches it."""
 
     @property
     def references(self) -> list[str]:
@@ -65,7 +71,9 @@ def to_record(row: Mapping[str, Any], where: str) -> Record:
         messages = [{"role": "user", "content": f"{prompt}\n\n{extra}" if extra else prompt}]
     first, others = _answers(answer, where)
     options = _options(row.get("options"), first, where)
-    return Record(messages, first, where, extra, others, options, _tools(tools, where))
+    told = _teacher_messages(row.get("teacher_prompt"), messages, where)
+    hint, teacher = (_text(row, key, where) for key in ("hint", "teacher"))
+    return Record(messages, first, where, extra, others, options, _tools(tools, where), told, hint, teacher)
 
 
 def check_characters(row: Mapping[str, Any], where: str) -> None:
@@ -155,6 +163,25 @@ def _options(options: Any, answer: str | None, where: str) -> tuple[str, ...]:
     if options and (len(set(options)) < 2 or answer not in options):
         raise DataError(f"{where}: `options` must be at least two, and hold the answer {answer!r}")
     return tuple(options)
+
+
+def _teacher_messages(told: Any, messages: list[dict[str, Any]], where: str) -> list[dict[str, Any]] | None:
+    """A text takes the place of the last message, a list that of the whole conversation."""
+    if told is None:
+        return None
+    if isinstance(told, str):
+        return [*messages[:-1], {**messages[-1], "content": told}]
+    found = _conversation(told, f"{where}, teacher_prompt")
+    if found[-1]["role"] == "assistant":
+        raise DataError(f"{where}: `teacher_prompt` ends with an answer; expected what the teacher reads before one")
+    return found
+
+
+def _text(row: Mapping[str, Any], key: str, where: str) -> str:
+    found = row.get(key)
+    if found is None or isinstance(found, str):
+        return found or ""
+    raise DataError(f"{where}: `{key}` is {_kind(found)}; expected text")
 
 
 def _tools(tools: Any, where: str) -> tuple[dict[str, Any], ...]:

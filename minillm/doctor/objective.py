@@ -19,7 +19,8 @@ def teacher_into_itself(patient: Patient) -> Finding:
     context, teacher = patient.context, patient.context.teacher
     if teacher is None or context.config.method in ("sft", "seqkd"):
         return Finding("skipped", "this stage compares no two distributions")
-    context = replace(context, student=teacher)
+    examples = [example._replace(teacher_prompt=None) for example in context.examples]  # else it is told more
+    context = replace(context, student=teacher, examples=examples)
     loss, gradient, tokens = 0.0, 0.0, 0
     for part in METHODS[context.config.method](context, Path()).step(1).parts:
         batch = part.batch(part.examples).to(context.accelerator.device)

@@ -105,6 +105,8 @@ class Patient:
     @torch.no_grad()
     def logits(self, lm: CausalLM, batch: Batch) -> Tensor:
         """[N, V] float64, by the model's own forward: without our reading of its head."""
+        if lm is self.context.teacher:
+            batch = batch.for_teacher
         with lm.own_dtype():
             return lm.model(**batch.inputs(), use_cache=False).logits[batch.predict][:, : self.columns].double()
 

@@ -182,10 +182,13 @@ Loader = Callable[[str, str, str, Any], "PreTrainedModel"]
 
 def load_teacher(run: RunConfig, load: Loader = load_model) -> "PreTrainedModel | None":
     """The frozen teacher named in the configuration, None where it names none or the student's own base."""
-    source, settings = run.model.teacher, run.teacher
-    if not source or own_weights(run):
-        return None
-    rounded = None
+    source = run.model.teacher
+    return None if not source or own_weights(run) else load_frozen(source, run, load)
+
+
+def load_frozen(source: str, run: RunConfig, load: Loader = load_model) -> "PreTrainedModel":
+    """A model that teaches, in the dtype and bits of the section `teacher`."""
+    settings, rounded = run.teacher, None
     if settings.quantize:
         dtype = _stored_dtype(_description(source)) if settings.dtype == "checkpoint" else settings.dtype
         compute = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)

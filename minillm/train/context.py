@@ -2,8 +2,8 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -14,10 +14,11 @@ from minillm.data.examples import Batch, Example
 from minillm.model.coins import share_coins
 from minillm.model.head import CausalLM, Output, Sums, share_vocabulary
 from minillm.model.load import end_tokens, packs_in_one_row
-from minillm.model.rollout import Rollout, gather_processes, rescore
+from minillm.model.rollout import Rollout, add_teacher, gather_processes, rescore
 from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm.run.clock import Clock
 from minillm.teacher.own_base import MovingAverage
+from minillm.teacher.routed import Routed, by_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,6 +72,10 @@ class Context:
     """What the data filters did, in words."""
     clock: Clock = field(default_factory=Clock)
 
+    routed: Routed | None = None
+    """Several teachers, each for the examples that name it; then `teacher` is None."""
+    route: str = ""
+    """Of several teachers, which one is the teacher of this context."""
     average: MovingAverage | None = field(init=False, default=None)
     """Of the student, where that is the teacher; the loop moves it."""
 
@@ -79,6 +84,29 @@ class Context:
             share_vocabulary(self.student, self.teacher)
             if self.run.teacher.source == "ema":
                 self.average = MovingAverage(self.student, self.teacher, self.run.teacher.decay)
+        if self.routed is not None:
+            share_vocabulary(self.student, *self.teachers)
+
+    @property
+    def teachers(self) -> list[CausalLM]:
+        """The teacher, or all of several."""
+        if self.routed is not None:
+            return list(self.routed.teachers.values())  # type: ignore[arg-type]
+        return [] if self.teacher is None else [self.teacher]
+
+    def by_teacher(self, examples: list[Example]) -> "list[tuple[Context, list[Example]]]":
+        """The examples of each teacher, with the context in which it is the one."""
+        if self.routed is None or self.config.method not in ("kd", "gkd"):
+            return [(self, examples)]
+        chosen = by_name(examples)
+        return [(self.of_teacher(name), chosen[name]) for name in self.routed.teachers if name in chosen]
+
+    def of_teacher(self, name: str) -> "Context":
+        """This context as it is for the records of one of several teachers."""
+        assert self.routed is not None
+        teacher: Any = self.routed.teachers[name]
+        config, examples = self.routed.stage(name, self.config), by_name(self.examples).get(name, [])
+        return replace(self, config=config, teacher=teacher, examples=examples, routed=None, route=name)
 
     @property
     def vocab_size(self) -> int:
@@ -88,7 +116,7 @@ class Context:
     @property
     def ends(self) -> tuple[int, ...]:
         """The tokens that end a response."""
-        models = [lm.model for lm in (self.student, self.teacher) if lm is not None]
+        models = [lm.model for lm in (self.student, *self.teachers)]
         return end_tokens(self.tokenizer, self.run.data, models)
 
     @property
@@ -97,7 +125,7 @@ class Context:
         data = self.config.data
         if not data.packing:
             return 0
-        models = [lm.model for lm in (self.student, self.teacher) if lm is not None]
+        models = [lm.model for lm in (self.student, *self.teachers)]
         if any(packs_in_one_row(model) for model in models):
             return sys.maxsize
         return data.max_prompt_length + data.max_response_length
@@ -155,8 +183,15 @@ class Context:
             uniforms = share_coins(uniforms, coins)
         mine = uniforms[:, self.accelerator.process_index :: self.accelerator.num_processes]
         prompts = [example.prompt for example in self.mine(examples)]
+        told = any(example.teacher_prompt is not None for example in examples)  # then alpha is 0
         with self.clock("rollout"), self.autocast():
-            rollout = self.sample_responses(self.student, teacher, prompts, mine, alpha)
+            rollout = self.sample_responses(self.student, None if told else teacher, prompts, mine, alpha)
+            if told and teacher is not None:
+                private = [example.prompt_of_teacher for example in self.mine(examples)]
+                rollout = add_teacher(
+                    rollout._replace(prompts=private), teacher, 1.0, self.vocab_size, self.row_length
+                )
+                rollout = rollout._replace(prompts=prompts)
             if teacher is not None and self.compute_dtype != torch.float32:
                 rollout = rescore(rollout, self.student, teacher, alpha, self.vocab_size, self.row_length)
             return gather_processes(rollout, self.accelerator)
@@ -166,7 +201,7 @@ class Context:
         """The teacher's output on a batch."""
         assert self.teacher is not None
         with self.clock("score"):
-            return self.teacher.output(batch)
+            return self.teacher.output(batch.for_teacher)
 
 
 def compute_dtype(run: RunConfig, accelerator: Accelerator) -> torch.dtype:

@@ -3,15 +3,17 @@
 import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object
 
+from minillm.config.check import MOVING
 from minillm.config.recipe import Recipe
 from minillm.config.schema import ConfigError, RunConfig, StageConfig
 from minillm.data.examples import Example, chunk_text, encode, read_records, read_text
+from minillm.data.sources import DataError
 from minillm.model.adapters import keep_base_in
 from minillm.model.check import (
     check_blocks,
@@ -25,8 +27,10 @@ from minillm.model.check import (
 from minillm.model.head import CausalLM
 from minillm.model.load import end_tokens
 from minillm.run.trackers import check_trackers
+from minillm.teacher.routed import Routed
 from minillm.train.context import Context, compute_dtype
 from minillm.train.optimizers import find_optimizer
+from minillm.train.reward import load_reward
 from minillm.train.selection import split_validation
 
 if TYPE_CHECKING:
@@ -37,10 +41,12 @@ def prepare(
     run: RunConfig,
     config: StageConfig,
     student: CausalLM,
-    teacher: CausalLM | None,
+    teacher: CausalLM | Routed | None,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> Context:
     """Read the data and check it against the models, before any work that could be lost."""
+    routed, teacher = (teacher, None) if isinstance(teacher, Routed) else (None, teacher)
+    teachers: list[Any] = [teacher] if routed is None else list(routed.teachers.values())
     accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1)
     )  # not the environment's
@@ -57,6 +63,8 @@ def prepare(
         size = getattr(getattr(config, section), name)
         if size % accelerator.num_processes:
             raise ConfigError(f"{key} is {size}, which {accelerator.num_processes} processes cannot share equally")
+    if config.method == "minillm" and config.objective.reward:
+        load_reward(config.objective.reward)
     samples = config.method in ("minillm", "seqkd")  # learn from what is sampled: any prompt will do
     encoded = encode(
         read_records(config.data.train),
@@ -75,10 +83,17 @@ def prepare(
     text = chunk_text(read_text(config.data.text), tokenizer, config.objective.pt_length) if wants_text else []
     if text:
         about += f"; {len(text)} chunks of text"
-    largest = max(max(ids) for ids in (*(e.prompt + e.response for e in (*examples, *validation)), *text) if ids)
-    for model in (student, teacher):
+    for model in teachers if run.teacher.source not in MOVING else ():
         if model is not None:
-            check_context(model.model, longest(config, validates=bool(validation)))
+            model.requires_grad_(False)
+    check_teachers(run, config, [*examples, *validation], routed)
+    sequences = (e.prompt + e.prompt_of_teacher + e.response for e in (*examples, *validation))
+    largest = max(max(ids) for ids in (*sequences, *text) if ids)
+    told = max((len(e.teacher_prompt) for e in (*examples, *validation) if e.teacher_prompt is not None), default=0)
+    for model in (student, *teachers):
+        if model is not None:
+            more = max(0, told - config.data.max_prompt_length) * (model is not student)
+            check_context(model.model, longest(config, validates=bool(validation)) + more)
             check_ids(model.model, largest, config.data.train)
             model.to(accelerator.device)
             check_forward(model.model)
@@ -86,7 +101,7 @@ def prepare(
                 check_packing(model.model)
     keep_base_in(student.model, compute_dtype(run, accelerator))
     check_training(student)
-    ends = end_tokens(tokenizer, run.data, [lm.model for lm in (student, teacher) if lm is not None])
+    ends = end_tokens(tokenizer, run.data, [lm.model for lm in (student, *teachers) if lm is not None])
     if config.method in ("minillm", "seqkd", "gkd"):
         about += f"; a response ends at {' or '.join(map(repr, tokenizer.convert_ids_to_tokens(list(ends))))}"
     samplers = {"minillm": (student, teacher), "gkd": (student,), "seqkd": (teacher,)}.get(config.method, ())
@@ -95,7 +110,34 @@ def prepare(
             check_decoding(model, longest(config, validates=bool(validation)))
     if config.method == "minillm" and config.rollout.coins != "row" and teacher is not None:
         check_blocks(teacher)
-    return Context(run, config, accelerator, student, teacher, tokenizer, examples, validation, text, about)
+    return Context(
+        run, config, accelerator, student, teacher, tokenizer, examples, validation, text, about, routed=routed
+    )
+
+
+def check_teachers(run: RunConfig, config: StageConfig, examples: Sequence[Example], routed: Routed | None) -> None:
+    """Refuse examples that no teacher teaches, or that it could not teach anything.
+
+    Raises ConfigError, or DataError which names the record.
+    """
+    told = [example for example in examples if example.teacher_prompt is not None]
+    if told and config.method == "minillm" and config.rollout.alpha > 0:
+        raise ConfigError(
+            f"{told[0].record.where}: the teacher reads another prompt than the student, and rollout.alpha "
+            f"{config.rollout.alpha} would let it write part of the responses: set rollout.alpha to 0"
+        )
+    if run.teacher.source == "student" and len(told) < len(examples) and config.method in ("kd", "gkd"):
+        raise ConfigError(
+            "teacher.source is student, and teacher and student read the same prompt: their divergence is 0. Give the "
+            "records a `teacher_prompt`, set data.teacher_template, or take teacher.source ema or base"
+        )
+    if routed is not None and config.method in ("kd", "gkd"):
+        for example in examples:
+            if example.record.teacher not in routed.teachers:
+                raise DataError(
+                    f"{example.record.where}: `teacher` is {example.record.teacher!r}; expected one of "
+                    f"{', '.join(routed.teachers)}, the names in the section teachers"
+                )
 
 
 def longest(config: StageConfig, validates: bool) -> int:
@@ -137,7 +179,7 @@ def _digest(*data: Sequence[Example | list[int]]) -> str:
     found = hashlib.sha256()
     for each in data:
         for item in each:
-            parts = (item.prompt, item.response) if isinstance(item, Example) else (item,)
+            parts = (item.prompt, item.prompt_of_teacher, item.response) if isinstance(item, Example) else (item,)
             for ids in parts:
                 found.update(array("q", [len(ids), *ids]).tobytes())
             if isinstance(item, Example):
