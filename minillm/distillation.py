@@ -197,7 +197,8 @@ def _introduce(
     for name, training in trainings.items():
         say(f"{name}: {training.about}")
     example = trainings[next(iter(trainings))].examples[0]
-    say(f"one example, learnt from between ⟦ and ⟧ (minillm and gkd sample there):\n{show(example, tokenizer)}")
+    text = show(example, tokenizer)
+    say(f"one example, learnt from between the marks (minillm and gkd sample there):\n{text}", coloured=True)
     if run.resumed:
         say(f"resuming after step {run.resumed.progress.global_step} from {run.resumed.path}")
 

@@ -122,6 +122,12 @@ def check_stage(stage: StageConfig, run: RunConfig) -> None:
     one_of("data.overlong_prompts", stage.data.overlong_prompts, ("error", "drop"))
     one_of("data.empty_answers", stage.data.empty_answers, ("error", "drop"))
     one_of("data.train_on", stage.data.train_on, ("last", "all"))
+    one_of("data.rollout_turns", stage.data.rollout_turns, ("last", "all"))
+    if stage.method == "gkd" and stage.data.rollout_turns == stage.data.train_on == "all":
+        raise ConfigError(
+            "data.rollout_turns is all, which makes every turn a record of its own, and data.train_on is all, which "
+            "would learn them once more in each: set data.train_on to last"
+        )
     _at_least_one(stage.data, "data", "max_prompt_length", "max_response_length")
     _at_least_one(stage.rollout, "rollout", "batch_size", "max_new_tokens", "epochs")
     _at_least_one(stage.objective, "objective", "pt_batch_size")

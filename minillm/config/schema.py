@@ -105,8 +105,11 @@ class DataConfig:
     empty_answers: str = "error"
     """`error`, or `drop` to leave records out whose answer is empty, where answers are learnt from."""
     train_on: str = "last"
-    """sft, kd and gkd: `last`, the answer that ends a conversation, or `all`, every turn of the assistant in it. Where
-    answers are sampled, they are always the last turn."""
+    """sft, kd and gkd: `last`, the answer that ends a conversation, or `all`, every turn of the assistant in it. Which
+    turns are sampled is said by `rollout_turns`."""
+    rollout_turns: str = "last"
+    """minillm, gkd and seqkd: `last`, the turn that ends a conversation is sampled, or `all`, every turn of the
+    assistant in it, each after the conversation before it as it is given."""
     teacher_template: str = ""
     """What the teacher reads in the place of the last message: a text with {prompt}, {answer} (the record's), {hint}
     (its column). A record's own `teacher_prompt` goes before it; empty: what the student reads."""

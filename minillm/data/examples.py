@@ -12,7 +12,15 @@ from torch import Tensor
 
 from minillm.config.schema import DataConfig, EvalDataConfig
 from minillm.data.privileged import encode_teacher_prompt
-from minillm.data.prompts import answer_end, check_template, earlier_turns, encode_prompt, opens_again, token_ids
+from minillm.data.prompts import (
+    answer_end,
+    check_template,
+    earlier_turns,
+    encode_prompt,
+    encode_turn,
+    opens_again,
+    token_ids,
+)
 from minillm.data.records import FORMS, Record, check_characters, to_record
 from minillm.data.sources import DataError, locate, rows, whole_text
 from minillm.foreign import foreign
@@ -198,11 +206,14 @@ def encode(
         if len(prompt) > data.max_prompt_length:
             overlong.append((record, len(prompt)))
             continue
-        if answers and not (record.answer or "").strip():
+        if answers and record.turn is None and not (record.answer or "").strip():
             empty.append(record)
             continue
         response: list[int] = []
-        if record.answer is not None:
+        if record.turn is not None:
+            response = encode_turn(record, prompt, tokenizer, prompts)
+            record = record._replace(answer=str(tokenizer.decode(response, skip_special_tokens=True)))
+        elif record.answer is not None:
             response = [*token_ids(record.answer, record, tokenizer), *end]
             again = opens_again(record, tokenizer, prompts)
             if again:

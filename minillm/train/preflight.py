@@ -13,6 +13,7 @@ from minillm.config.check import MOVING
 from minillm.config.recipe import Recipe
 from minillm.config.schema import ConfigError, RunConfig, StageConfig
 from minillm.data.examples import Example, chunk_text, encode, read_records, read_text
+from minillm.data.records import every_turn
 from minillm.data.sources import DataError
 from minillm.model.adapters import keep_base_in
 from minillm.model.check import (
@@ -66,8 +67,11 @@ def prepare(
     if config.method == "minillm" and config.objective.reward:
         load_reward(config.objective.reward)
     samples = config.method in ("minillm", "seqkd")  # learn from what is sampled: any prompt will do
+    records = read_records(config.data.train)
+    if config.data.rollout_turns == "all" and config.method in ("minillm", "seqkd", "gkd"):
+        records = [turn for record in records for turn in every_turn(record)]
     encoded = encode(
-        read_records(config.data.train),
+        records,
         tokenizer,
         run.data,
         config.data,
