@@ -2,10 +2,10 @@
 
     python hub_kernel/prepare.py OUT        then, in OUT: kernel-builder build
 
-OUT gets build.toml, flake.nix, CARD.md and torch-ext/minillm_kernels. A kernel of the hub is loaded from any path, several
-versions in one process, beside an installed package; so its torch operators may not stand in a namespace of a fixed name.
-kernel-builder gives each build one of its own, in a module `_ops` that it generates; here every mention of the
-namespace is made one of that module. The compiled core stays behind: torch and Triton are all that such a kernel needs.
+OUT gets build.toml, flake.nix, CARD.md and torch-ext/minillm_kernels. A kernel of the hub is loaded from any path,
+several versions in one process, beside an installed package; so its torch operators may not stand in a namespace of a
+fixed name. kernel-builder gives each build one of its own, in a module `_ops` that it generates; here every mention of
+the namespace is made one of that module. The compiled core stays behind: torch and Triton are all that it needs.
 """
 
 import re
@@ -21,7 +21,7 @@ NAMESPACE = "_ops.ops"
 def prepare(out: Path) -> Path:
     """Write the layout to the new directory `out`; returns its torch-ext/minillm_kernels.
 
-    Raises FileExistsError where `out` exists, ValueError where a source names the namespace in a way that is not known.
+    Raises FileExistsError where `out` exists, ValueError where a source names the namespace in a way not known here.
     """
     out.mkdir(parents=True)
     for name in ("build.toml", "flake.nix", "CARD.md"):
@@ -45,7 +45,7 @@ def in_its_own_namespace(source: str, path: Path) -> str:
     left = re.findall(r".*[\"']minillm[\"':].*", code)
     if left:
         raise ValueError(
-            f"{path} names the operators' namespace in a way that prepare.py does not know: {left[0].strip()}"
+            f"{path}: prepare.py does not know this way to name the operators' namespace: {left[0].strip()}"
         )
     if NAMESPACE not in code:
         return source
