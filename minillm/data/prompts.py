@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from minillm.config.schema import EvalDataConfig
 from minillm.data.records import BESIDE_CONTENT, Record
 from minillm.data.sources import DataError
-from minillm.data.templates import TemplateError, marked, render
+from minillm.data.templates import MARKED, TemplateError, marked, render
 from minillm.foreign import foreign
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ ALPACA = (  # of the paper, for records without and with input
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
 )
 PLACE = re.compile(r"\{(?:prompt|instruction|input)\}")
-MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TAG = re.compile(r"\s*(<[^<>\s]+>)")
 
 

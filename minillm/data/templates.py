@@ -8,6 +8,7 @@ kernel keeps within limits. It reads one JSON object a line, answers with one, a
 import atexit
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ SECONDS, MEMORY = 2, 1 << 30
 TEMPLATE, TEXT = 1 << 20, 1 << 24
 """Characters of the longest template, and of the longest text that one may write."""
 
+MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""What begins the assistant's text in a template that marks it."""
 ENDED = f"it took longer than {SECONDS} seconds and was ended, or its process was lost"
 CHILD = "import sys; sys.path[:] = {path!r}; from minillm.data.templates import serve; serve()"
 
@@ -149,7 +152,7 @@ def _answer(render_jinja_template: Any, line: str) -> tuple[str, list[tuple[int,
     """The text, the spans that it marks, and why there is none."""
     request = json.loads(line)
     try:
-        marks = "generation" in request["chat_template"]
+        marks = bool(MARKED.search(request["chat_template"]))
         (text,), spans = render_jinja_template(**request, return_assistant_tokens_mask=marks)
     except Exception as error:  # a template fails as it likes
         return "", [], reason(error)

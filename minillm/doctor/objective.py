@@ -73,6 +73,8 @@ def slope(patient: Patient) -> Finding:
     context = patient.context
     if context.config.method == "seqkd":
         return Finding("skipped", "its loss is that of sft, on answers that do not exist yet")
+    if context.teacher is not None and context.teacher.model is context.student.model:
+        return Finding("skipped", "the teacher is the student itself, and finite differences would move both")
     part = METHODS[context.config.method](context, Path()).step(1).parts[0]
     batch = part.batch(part.examples).to(context.accelerator.device)
     trained = [p for p in context.student.parameters() if p.requires_grad and p.dim() > 1]
@@ -81,8 +83,10 @@ def slope(patient: Patient) -> Finding:
     def loss() -> Tensor:
         return part.loss(context.student.output(batch), batch)["loss"] / len(batch.targets)
 
-    worst = 0.0
-    for parameter, gradient in zip(chosen, torch.autograd.grad(loss(), chosen), strict=True):
+    worst, here = 0.0, loss()
+    if abs(float(here.detach())) < 1e-5:
+        return Finding("skipped", "teacher and student agree here: the loss is 0, and so is its gradient")
+    for parameter, gradient in zip(chosen, torch.autograd.grad(here, chosen), strict=True):
         size, kept = float(gradient.detach().norm()), parameter.detach().clone()
         if size == 0:
             continue

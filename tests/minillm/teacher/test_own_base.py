@@ -11,6 +11,7 @@ from minillm.config.recipe import load_recipe
 from minillm.config.schema import ConfigError
 from minillm.data.examples import collate
 from minillm.distillation import load_pair, run_recipe
+from minillm.model.cost import cost
 from minillm.model.head import CausalLM
 from minillm.model.load import load_model, own_weights
 from minillm.run.directory import RunDirectory
@@ -36,9 +37,10 @@ def storages(*models):
 @needs_adapters
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("whole", ["", "lm_head"])
-def test_the_base_below_the_adapters_teaches_without_a_second_copy(files, dtype, whole):
+@pytest.mark.parametrize("recompute", ["false", "true"])
+def test_the_base_below_the_adapters_teaches_without_a_second_copy(files, dtype, whole, recompute):
     flags = [*LORA, f"--lora.modules_to_save={whole}", f"--model.compute_dtype={dtype}"]
-    recipe = recipe_of(files, "base", *flags)
+    recipe = recipe_of(files, "base", f"--model.recompute={recompute}", *flags)
     student, teacher, tokenizer = load_pair(recipe.run)
     prepare(recipe.run, recipe.stages["warm-up"], student, teacher, tokenizer)
     assert storages(student, teacher) == storages(student)  # no tensor that the student does not hold
@@ -134,3 +136,15 @@ def copy_to(source, target):
 def test_teachers_that_cannot_be(files, flags, message):
     with pytest.raises(ConfigError, match=message):
         load_pair(recipe_of(files, "checkpoint", *flags).run)
+
+
+@needs_adapters
+def test_what_a_teacher_of_its_own_weights_holds_is_estimated(files):
+    held = {}
+    for source in ("base", "ema"):
+        recipe = recipe_of(files, source, *LORA)
+        found = cost(recipe.run, recipe.stages["warm-up"])
+        held[source] = found.held["teacher"]
+        assert found.work["score"] > 0
+    student = load_pair(recipe_of(files, "base", *LORA).run)[0]
+    assert held == {"base": 0, "ema": sum(p.nbytes for p in student.parameters() if p.requires_grad)}

@@ -14,6 +14,7 @@ from minillm.config.schema import ConfigError, Route, RunConfig, TeacherConfig
 from minillm.data.examples import Example, Record
 from minillm.data.sources import DataError
 from minillm.distillation import load_pair, run_recipe
+from minillm.model.cost import cost
 from minillm.model.head import CausalLM
 from minillm.teacher.own_base import own_teacher
 from minillm.teacher.routed import Routed
@@ -161,6 +162,8 @@ def test_a_recipe_of_several_teachers_trains_and_refuses_others(files, make_llam
     tree = {"model": {"teacher": ""}, "teachers": teachers, "data": {"train": str(path)}}
     tree["stages"] = {"minillm": {"method": "gkd", "rollout": {"on_policy": 1.0}}}
     recipe = load_recipe(files / "recipe.yaml", [], overrides=tree)
+    sizes = [sum(p.nbytes for p in make_llama(layers).parameters()) for layers in (4, 3)]
+    assert cost(recipe.run, recipe.stages["minillm"]).held["teachers"] == sum(sizes)
     run = run_recipe(recipe)
     assert run.summary["stages"]["minillm"]["steps"] == 5 and "teacher" not in run.evaluations
     rows[3]["teacher"] = "physics"
