@@ -9,7 +9,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from minillm.config.recipe import load_recipe, stage_from
+from minillm.config.check import routes
+from minillm.config.recipe import load_recipe, parse_flags, run_from, stage_from
 from minillm.config.schema import ConfigError, Route, RunConfig, TeacherConfig
 from minillm.data.examples import Example, Record
 from minillm.data.sources import DataError
@@ -170,6 +171,11 @@ def test_a_recipe_of_several_teachers_trains_and_refuses_others(files, make_llam
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match="`teacher` is 'physics'; expected one of math, code"):
         prepare(recipe.run, recipe.stages["warm-up"], *load_pair(recipe.run))
+
+
+def test_teachers_are_named_by_flags_as_well():
+    flags = ["--teachers.math.model=x", "--teachers.math.weight=0.5", "--teachers.math.beta=0.25"]
+    assert routes(run_from(parse_flags(flags))) == {"math": Route("x", 0.5, "", 0.25)}
 
 
 @pytest.mark.parametrize(
