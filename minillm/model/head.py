@@ -102,7 +102,7 @@ class CausalLM(nn.Module):
         """Without autocast for a frozen model: it is in its dtype already, and autocast, which remembers the weights
         that it has cast only where they are trained, would cast it anew for every token. What is trained above a
         frozen base of 16 bits joins the base in its dtype."""
-        parameters = list(self.model.parameters())
+        parameters = [p for p in self.model.parameters() if p.is_floating_point()]  # not those in fewer bits
         frozen, trained = ({p.dtype for p in parameters if p.requires_grad == which} for which in (False, True))
         if not trained:
             return torch.autocast(self.device.type, enabled=False)

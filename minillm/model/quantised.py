@@ -82,7 +82,7 @@ def held_bytes(model: "PreTrainedModel", bits: str) -> int:
     if bits:
         head = model.get_output_embeddings()
         for module in model.modules():
-            if isinstance(module, nn.Linear) and module is not head:
+            if isinstance(module, nn.Linear) and module is not head and not module.weight.requires_grad:
                 weight = module.weight
                 total += round(weight.numel() * BITS[bits] / 8) - weight.nbytes
     return total

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -99,14 +100,20 @@ class Context:
         if self.routed is None or self.config.method not in ("kd", "gkd"):
             return [(self, examples)]
         chosen = by_name(examples)
-        return [(self.of_teacher(name), chosen[name]) for name in self.routed.teachers if name in chosen]
+        return [(context, chosen[name]) for name, context in self._of_teachers.items() if name in chosen]
 
-    def of_teacher(self, name: str) -> "Context":
-        """This context as it is for the records of one of several teachers."""
+    @cached_property
+    def _of_teachers(self) -> "dict[str, Context]":
+        """This context as it is for the records of each of several teachers."""
         assert self.routed is not None
-        teacher: Any = self.routed.teachers[name]
-        config, examples = self.routed.stage(name, self.config), by_name(self.examples).get(name, [])
-        return replace(self, config=config, teacher=teacher, examples=examples, routed=None, route=name)
+        teachers: dict[str, Any] = dict(self.routed.teachers.items())
+        stages, examples = {name: self.routed.stage(name, self.config) for name in teachers}, by_name(self.examples)
+        return {
+            name: replace(
+                self, config=stages[name], teacher=teacher, examples=examples.get(name, []), routed=None, route=name
+            )
+            for name, teacher in teachers.items()
+        }
 
     @property
     def vocab_size(self) -> int:

@@ -104,6 +104,17 @@ def test_a_base_in_4_bits_below_adapters_is_trained_taught_and_exported(files):
 
 
 @needs_adapters
+@needs("bitsandbytes")
+@pytest.mark.filterwarnings("error:In CPU autocast")  # asked for the dtype of the packed weights
+def test_adapters_above_a_base_in_4_bits_compute_in_the_dtype_of_the_rest(files):
+    recipe = load_recipe(files / "recipe.yaml", [*LORA, "--model.quantize=4bit", "--model.compute_dtype=bfloat16"])
+    student, teacher, tokenizer = load_pair(recipe.run)
+    prepare(recipe.run, recipe.stages["minillm"], student, teacher, tokenizer)
+    states = student.states(IDS, torch.ones_like(IDS))
+    assert states.dtype == student.head.weight.dtype == torch.bfloat16
+
+
+@needs_adapters
 def test_adapters_alone_are_exported_where_they_are_asked_for(files):
     recipe = load_recipe(files / "recipe.yaml", [*LORA, "--lora.export=adapter", "--optim.lr=1e-2"])
     run = run_recipe(recipe, with_evaluation=False)
