@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minillm.config.check import routes
 from minillm.config.recipe import Recipe
 from minillm.config.schema import ConfigError, RunConfig
 from minillm.data.examples import Example, show
@@ -14,9 +15,9 @@ from minillm.doctor import examine, refuse
 from minillm.doctor.patient import Finding
 from minillm.evaluation.measure import check_measurable, evaluation_set, measure
 from minillm.evaluation.result import START, TEACHER, Evaluation, plain
-from minillm.model.check import check_decoding
+from minillm.model.check import check_decoding, check_same_tokenizer
 from minillm.model.head import CausalLM
-from minillm.model.load import load_student, load_teacher, load_tokenizer
+from minillm.model.load import load_frozen, load_student, load_teacher, load_tokenizer, own_weights
 from minillm.parallel.gathered import gathered
 from minillm.parallel.shard import place_student, place_teacher, read_teacher
 from minillm.parallel.tensor import teacher_loader
@@ -27,6 +28,8 @@ from minillm.run.export import check_export
 from minillm.run.workers import WorkerLost, resume_after_restart
 from minillm.teacher import Teacher, TeacherLost
 from minillm.teacher.choose import choose_teacher
+from minillm.teacher.own_base import own_teacher
+from minillm.teacher.routed import Routed
 from minillm.teacher.stored import StoredTeacher
 from minillm.terminal import say
 from minillm.train.context import Context
@@ -36,6 +39,11 @@ from minillm.train.preflight import check_same_everywhere, prepare, space_needed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+OWN = {
+    "base": "the student's own base, without its adapters",
+    "student": "the student itself, as it is at each step",
+    "ema": "the moving average of the student",
+}
 PARTS = ("greedy", "samples", "references")
 """What is measured around the stages: enough to follow the objective, and quick."""
 
@@ -72,12 +80,12 @@ def run_recipe(
         raise ConfigError("data.eval is empty: distill evaluates before and after; `minillm train` does without")
     if with_evaluation and (reserved := {START, TEACHER} & recipe.stages.keys()):
         raise ConfigError(f"a stage is called {reserved.pop()!r}, the name of another evaluation: call it otherwise")
-    student, teacher, tokenizer = load_pair(recipe.run)
-    trainings = {
-        name: prepare(recipe.run, stage, student, teacher, tokenizer) for name, stage in recipe.stages.items()
-    }
+    student, loaded, tokenizer = load_pair(recipe.run)
+    trainings = {name: prepare(recipe.run, stage, student, loaded, tokenizer) for name, stage in recipe.stages.items()}
     for name, training in trainings.items() if doctor else ():
-        refuse(name, training)
+        for context, _ in training.by_teacher(training.examples):
+            refuse(name, context)
+    teacher = None if isinstance(loaded, Routed) else loaded  # of several, none is the one to evaluate against
     examples = evaluation_set(recipe.run, tokenizer, recipe.training_sources) if with_evaluation else []
     if examples:
         check_measurable(student, judge(teacher), examples, recipe.run)
@@ -85,7 +93,7 @@ def run_recipe(
             if isinstance(model, CausalLM):
                 check_decoding(model)
     check_same_everywhere(recipe, trainings, examples)
-    check_export(student.model, tokenizer)
+    check_export(student.model, tokenizer, recipe.run.lora.export)
     place_student(student, recipe.run.parallel, next(iter(trainings.values())).compute_dtype)
     with RunDirectory(recipe, resume, command, student.model, space_needed(recipe, student.model)) as run:
         try:
@@ -157,16 +165,28 @@ def _run(
 def diagnose(recipe: Recipe) -> dict[str, dict[str, Finding]]:
     """What `minillm doctor` finds on every stage, with its models as they are before the first of them."""
     pair = load_pair(recipe.run)
-    return {name: examine(prepare(recipe.run, stage, *pair)) for name, stage in recipe.stages.items()}
+    trainings = {name: prepare(recipe.run, stage, *pair) for name, stage in recipe.stages.items()}
+    return {
+        f"{name}, teacher {context.route}" if context.route else name: examine(context)
+        for name, training in trainings.items()
+        for context, _ in training.by_teacher(training.examples)
+    }
 
 
-def load_pair(run: RunConfig) -> "tuple[CausalLM, Teacher | None, PreTrainedTokenizerBase]":
-    """Student, teacher and the tokenizer that they must share."""
-    settings = run.model
-    placed = read_teacher(run) if settings.drop_layers is None else None  # which cuts from a whole one
+def load_pair(run: RunConfig) -> "tuple[CausalLM, Teacher | Routed | None, PreTrainedTokenizerBase]":
+    """Student, teacher or teachers, and the tokenizer that they must share."""
+    settings, own, named = run.model, own_weights(run), routes(run)
+    placed = read_teacher(run) if settings.drop_layers is None and not own else None  # which cuts from a whole one
     loaded = load_teacher(run, teacher_loader(run.parallel)) if placed is None else None
     student = CausalLM(load_student(run, loaded), settings.head)
     tokenizer = load_tokenizer(settings.student or settings.teacher)
+    if own:
+        return student, own_teacher(student, own), tokenizer
+    if named:
+        for route in named.values():
+            check_same_tokenizer(tokenizer, load_tokenizer(route.model))
+        teachers = {name: CausalLM(load_frozen(r.model, run), settings.head) for name, r in named.items()}
+        return student, Routed(teachers, named), tokenizer
     if loaded is not None:
         placed = CausalLM(loaded, settings.head)
         place_teacher(placed, run.parallel)
@@ -191,13 +211,20 @@ def _introduce(
         layers, attention = getattr(lm.model.config, "num_hidden_layers", "?"), lm.model.config._attn_implementation
         return f"{lm.model.num_parameters() / 1e6:.1f}M parameters, {layers} layers, {attention}"
 
+    own = own_weights(run.recipe.run)
     told = "" if teacher is None else f"teacher {size(teacher) if isinstance(teacher, CausalLM) else teacher}; "
+    if own:
+        told = f"teacher {OWN[own]}; "
+    for several in {id(t.routed): t.routed for t in trainings.values() if t.routed is not None}.values():
+        names = ", ".join(f"{name} {size(each)}" for name, each in several.teachers.items())  # type: ignore[arg-type]
+        told = f"teachers {names}; "
     backends = ", ".join(name for name, state in run.environment["kernel_backends"].items() if state == "ok")
     say(f"{told}student {size(student)}; kernels: {backends}; writing {run.path}")
     for name, training in trainings.items():
         say(f"{name}: {training.about}")
     example = trainings[next(iter(trainings))].examples[0]
-    say(f"one example, learnt from between ⟦ and ⟧ (minillm and gkd sample there):\n{show(example, tokenizer)}")
+    text = show(example, tokenizer)
+    say(f"one example, learnt from between the marks (minillm and gkd sample there):\n{text}", coloured=True)
     if run.resumed:
         say(f"resuming after step {run.resumed.progress.global_step} from {run.resumed.path}")
 

@@ -20,13 +20,17 @@ def printable(text: str) -> str:
     return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}" if match[0] < "\xff" else ascii(match[0])[1:-1], text)
 
 
-def say(text: str, error: bool = False) -> bool:
-    """Print text with its control characters as codes; False where nobody reads any more.
+def say(text: str, error: bool = False, coloured: bool = False) -> bool:
+    """Print text with its control characters as codes; False where nobody reads any more. `coloured` shows what stands
+    between ⟦ and ⟧ in colour on a terminal, unless NO_COLOR is set.
 
     A reader that has gone (`| head`) does not end a run: what is printed from then on goes nowhere.
     """
     try:
-        print(printable(text), file=sys.stderr if error else sys.stdout, flush=True)
+        shown = printable(text)
+        if coloured and sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+            shown = re.sub("⟦.*?⟧", "\x1b[32m\\g<0>\x1b[0m", shown, flags=re.S)
+        print(shown, file=sys.stderr if error else sys.stdout, flush=True)
     except BrokenPipeError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, (sys.stderr if error else sys.stdout).fileno())

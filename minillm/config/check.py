@@ -3,13 +3,14 @@
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 from minillm.config.engine import EngineConfig
-from minillm.config.schema import ConfigError, OptimConfig, RunConfig, StageConfig
-from minillm.config.teacher import wrong_teacher
+from minillm.config.schema import ConfigError, OptimConfig, Route, RunConfig, StageConfig
+from minillm.config.teacher import addresses, is_stored, wrong_teacher
 from minillm.files import flatten
 from minillm_kernels.rows import DIVERGENCES
 
@@ -20,6 +21,8 @@ ROUNDING = ("adamw_stochastic", "adamw_kahan")
 OPTIMIZERS = ("adamw", *ROUNDING, "adamw_8bit", "adamw_4bit", "bnb_adamw_8bit", "bnb_paged_adamw_8bit")
 KEEP_UPDATES = (*ROUNDING, "adamw_8bit", "adamw_4bit")
 """Those under which weights of 16 bits keep updates below their spacing."""
+MOVING = ("student", "ema")
+"""Values of teacher.source whose teacher changes with every update."""
 MAX_SEED = 2**42  # the rollouts of a step draw from the seed 1_000_003 · seed + step, which has 63 bits
 OF_TEMPLATE = (
     "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
@@ -44,6 +47,8 @@ def check_run(run: RunConfig) -> None:
     if run.eval.prompts < 0:
         raise ConfigError(f"eval.prompts is {run.eval.prompts}; give a number, or 0 for all")
     _check_parallel(run)
+    one_of("lora.export", run.lora.export, ("merged", "adapter"))
+    check_teacher(run)
     if run.lora.rank < 0:
         raise ConfigError(f"lora.rank is {run.lora.rank}; give a rank, or 0 for no adapters")
     check_seed("seed", run.seed)
@@ -80,11 +85,73 @@ def _check_parallel(run: RunConfig) -> None:
             "model.drop_layers cuts the student from a whole teacher, and parallel.teacher tensor holds none: save "
             "the cut student first and name it in model.student, or set parallel.teacher to shard"
         )
+    own = run.teachers or run.teacher.source != "checkpoint" or run.teacher.quantize or model.quantize
+    if own and (parallel.student, parallel.teacher) != ("replicate", "replicate"):
+        raise ConfigError(
+            "quantised models, several teachers and a teacher of the student's own weights are held whole by every "
+            "process: set parallel.student and parallel.teacher to replicate"
+        )
+    if parallel.teacher != "replicate" and (addresses(model.teacher) or is_stored(model.teacher)):
+        raise ConfigError(
+            f"parallel.teacher is {parallel.teacher}, but the teacher {model.teacher} is not loaded here: leave it out"
+        )
     if parallel.student == "shard" and model.compute_dtype == "float16":
         raise ConfigError(
             "parallel.student shard does not compute in float16, whose loss scaling does not know shards: set "
             "model.compute_dtype to bfloat16 or float32"
         )
+
+
+def check_teacher(run: RunConfig) -> None:
+    """Refuse contradictions about whose weights the teacher has, and how they are held."""
+    teacher, model = run.teacher, run.model
+    one_of("teacher.source", teacher.source, ("checkpoint", "base", *MOVING))
+    if run.teachers and (model.teacher or teacher.source != "checkpoint"):
+        raise ConfigError("teachers and model.teacher (or teacher.source) both name teachers: keep one of them")
+    routes(run)
+    one_of("teacher.quantize", teacher.quantize, ("", "8bit", "4bit"))
+    one_of("model.quantize", model.quantize, ("", "4bit"))
+    if not 0 <= teacher.decay < 1:
+        raise ConfigError(f"teacher.decay is {teacher.decay}; it lies in [0, 1)")
+    if teacher.source != "checkpoint":
+        given = {"model.teacher": model.teacher, "teacher.quantize": teacher.quantize}
+        given["teacher.dtype"] = "" if teacher.dtype == "checkpoint" else teacher.dtype
+        for key, value in given.items():
+            if value:
+                raise ConfigError(
+                    f"teacher.source is {teacher.source}, the student's own weights, and {key} is {value}: keep one"
+                )
+    if teacher.source == "ema" and model.dtype != "float32" and not run.lora.rank:
+        raise ConfigError(
+            f"teacher.source is ema: an average of weights in {model.dtype} would not move: set model.dtype float32"
+        )
+    if run.lora.export == "adapter" and model.drop_layers is not None:
+        raise ConfigError(
+            "lora.export is adapter, and adapters of a student that was cut from its teacher have no base model that "
+            "could be named: set lora.export to merged"
+        )
+    if model.quantize and model.drop_layers is not None:
+        raise ConfigError("model.quantize is for a student that is loaded, and model.drop_layers cuts one: keep one")
+
+
+def routes(run: RunConfig) -> dict[str, Route]:
+    """The section `teachers`, each as what it says. Raises ConfigError for what is no teacher."""
+    found = {}
+    keys = [key.name for key in dataclasses.fields(Route)]
+    for name, tree in run.teachers.items():
+        where = f"teachers.{name}"
+        if not isinstance(tree, dict) or not isinstance(tree.get("model"), str):
+            raise ConfigError(f"{where} is {tree!r}; expected {{model: ORG/NAME}}, with weight, divergence and beta")
+        for key in tree:
+            if key not in keys:
+                raise ConfigError(unknown(f"key in `{where}`:", str(key), keys))
+        found[name] = route = Route(**tree)
+        if route.divergence:
+            one_of(f"{where}.divergence", route.divergence, DIVERGENCES)
+        for key, value, top in (("weight", route.weight, math.inf), ("beta", route.beta or 0.0, 1)):
+            if not isinstance(value, (int, float)) or not 0 <= value <= top:
+                raise ConfigError(f"{where}.{key} is {value!r}; it lies in [0, {top}]")
+    return found
 
 
 def check_seed(path: str, seed: int) -> None:
@@ -111,6 +178,12 @@ def check_stage(stage: StageConfig, run: RunConfig) -> None:
     one_of("data.overlong_prompts", stage.data.overlong_prompts, ("error", "drop"))
     one_of("data.empty_answers", stage.data.empty_answers, ("error", "drop"))
     one_of("data.train_on", stage.data.train_on, ("last", "all"))
+    one_of("data.rollout_turns", stage.data.rollout_turns, ("last", "all"))
+    if stage.method == "gkd" and stage.data.rollout_turns == stage.data.train_on == "all":
+        raise ConfigError(
+            "data.rollout_turns is all, which makes every turn a record of its own, and data.train_on is all, which "
+            "would learn them once more in each: set data.train_on to last"
+        )
     _at_least_one(stage.data, "data", "max_prompt_length", "max_response_length")
     _at_least_one(stage.rollout, "rollout", "batch_size", "max_new_tokens", "epochs")
     _at_least_one(stage.objective, "objective", "pt_batch_size")
@@ -130,9 +203,17 @@ def check_stage(stage: StageConfig, run: RunConfig) -> None:
             f"optim.optimizer is {stage.optim.optimizer}; parallel.student shard trains by adamw alone, whose state "
             "is sharded with the weights"
         )
-    if not model.teacher and (stage.method != "sft" or model.drop_layers is not None):
-        needs = "model.drop_layers" if model.drop_layers is not None else f"method {stage.method}"
-        raise ConfigError(f"{needs} needs model.teacher: a hub id, a directory or package:NAME")
+    if not model.teacher and model.drop_layers is not None:
+        raise ConfigError("model.drop_layers needs model.teacher: a hub id, a directory or package:NAME")
+    if run.teachers and stage.method not in ("sft", "kd", "gkd"):
+        raise ConfigError(f"teachers are for kd and gkd; method {stage.method} has one, model.teacher")
+    if not model.teacher and not run.teachers and run.teacher.source == "checkpoint" and stage.method != "sft":
+        raise ConfigError(f"method {stage.method} needs model.teacher: a hub id, a directory or package:NAME")
+    if run.teacher.source in MOVING and stage.method in ("minillm", "seqkd"):
+        raise ConfigError(
+            f"teacher.source is {run.teacher.source}, and {stage.method} learns from what the teacher said before the "
+            "updates that move it: use gkd or kd, or the teacher.source base"
+        )
     if not model.student and model.drop_layers is None:
         raise ConfigError("no student: set model.student, or model.drop_layers to cut it from the teacher")
     if model.student and model.drop_layers is not None:
@@ -228,6 +309,11 @@ def _between_zero_and_one(section: Any, name: str, *keys: str) -> None:
 
 
 def _check_minillm(stage: StageConfig) -> None:
+    if stage.objective.reward and not re.fullmatch(r"[\w.]+:\w+", stage.objective.reward):
+        raise ConfigError(
+            f"objective.reward is {stage.objective.reward!r}; expected the import path of a function, "
+            "package.module:function"
+        )
     # Filtered or tempered log-probs are -inf or another law for the other model's tokens, so the importance weights
     # and rewards of the method exist only for the plain softmax of both models.
     for key, needed in (("temperature", 1), ("top_k", 0), ("top_p", 1)):

@@ -266,10 +266,7 @@ def _coerce(value: Any, kind: Any, path: str) -> Any:
         raise ConfigError(f"{path} is {shown(value)}; expected a list of {len(args)} values")
     if origin is dict:
         if isinstance(parsed, Mapping):  # leaves of flags are text
-            return {
-                str(key): parse(item, f"{path}.{key} = {shown(item)}") if isinstance(item, str) else item
-                for key, item in parsed.items()
-            }
+            return {str(key): _leaf(item, f"{path}.{key}") for key, item in parsed.items()}
         raise ConfigError(f"{path} is {shown(value)}; expected a mapping, such as {{name: value}}")
     if kind is float and not isinstance(parsed, bool):
         try:
@@ -281,3 +278,10 @@ def _coerce(value: Any, kind: Any, path: str) -> Any:
             raise ConfigError(f"{path} is {shown(value)}; it holds a code that is no character, as no name does")
         return parsed
     raise ConfigError(f"{path} is {shown(value)}; expected {kind.__name__}")
+
+
+def _leaf(value: Any, path: str) -> Any:
+    """Text as what it says, at every depth of a mapping."""
+    if isinstance(value, Mapping):
+        return {str(key): _leaf(item, f"{path}.{key}") for key, item in value.items()}
+    return parse(value, f"{path} = {shown(value)}") if isinstance(value, str) else value

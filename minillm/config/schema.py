@@ -29,6 +29,9 @@ class ModelConfig:
     dtype: str = "float32"
     """Dtype of the student's weights: float32 where they are trained, or bfloat16 under LoRA and under an
     optim.optimizer that keeps small updates; a model that is only evaluated may be float16 as well."""
+    quantize: str = ""
+    """`4bit` holds the frozen matrices below LoRA adapters in NF4 (QLoRA; needs bitsandbytes); head, embeddings and
+    adapters stay as they are. Export merges the adapters into the weights so rounded."""
     compute_dtype: str = "auto"
     """Dtype in which the student's layers compute, from float32 weights: float32, bfloat16 or float16; `auto` is
     bfloat16 on CUDA and float32 elsewhere, or what accelerate was launched with."""
@@ -59,6 +62,15 @@ class TeacherConfig:
     """Seconds for which servers that do not answer are asked again, before the run saves and ends."""
     prefetch: int = 4
     """Micro-batches that a teacher on a server, or a stored one, is asked about before the first is needed."""
+    quantize: str = ""
+    """`8bit` (int8, by torchao) or `4bit` (NF4, by bitsandbytes) rounds the teacher's matrices, all but its head and
+    embeddings: less memory, a slightly other teacher."""
+    source: str = "checkpoint"
+    """`checkpoint`: the model that model.teacher names. The others are the student's own weights, of which what is
+    frozen is held once, and leave model.teacher empty: `base`, those below its LoRA adapters; `student`, as they are
+    at each step; `ema`, their moving average. The last two are for kd and gkd."""
+    decay: float = 0.99
+    """ema: average ← decay · average + (1 - decay) · student, after each optimiser step; it starts at the student."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,9 @@ class LoraConfig:
     """`all-linear` (all but the vocabulary head), or module names separated by commas, such as q_proj,v_proj."""
     modules_to_save: str = ""
     """Modules trained whole beside the adapters, names separated by commas, such as lm_head."""
+    export: str = "merged"
+    """What model/ holds: `merged`, a plain model, with the adapters alone in model/adapter/; or `adapter`, these
+    alone, which name their base model."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +124,14 @@ class DataConfig:
     empty_answers: str = "error"
     """`error`, or `drop` to leave records out whose answer is empty, where answers are learnt from."""
     train_on: str = "last"
-    """sft, kd and gkd: `last`, the answer that ends a conversation, or `all`, every turn of the assistant in it. Where
-    answers are sampled, they are always the last turn."""
+    """sft, kd and gkd: `last`, the answer that ends a conversation, or `all`, every turn of the assistant in it. Which
+    turns are sampled is said by `rollout_turns`."""
+    rollout_turns: str = "last"
+    """minillm, gkd and seqkd: `last`, the turn that ends a conversation is sampled, or `all`, every turn of the
+    assistant in it, each after the conversation before it as it is given."""
+    teacher_template: str = ""
+    """What the teacher reads in the place of the last message: a text with {prompt}, {answer} (the record's), {hint}
+    (its column). A record's own `teacher_prompt` goes before it; empty: what the student reads."""
     teacher_answers: str = ""
     """seqkd: JSONL file of the teacher's answers, written where it does not exist; empty: one in the run directory."""
     packing: bool = False
@@ -179,6 +200,11 @@ class ObjectiveConfig:
     """Shift and scale the returns of each optimiser step to mean 0 and variance 1 over its tokens."""
     clip_range: float = 0.2
     """PPO clipping of the policy ratio; 0: no clipping."""
+    reward: str = ""
+    """A reward of the task beside the KL: a Python function by its import path, package.module:function. It is called
+    with prompts, responses (texts) and records, and returns a number for each response."""
+    reward_coef: float = 1.0
+    """The task's reward times this is added to the return of every token of its response."""
     pt_weight: float = 1.0
     """Weight of the loss on plain text, L_PT; 0: none."""
     pt_teacher: float = 0.0
@@ -322,6 +348,20 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
+class Route:
+    """One of several teachers, by its name in `teachers`, and how it teaches its records."""
+
+    model: str
+    """Hub id, local directory, or `package:NAME`."""
+    weight: float = 1.0
+    """Multiplies loss.distill_weight."""
+    divergence: str = ""
+    """As loss.divergence; empty: that one."""
+    beta: float | None = None
+    """As loss.beta; none: that one."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """What all stages of a run share."""
 
@@ -331,6 +371,10 @@ class RunConfig:
     """Seed of data order, sampling and initialisation."""
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: dict[str, Any] = field(default_factory=dict)
+    """kd and gkd: several teachers in the place of model.teacher, by the names in the column `teacher`, such as
+    {math: {model: ORG/NAME, weight: 1.0, divergence: reverse_kl, beta: 0.5}}. `weight` multiplies
+    loss.distill_weight; `divergence` and `beta` are those of `loss` where they are not given."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: EvalDataConfig = field(default_factory=EvalDataConfig)

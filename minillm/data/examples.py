@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from minillm.config.schema import DataConfig, EvalDataConfig
-from minillm.data.prompts import answer_end, check_template, earlier_turns, encode_prompt, opens_again, token_ids
+from minillm.data.privileged import encode_teacher_prompt
+from minillm.data.prompts import (
+    answer_end,
+    check_template,
+    earlier_turns,
+    encode_prompt,
+    encode_turn,
+    opens_again,
+    token_ids,
+)
 from minillm.data.records import FORMS, Record, check_characters, to_record
 from minillm.data.sources import DataError, locate, rows, whole_text
 from minillm.foreign import foreign
@@ -54,6 +63,13 @@ class Example(NamedTuple):
     policy: PolicyConstants | None = None
     teacher_states: Tensor | None = None
     """[T, H] final states of the teacher, each predicting the token of its position."""
+    teacher_prompt: list[int] | None = None
+    """What the teacher reads before the response, where that is another prompt."""
+
+    @property
+    def prompt_of_teacher(self) -> list[int]:
+        """What the teacher reads before the response."""
+        return self.prompt if self.teacher_prompt is None else self.teacher_prompt
 
 
 class Encoded(NamedTuple):
@@ -89,6 +105,7 @@ class Batch(NamedTuple):
     asked: what a teacher that is not here has been asked about this batch.
     policy [N] each and teacher_states [N, H], in the order of `targets`, where the responses were sampled and the
     method needs them.
+    teacher holds the same targets in the same order behind the prompts that the teacher reads, where it reads others.
     """
 
     input_ids: Tensor
@@ -100,18 +117,21 @@ class Batch(NamedTuple):
     policy: PolicyConstants | None = None
     teacher_states: Tensor | None = None
     asked: "Future[Any] | None" = None
+    teacher: "Batch | None" = None
 
     @classmethod
     def of(cls, examples: Sequence[Example], row_length: int = 0) -> "Batch":
         """Examples side by side, as in `collate`, with what their rollout fixed."""
-        batch = collate(
-            [e.prompt for e in examples], [e.response for e in examples], row_length, [e.turns for e in examples]
-        )
+        responses, turns, teacher = [e.response for e in examples], [e.turns for e in examples], None
+        batch = collate([e.prompt for e in examples], responses, row_length, turns)
+        if any(e.teacher_prompt is not None for e in examples):
+            teacher = collate([e.prompt_of_teacher for e in examples], responses, row_length, turns)
         policies = [e.policy for e in examples if e.policy is not None]
         states = [e.teacher_states for e in examples if e.teacher_states is not None]
         return batch._replace(
             policy=PolicyConstants.concatenate(policies) if policies else None,
             teacher_states=torch.cat(states) if states else None,
+            teacher=teacher,
         )
 
     def to(self, device: torch.device) -> "Batch":
@@ -122,7 +142,13 @@ class Batch(NamedTuple):
 
         tensors: dict[str, Any] = {name: moved(x) for name, x in self._asdict().items() if isinstance(x, Tensor)}
         policy = None if self.policy is None else PolicyConstants(*map(moved, self.policy))
-        return self._replace(policy=policy, **tensors)
+        teacher = None if self.teacher is None else self.teacher.to(device)
+        return self._replace(policy=policy, teacher=teacher, **tensors)
+
+    @property
+    def for_teacher(self) -> "Batch":
+        """What the teacher reads."""
+        return self if self.teacher is None else self.teacher._replace(asked=self.asked)
 
     def inputs(self) -> dict[str, Any]:
         """What a model reads. Without a mask, transformers separates packed sequences where positions restart."""
@@ -188,11 +214,14 @@ def encode(
         if len(prompt) > data.max_prompt_length:
             overlong.append((record, len(prompt)))
             continue
-        if answers and not (record.answer or "").strip():
+        if answers and record.turn is None and not (record.answer or "").strip():
             empty.append(record)
             continue
         response: list[int] = []
-        if record.answer is not None:
+        if record.turn is not None:
+            response = encode_turn(record, prompt, tokenizer, prompts)
+            record = record._replace(answer=str(tokenizer.decode(response, skip_special_tokens=True)))
+        elif record.answer is not None:
             response = [*token_ids(record.answer, record, tokenizer), *end]
             again = opens_again(record, tokenizer, prompts)
             if again:
@@ -207,7 +236,14 @@ def encode(
                 continue
             cut += 1
         learnt = earlier_turns(record, prompt, tokenizer, prompts) if answers and data.train_on == "all" else []
-        examples.append(Example(record, prompt, response[: data.max_response_length], tuple(learnt)))
+        told = encode_teacher_prompt(record, data.teacher_template, tokenizer, prompts)
+        if learnt and told is not None:
+            raise DataError(
+                f"{record.where}: the teacher reads another prompt, in which the earlier turns of the assistant stand "
+                "elsewhere or not at all: set data.train_on to last"
+            )
+        kept = response[: data.max_response_length]
+        examples.append(Example(record, prompt, kept, tuple(learnt), teacher_prompt=told))
     if overlong and data.overlong_prompts == "error":
         record, length = overlong[0]
         raise DataError(

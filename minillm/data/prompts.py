@@ -11,9 +11,9 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from minillm.config.schema import EvalDataConfig
-from minillm.data.records import Record
+from minillm.data.records import BESIDE_CONTENT, Record
 from minillm.data.sources import DataError
-from minillm.data.templates import TemplateError, render
+from minillm.data.templates import MARKED, TemplateError, marked, render
 from minillm.foreign import foreign
 
 if TYPE_CHECKING:
@@ -60,6 +60,46 @@ def encode_prompt(record: Record, tokenizer: "PreTrainedTokenizerBase", settings
     return _ids(text, record, tokenizer, settings)
 
 
+def encode_turn(
+    record: Record, prompt: list[int], tokenizer: "PreTrainedTokenizerBase", settings: EvalDataConfig
+) -> list[int]:
+    """Token ids of an answer that has more than content, as the chat template writes it behind the prompt, up to what
+    ends it: tool calls and thoughts included.
+
+    Raises DataError, which names the record, where the template leaves part of it out, or writes the prompt otherwise
+    once the answer follows.
+    """
+    assert record.turn is not None
+    beside = [key for key in BESIDE_CONTENT if record.turn.get(key)]
+    if settings.prompt_template != "chat":
+        raise DataError(
+            f"{record.where}: the answer has `{beside[0]}`, which only a chat template can write: set "
+            "data.prompt_template to chat, or write it into `content` as the model is to say it"
+        )
+    conversation = [*record.messages, record.turn]
+    text = chat_text(record, conversation, tokenizer, settings, open_answer=False)
+    for key in beside:
+        less = [*record.messages, {name: value for name, value in record.turn.items() if name != key}]
+        if chat_text(record, less, tokenizer, settings, open_answer=False) == text:
+            raise DataError(_left_out(record, f"`{key}` of the answer"))
+    whole = _ids(text, record, tokenizer, settings)
+    if whole[: len(prompt)] != prompt:
+        raise DataError(
+            f"{record.where}: the tokenizer's chat template opens an answer otherwise than one with `{beside[0]}`, "
+            f"so that it would not be learnt where it is sampled: write it into `content` as the model "
+            "is to say it, or leave the record out"
+        )
+    return whole[len(prompt) : _without_blanks(whole, len(prompt), tokenizer)]
+
+
+def _without_blanks(ids: list[int], start: int, tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Where a turn that begins at `start` ends, without white space between it and the next."""
+    end = len(ids)
+    while end > start and not str(tokenizer.decode(ids[end - 1])).strip():
+        end -= 1
+    return end
+
+
 def token_ids(text: str, record: Record, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Of text alone, without special tokens around it. Raises DataError, which names the record."""
     with foreign(f"{record.where}: the tokenizer cannot encode it", DataError):
@@ -74,15 +114,33 @@ def chat_text(
     open_answer: bool = True,
 ) -> str:
     """Some messages of the record in the chat template; with `open_answer`, also what opens the model's turn."""
-    tools = list(record.tools) or None
-    failed = f"{record.where}: the tokenizer's chat template cannot render these turns ({_roles(record)})"
-    with foreign(failed, DataError):
-        template = tokenizer.get_chat_template(tools=tools)
+    return _rendered(record, messages, tokenizer, settings, open_answer)[0]
+
+
+def _rendered(
+    record: Record,
+    messages: list[dict[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    settings: EvalDataConfig,
+    open_answer: bool,
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and the spans of its characters that the template marks as the assistant's."""
     names = {**tokenizer.special_tokens_map, **settings.chat_template_kwargs}
+    names |= {"tools": list(record.tools) or None, "add_generation_prompt": open_answer}
+    template = _template(record, tokenizer)
     try:
-        return render(template, messages, tools=tools, add_generation_prompt=open_answer, **names)
+        return render(template, messages, **names), marked(template, messages, **names)
     except TemplateError as error:
-        raise DataError(f"{failed}: {error}. Change the record, or set data.prompt_template") from error
+        raise DataError(f"{_failed(record)}: {error}. Change the record, or set data.prompt_template") from error
+
+
+def _template(record: Record, tokenizer: "PreTrainedTokenizerBase") -> str:
+    with foreign(_failed(record), DataError):
+        return tokenizer.get_chat_template(tools=list(record.tools) or None)
+
+
+def _failed(record: Record) -> str:
+    return f"{record.where}: the tokenizer's chat template cannot render these turns ({_roles(record)})"
 
 
 def _roles(record: Record) -> str:
@@ -131,11 +189,14 @@ def earlier_turns(
     """Where the assistant's earlier turns stand in the token ids of the prompt: [start, end) each, what ends the turn
     included.
 
-    They come from rendering the conversation up to each turn and comparing token ids, never from searching for text.
+    They come from rendering the conversation up to each turn and comparing token ids, never from searching for text;
+    of a template that marks them itself ({% generation %}), from its marks.
     Raises DataError, which names the record, where the template renders a turn differently once more turns follow.
     """
     if settings.prompt_template != "chat":
         return []
+    if MARKED.search(_template(record, tokenizer)):
+        return _marked_turns(record, prompt, tokenizer, settings)
     spans = []
     for i, message in enumerate(record.messages):
         if message["role"] != "assistant":
@@ -151,10 +212,24 @@ def earlier_turns(
                 "differently when others follow, so it cannot be learnt within the conversation. Split the record "
                 "into one for each turn, or set data.train_on to last"
             )
-        while end > start and not str(tokenizer.decode(prompt[end - 1])).strip():
-            end -= 1  # white space between the end of this turn and the next
-        spans.append((start, end))
+        spans.append((start, _without_blanks(prompt[:end], start, tokenizer)))
     return spans
+
+
+def _marked_turns(
+    record: Record, prompt: list[int], tokenizer: "PreTrainedTokenizerBase", settings: EvalDataConfig
+) -> list[tuple[int, int]]:
+    """Spans of the prompt's token ids whose characters the template marks."""
+    text, characters = _rendered(record, record.messages, tokenizer, settings, open_answer=True)
+    with foreign(f"{record.where}: this tokenizer does not tell where its tokens stand in a text", DataError):
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    dropped = len(found["input_ids"]) - len(prompt)  # a begin-of-sequence that stood there twice
+    inside = [
+        any(first < end and last > start for start, end in characters)
+        for first, last in found["offset_mapping"][dropped:]
+    ]
+    edges = [i for i in range(len(inside) + 1) if ([*inside, False])[i] != ([False, *inside])[i]]
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _plain_template(record: Record, template: str) -> str:

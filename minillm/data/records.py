@@ -11,8 +11,8 @@ FORMS = (
     '{"instruction": …, "input": …, "output": …}; the answer may be absent where only prompts are needed, or a list '
     'of equally right ones, of which training takes the first; "options" are answers to choose from'
 )
-NOT_LEARNT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-"""What an answer may hold beside its content, which would be lost."""
+BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""What an answer may hold beside its content, for a chat template to write."""
 
 
 class Record(NamedTuple):
@@ -31,6 +31,14 @@ class Record(NamedTuple):
     """Answers to choose from, the right one among them."""
     tools: tuple[dict[str, Any], ...] = ()
     """Definitions of the tools that the conversation may call, for the chat template."""
+    teacher_messages: list[dict[str, Any]] | None = None
+    """What the teacher reads in the place of `messages`, where it is told more than the student."""
+    hint: str = ""
+    """What data.teacher_template may tell the teacher."""
+    teacher: str = ""
+    """Which of several teachers teaches it."""
+    turn: dict[str, Any] | None = None
+    """The whole message of an answer that has more than content, such as `tool_calls`."""
 
     @property
     def references(self) -> list[str]:
@@ -46,11 +54,12 @@ class Record(NamedTuple):
 def to_record(row: Mapping[str, Any], where: str) -> Record:
     """A row of one of the FORMS as a record. Raises DataError, which says `where` the row stands."""
     check_characters(row, where)
-    extra, tools = "", None
+    extra, tools, turn = "", None, None
     if "messages" in row:
         messages, answer, tools = _conversation(row["messages"], where), None, row.get("tools")
         if messages[-1]["role"] == "assistant":
-            answer = _answer(messages.pop(), where)
+            turn = messages.pop()
+            answer = turn["content"]
             if not messages:
                 raise DataError(f"{where}: `messages` holds an answer alone: expected a prompt before it")
     else:
@@ -65,7 +74,33 @@ def to_record(row: Mapping[str, Any], where: str) -> Record:
         messages = [{"role": "user", "content": f"{prompt}\n\n{extra}" if extra else prompt}]
     first, others = _answers(answer, where)
     options = _options(row.get("options"), first, where)
-    return Record(messages, first, where, extra, others, options, _tools(tools, where))
+    told = _teacher_messages(row.get("teacher_prompt"), messages, where)
+    hint, teacher = (_text(row, key, where) for key in ("hint", "teacher"))
+    turn = turn if turn and any(turn.get(key) for key in BESIDE_CONTENT) else None
+    return Record(messages, first, where, extra, others, options, _tools(tools, where), told, hint, teacher, turn)
+
+
+def every_turn(record: Record) -> list[Record]:
+    """A record of each turn of the assistant: the conversation before it, and the turn as the answer. Raises DataError
+    for one whose teacher reads a prompt of its own, which is that of one turn."""
+    earlier = [i for i, message in enumerate(record.messages) if i > 0 and message["role"] == "assistant"]
+    if earlier and record.teacher_messages is not None:
+        raise DataError(
+            f"{record.where}: `teacher_prompt` is for one turn, and data.rollout_turns asks for all of them: use "
+            "data.teacher_template, or set data.rollout_turns to last"
+        )
+    turns = [
+        record._replace(
+            messages=record.messages[:i],
+            answer=record.messages[i]["content"],
+            where=f"{record.where}, message {i + 1}",
+            alternatives=(),
+            options=(),
+            turn=record.messages[i] if any(record.messages[i].get(key) for key in BESIDE_CONTENT) else None,
+        )
+        for i in earlier
+    ]
+    return [*turns, record]
 
 
 def check_characters(row: Mapping[str, Any], where: str) -> None:
@@ -128,16 +163,6 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     return {**call, "function": function} if "function" in call else function
 
 
-def _answer(message: dict[str, Any], where: str) -> str:
-    lost = [key for key in NOT_LEARNT if message.get(key)]
-    if lost:
-        raise DataError(
-            f"{where}: the answer has `{lost[0]}`, of which nothing would be learnt: write it into `content` as the "
-            "model is to say it, or leave the record out"
-        )
-    return message["content"]
-
-
 def _answers(answer: Any, where: str) -> tuple[str | None, tuple[str, ...]]:
     """The answer, and the others that are as right."""
     if answer is None or answer == [None]:
@@ -155,6 +180,25 @@ def _options(options: Any, answer: str | None, where: str) -> tuple[str, ...]:
     if options and (len(set(options)) < 2 or answer not in options):
         raise DataError(f"{where}: `options` must be at least two, and hold the answer {answer!r}")
     return tuple(options)
+
+
+def _teacher_messages(told: Any, messages: list[dict[str, Any]], where: str) -> list[dict[str, Any]] | None:
+    """A text takes the place of the last message, a list that of the whole conversation."""
+    if told is None:
+        return None
+    if isinstance(told, str):
+        return [*messages[:-1], {**messages[-1], "content": told}]
+    found = _conversation(told, f"{where}, teacher_prompt")
+    if found[-1]["role"] == "assistant":
+        raise DataError(f"{where}: `teacher_prompt` ends with an answer; expected what the teacher reads before one")
+    return found
+
+
+def _text(row: Mapping[str, Any], key: str, where: str) -> str:
+    found = row.get(key)
+    if found is None or isinstance(found, str):
+        return found or ""
+    raise DataError(f"{where}: `{key}` is {_kind(found)}; expected text")
 
 
 def _tools(tools: Any, where: str) -> tuple[dict[str, Any], ...]:

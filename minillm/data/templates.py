@@ -8,6 +8,7 @@ kernel keeps within limits. It reads one JSON object a line, answers with one, a
 import atexit
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ SECONDS, MEMORY = 2, 1 << 30
 TEMPLATE, TEXT = 1 << 20, 1 << 24
 """Characters of the longest template, and of the longest text that one may write."""
 
+MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""What begins the assistant's text in a template that marks it."""
 ENDED = f"it took longer than {SECONDS} seconds and was ended, or its process was lost"
 CHILD = "import sys; sys.path[:] = {path!r}; from minillm.data.templates import serve; serve()"
 
@@ -31,15 +34,15 @@ class TemplateError(ValueError):
 
 
 @lru_cache(maxsize=16)  # a record is rendered for its prompt, for its turns and to see what opens the answer
-def _render(template: str, request: str) -> str:
+def _render(template: str, request: str) -> tuple[str, list[tuple[int, int]]]:
     answer = _process.ask(request)
     if not answer:
         _process.ended.add(template)
         raise TemplateError(ENDED)
-    text, refused = json.loads(answer)
+    text, spans, refused = json.loads(answer)
     if refused:
         raise TemplateError(refused)
-    return text
+    return text, [(start, end) for start, end in spans]
 
 
 def render(template: str, messages: list[dict[str, Any]], **variables: Any) -> str:
@@ -64,6 +67,18 @@ def render(template: str, messages: list[dict[str, Any]], **variables: Any) -> s
         >>> render(template, [{"role": "user", "content": "a"}])
         '<user>a'
     """
+    return _request(template, messages, variables)[0]
+
+
+def marked(template: str, messages: list[dict[str, Any]], **variables: Any) -> list[tuple[int, int]]:
+    """The spans [start, end) of the text's characters that the template marks as the assistant's ({% generation %});
+    arguments and errors are those of `render`."""
+    return _request(template, messages, variables)[1]
+
+
+def _request(
+    template: str, messages: list[dict[str, Any]], variables: dict[str, Any]
+) -> tuple[str, list[tuple[int, int]]]:
     if len(template) > TEMPLATE:
         raise TemplateError(f"it has {len(template)} characters, of which at most {TEMPLATE} are read")
     if template in _process.ended:
@@ -133,12 +148,14 @@ def serve() -> None:
             signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _answer(render_jinja_template: Any, line: str) -> tuple[str, str]:
-    """The text, and why there is none."""
+def _answer(render_jinja_template: Any, line: str) -> tuple[str, list[tuple[int, int]], str]:
+    """The text, the spans that it marks, and why there is none."""
+    request = json.loads(line)
     try:
-        (text,), _ = render_jinja_template(**json.loads(line))
+        marks = bool(MARKED.search(request["chat_template"]))
+        (text,), spans = render_jinja_template(**request, return_assistant_tokens_mask=marks)
     except Exception as error:  # a template fails as it likes
-        return "", reason(error)
+        return "", [], reason(error)
     if len(text) > TEXT:
-        return "", f"it writes {len(text)} characters, of which at most {TEXT} are read"
-    return text, ""
+        return "", [], f"it writes {len(text)} characters, of which at most {TEXT} are read"
+    return text, spans[0] if spans else [], ""

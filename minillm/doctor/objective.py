@@ -22,7 +22,8 @@ def teacher_into_itself(patient: Patient) -> Finding:
         return Finding("skipped", "this stage compares no two distributions")
     if not isinstance(teacher, CausalLM):
         return Finding("skipped", "the teacher is not in this process")
-    context = replace(context, student=teacher)
+    examples = [example._replace(teacher_prompt=None) for example in context.examples]  # else it is told more
+    context = replace(context, student=teacher, examples=examples)
     loss, gradient, tokens = 0.0, 0.0, 0
     for part in METHODS[context.config.method](context, Path()).step(1).parts:
         batch = part.batch(part.examples).to(context.accelerator.device)
@@ -79,6 +80,8 @@ def slope(patient: Patient) -> Finding:
     context = patient.context
     if context.config.method == "seqkd":
         return Finding("skipped", "its loss is that of sft, on answers that do not exist yet")
+    if isinstance(context.teacher, CausalLM) and context.teacher.model is context.student.model:
+        return Finding("skipped", "the teacher is the student itself, and finite differences would move both")
     part = METHODS[context.config.method](context, Path()).step(1).parts[0]
     batch = part.batch(part.examples).to(context.accelerator.device)
     trained = [p for p in context.student.parameters() if p.requires_grad and p.dim() > 1]
@@ -87,8 +90,10 @@ def slope(patient: Patient) -> Finding:
     def loss() -> Tensor:
         return part.loss(context.student.output(batch), batch)["loss"] / len(batch.targets)
 
-    worst = 0.0
-    for parameter, gradient in zip(chosen, torch.autograd.grad(loss(), chosen), strict=True):
+    worst, here = 0.0, loss()
+    if abs(float(here.detach())) < 1e-5:
+        return Finding("skipped", "teacher and student agree here: the loss is 0, and so is its gradient")
+    for parameter, gradient in zip(chosen, torch.autograd.grad(here, chosen), strict=True):
         size, kept = float(gradient.detach().norm()), parameter.detach().clone()
         if size == 0:
             continue

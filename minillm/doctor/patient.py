@@ -111,6 +111,8 @@ class Patient:
     @torch.no_grad()
     def logits(self, lm: Scorer, batch: Batch) -> Tensor:
         """[N, V] float64, by the model's own forward: without our reading of its head, where the model is here."""
+        if lm is self.context.teacher:
+            batch = batch.for_teacher
         if isinstance(lm, StoredTeacher) and lm.plan.kind == "top_k":
             return lm.law(batch).logits(self.columns).double()
         if not isinstance(lm, CausalLM):

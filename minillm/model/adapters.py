@@ -5,6 +5,7 @@ peft is called directly: the integration that transformers has of it may ask for
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from minillm.config import schema
 from minillm.config.schema import ConfigError
+from minillm.model.quantised import forget_rounding, is_rounded, plain_linear
 from minillm.model.trial import trying
 
 if TYPE_CHECKING:
@@ -143,6 +145,10 @@ def _inject(model: "PreTrainedModel", config: Any, said: str) -> None:
 
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     tied = ends[1] is not None and ends[0].weight is ends[1].weight
+    if (config.use_dora or config.lora_bias) and any(map(is_rounded, model.modules())):
+        raise ConfigError(
+            f"{said}: DoRA and biases of adapters cannot be merged into rounded weights; leave out model.quantize"
+        )
     with trying(model, f"have adapters by {said}", "Name other modules in lora.targets"):
         inject_adapter_in_model(config, model, NAME)
     now = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -199,7 +205,9 @@ def _check_merge(model: "PreTrainedModel") -> None:
     for name, module in chosen.values():
         if name not in calls:
             continue
-        part = copy.deepcopy(module).float()
+        part = copy.deepcopy(module)
+        _plain_bases(part)
+        part = part.float()
         layers = [each for each in part.modules() if isinstance(each, LoraLayer)]
         for each in layers:
             for key, parameter in each.named_parameters():
@@ -209,7 +217,7 @@ def _check_merge(model: "PreTrainedModel") -> None:
         args, kwargs = tree_map(_float, calls[name])
         apart = _first(part(*args, **kwargs))
         for each in reversed(layers):
-            each.merge(safe_merge=True)
+            _merge(each, safe=True)
         merged = _first(part(*args, **kwargs))
         if not (apart - merged).abs().max() <= 1e-2 * apart.abs().max():
             raise ConfigError(
@@ -245,29 +253,64 @@ def merge_adapters(model: "PreTrainedModel") -> "PreTrainedModel":
     if not has_adapters(model):
         return model
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
 
     merged = copy.deepcopy(model)
     dtype = merged.config.dtype or model.dtype
+    _plain_bases(merged)
     for parameter in merged.parameters():
         parameter.data = parameter.data.float()  # a small product added in 16 bits would be rounded away
     layers = [module for module in merged.modules() if isinstance(module, BaseTunerLayer)]
     for layer in reversed(layers):  # several may be nested around one module that has several weights
-        layer.merge(safe_merge=model.device.type != "meta")  # without storage there is nothing to check
+        _merge(layer, safe=model.device.type != "meta")  # without storage there is nothing to check
+    _unwrap(merged, lambda wrapper: wrapper.modules_to_save[NAME])
+    forget_rounding(merged)
+    for parameter in merged.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return merged.requires_grad_(True)
+
+
+def without_adapters(model: "PreTrainedModel") -> "PreTrainedModel":
+    """The base model below the adapters, in place: the modules that peft put around its layers are taken away."""
+    _unwrap(model, lambda wrapper: wrapper.original_module)
+    return model
+
+
+def _plain_bases(module: torch.nn.Module) -> None:
+    """Plain float32 matrices below adapters that stand above fewer bits, in place."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer) and is_rounded(layer.get_base_layer()):
+            layer.base_layer = plain_linear(layer.get_base_layer())
+
+
+@torch.no_grad()
+def _merge(layer: Any, safe: bool) -> None:
+    """Add a layer's adapters to its matrix. peft's layers for matrices in fewer bits would round the sum."""
+    if type(layer).__module__.endswith(".bnb"):
+        layer.base_layer.weight += layer.get_delta_weight(NAME)
+        layer.merged_adapters.append(NAME)
+    else:
+        layer.merge(safe_merge=safe)
+
+
+def _unwrap(model: "PreTrainedModel", chosen: Callable[[Any], torch.nn.Module]) -> None:
+    """Put the layers themselves in the place of peft's around them, and of modules that are trained whole the
+    `chosen` ones."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
     outermost: list[str] = []
-    for name, module in list(merged.named_modules(remove_duplicate=False)):  # a module may stand in several places
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # a module may stand in several places
         if any(name.startswith(f"{outer}.") for outer in outermost):
             continue
         if isinstance(module, BaseTunerLayer):
             outermost.append(name)
-            merged.set_submodule(name, module.get_base_layer())
+            model.set_submodule(name, module.get_base_layer())
         elif isinstance(module, ModulesToSaveWrapper):
             outermost.append(name)
-            merged.set_submodule(name, module.modules_to_save[NAME])
-    for parameter in merged.parameters():
-        parameter.data = parameter.data.to(dtype)
-    del merged.peft_config
-    return merged.requires_grad_(True)
+            model.set_submodule(name, chosen(module))
+    del model.peft_config
 
 
 def save_adapters(model: "PreTrainedModel", path: Path) -> None:

@@ -17,12 +17,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from minillm.config.check import routes
 from minillm.config.recipe import Recipe
 from minillm.config.schema import RunConfig, StageConfig
 from minillm.data.examples import read_records
 from minillm.model.adapters import keep_base_in
 from minillm.model.layers import layers_of
-from minillm.model.load import cached, load_student, load_teacher, skeleton
+from minillm.model.load import cached, load_frozen, load_student, load_teacher, own_weights, skeleton
+from minillm.model.quantised import held_bytes
 from minillm_kernels.hidden.chunked import BUFFER_BYTES
 
 if TYPE_CHECKING:
@@ -106,6 +108,11 @@ def cost(run: RunConfig, stage: StageConfig) -> Cost:
     with torch.device("meta"):
         teacher = load_teacher(run, load=skeleton)
         student = load_student(run, teacher, load=skeleton)
+        others = [load_frozen(route.model, run, load=skeleton) for route in routes(run).values()]
+    own, separate = own_weights(run), teacher is not None
+    if own:
+        teacher = student  # the same work
+    teacher = teacher or max(others, key=lambda model: model.num_parameters(), default=None)
     if run.model.compute_dtype != "auto":
         keep_base_in(student, getattr(torch, run.model.compute_dtype))
     method, steps, new = stage.method, stage.optim.steps, stage.rollout.max_new_tokens
@@ -115,9 +122,12 @@ def cost(run: RunConfig, stage: StageConfig) -> Cost:
     micro = min(stage.optim.micro_batch_size, batch)
 
     trained = sum(p.nbytes for p in student.parameters() if p.requires_grad)
-    held = {"student": _weights(student), "gradients": trained, "AdamW": _moments(student, stage.optim.optimizer)}
-    if teacher is not None:
-        held["teacher"] = _weights(teacher)
+    held = {"student": held_bytes(student, run.model.quantize), "gradients": trained}
+    held["AdamW"] = _moments(student, stage.optim.optimizer)
+    if others:
+        held["teachers"] = sum(held_bytes(model, run.teacher.quantize) for model in others)
+    elif teacher is not None:
+        held["teacher"] = held_bytes(teacher, run.teacher.quantize) if separate else trained * (own == "ema")
 
     # ---- update: a micro-batch of answers or of text, whichever keeps more
     inputs = len(layers_of(student)[1]) * _state_bytes(student) if run.model.recompute else 0  # kept, of a token
@@ -216,10 +226,6 @@ def _moments(student: "PreTrainedModel", optimizer: str) -> int:
     if "bit" in optimizer:
         return sum(p.numel() for p in trained) * (1 if "4bit" in optimizer else 2)
     return sum(p.nbytes for p in trained) * (3 if optimizer == "adamw_kahan" else 2)
-
-
-def _weights(model: nn.Module) -> int:
-    return sum(x.nbytes for x in model.parameters())
 
 
 def _head(model: "PreTrainedModel") -> int:

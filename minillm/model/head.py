@@ -69,9 +69,12 @@ class CausalLM(nn.Module):
     for a model that cannot be run on token ids alone, or whose predictions see the tokens that they predict.
     """
 
-    def __init__(self, model: "PreTrainedModel", head: str = "fused", tried: bool = True) -> None:
+    def __init__(
+        self, model: "PreTrainedModel", head: str = "fused", constant: bool = False, tried: bool = True
+    ) -> None:
         super().__init__()
         self.model = model
+        self.constant = constant  # a teacher, even where its weights are those that are trained
         self.fused = head == "fused"
         _check_whole(self)
         self.whole_head = _whole_head(model) if self.fused else None
@@ -89,7 +92,7 @@ class CausalLM(nn.Module):
     @property
     def head(self) -> Head:
         """As constants where no gradient is taken: a teacher's."""
-        return self._head() if torch.is_grad_enabled() else self._head().detach()
+        return self._head().detach() if self.constant or not torch.is_grad_enabled() else self._head()
 
     def _head(self) -> Head:
         if not self.fused:
@@ -128,7 +131,7 @@ class CausalLM(nn.Module):
         """Without autocast for a frozen model: it is in its dtype already, and autocast, which remembers the weights
         that it has cast only where they are trained, would cast it anew for every token. What is trained above a
         frozen base of 16 bits joins the base in its dtype."""
-        parameters = list(self.model.parameters())
+        parameters = [p for p in self.model.parameters() if p.is_floating_point()]  # not those in fewer bits
         frozen, trained = ({p.dtype for p in parameters if p.requires_grad == which} for which in (False, True))
         if not trained:
             return torch.autocast(self.device.type, enabled=False)

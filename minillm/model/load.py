@@ -18,14 +18,22 @@ from minillm.model.adapters import StoredAdapters, add_adapters, continue_adapte
 from minillm.model.bounds import bounded, check_layers, room
 from minillm.model.files import check_generation_config, check_weight_names, damaged, stored_shapes, weights_folder
 from minillm.model.layers import drop_layers, recompute_layers
+from minillm.model.quantised import quantisation
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_model(source: str, dtype: str = "float32", attn: str = "auto", distributed: Any = None) -> "PreTrainedModel":
+def load_model(
+    source: str,
+    dtype: str = "float32",
+    attn: str = "auto",
+    quantization_config: Any = None,
+    distributed: Any = None,
+) -> "PreTrainedModel":
     """An AutoModelForCausalLM from a hub id, a directory or `package:NAME`, in eval mode (no dropout). Code that comes
-    with a model is never run, nor a pickle read. `dtype` "checkpoint" is the one in which it is stored.
+    with a model is never run, nor a pickle read. `dtype` "checkpoint" is the one in which it is stored. Under a
+    `quantization_config` of transformers (minillm/model/quantised.py) its matrices are rounded as they are read.
 
     A directory of adapters is loaded as its base model with the adapters merged. `distributed` is a DistributedConfig
     of transformers, under which each process reads its part of the layers.
@@ -40,6 +48,8 @@ def load_model(source: str, dtype: str = "float32", attn: str = "auto", distribu
                 f"{source!r} holds adapters, which are merged into whole weights: name the directory in which they "
                 "are merged, or set parallel.teacher to shard"
             )
+        if quantization_config is not None:
+            raise ConfigError(f"{source!r} holds adapters, to be merged before anything is rounded: export it merged")
         model = load_model(adapters.base, dtype, attn)
         continue_adapters(model, adapters)
         return merge_adapters(model)
@@ -48,8 +58,11 @@ def load_model(source: str, dtype: str = "float32", attn: str = "auto", distribu
     check_generation_config(place)
     chosen = _stored_dtype(config) if dtype == "checkpoint" else getattr(torch, dtype)
     quantised = hasattr(config, "quantization_config")
-    packed = 8 if quantised else 1  # weights of 16 bits in 2, at the least
-    over_processes = {} if distributed is None else {"distributed_config": distributed}
+    if quantised and quantization_config is not None:
+        raise ConfigError(f"{source!r} is stored in fewer bits already: leave quantize out")
+    more = {} if quantization_config is None else {"quantization_config": quantization_config}
+    packed = 8 if quantised or more else 1  # weights of 16 bits in 2, at the least
+    more |= {} if distributed is None else {"distributed_config": distributed}
     with (
         _reading(f"no causal language model could be loaded from {source!r}", source),
         bounded(source, packed * room()),
@@ -63,7 +76,7 @@ def load_model(source: str, dtype: str = "float32", attn: str = "auto", distribu
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, with their names
-                **over_processes,
+                **more,
             )
         except ImportError as error:
             cause = (
@@ -85,8 +98,10 @@ def load_model(source: str, dtype: str = "float32", attn: str = "auto", distribu
     return model.eval()
 
 
-def skeleton(source: str, dtype: str = "float32", attn: str = "auto") -> "PreTrainedModel":
-    """The same model with its weights not read: random, or absent under `torch.device("meta")`."""
+def skeleton(
+    source: str, dtype: str = "float32", attn: str = "auto", quantization_config: Any = None
+) -> "PreTrainedModel":
+    """The same model with its weights not read: random, or absent under `torch.device("meta")`; never rounded."""
     from transformers import AutoModelForCausalLM
 
     config = _description(source)
@@ -203,16 +218,45 @@ def load_tokenizer(source: str) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-Loader = Callable[[str, str, str], "PreTrainedModel"]
+Loader = Callable[[str, str, str, Any], "PreTrainedModel"]
 """`load_model`, or `skeleton`."""
 
 
 def load_teacher(run: RunConfig, load: Loader = load_model) -> "PreTrainedModel | None":
-    """The frozen teacher named in the configuration, None where it names none, or one that is not loaded here."""
+    """The frozen teacher named in the configuration, None where it names none, one that is not loaded here, or the
+    student's own base."""
     source = run.model.teacher
-    if not source or addresses(source) or is_stored(source):
+    if not source or own_weights(run) or addresses(source) or is_stored(source):
         return None
-    return load(source, run.teacher.dtype, run.model.attn).requires_grad_(False)
+    return load_frozen(source, run, load)
+
+
+def load_frozen(source: str, run: RunConfig, load: Loader = load_model) -> "PreTrainedModel":
+    """A model that teaches, in the dtype and bits of the section `teacher`."""
+    settings, rounded = run.teacher, None
+    if settings.quantize:
+        dtype = _stored_dtype(_description(source)) if settings.dtype == "checkpoint" else settings.dtype
+        compute = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+        rounded = quantisation("teacher.quantize", settings.quantize, compute)
+    return load(source, settings.dtype, run.model.attn, rounded).requires_grad_(False)
+
+
+def own_weights(run: RunConfig) -> str:
+    """Which of the student's own weights the teacher has, a value of teacher.source; "" for a model of its own.
+
+    The base of a LoRA student that is named as model.teacher too is not loaded a second time, unless it is asked for
+    in another dtype or other bits, or one of the two lives in shards.
+    """
+    settings, teacher = run.model, run.teacher
+    if teacher.source != "checkpoint":
+        return teacher.source
+    if not settings.student or not settings.teacher:
+        return ""
+    adapters = _adapters(settings.student)
+    base = adapters.base if adapters else settings.student if run.lora.rank else None
+    same = base == settings.teacher and teacher.quantize == settings.quantize
+    same = same and run.parallel.student == run.parallel.teacher == "replicate"
+    return "base" if same and teacher.dtype in ("checkpoint", settings.dtype) else ""
 
 
 def load_student(run: RunConfig, teacher: "PreTrainedModel | None", load: Loader = load_model) -> "PreTrainedModel":
@@ -221,7 +265,14 @@ def load_student(run: RunConfig, teacher: "PreTrainedModel | None", load: Loader
     settings = run.model
     adapters = _adapters(settings.student) if settings.student else None
     if settings.student:
-        student = load(adapters.base if adapters else settings.student, settings.dtype, settings.attn)
+        rounded = None
+        if settings.quantize:
+            if not adapters and not run.lora.rank:
+                raise ConfigError("model.quantize rounds frozen weights: set lora.rank to train adapters above them")
+            auto = "bfloat16" if torch.cuda.is_available() else settings.dtype
+            compute = getattr(torch, auto if settings.compute_dtype == "auto" else settings.compute_dtype)
+            rounded = quantisation("model.quantize", settings.quantize, compute)
+        student = load(adapters.base if adapters else settings.student, settings.dtype, settings.attn, rounded)
     else:
         assert settings.drop_layers is not None and teacher is not None  # check_stage
         student = drop_layers(teacher, *settings.drop_layers).to(getattr(torch, settings.dtype)).requires_grad_(True)

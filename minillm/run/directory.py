@@ -154,11 +154,11 @@ class RunDirectory:
         return f"Resume with: {command} --resume {shlex.quote(str(newest))}"
 
     def export(self, model: "PreTrainedModel | None", tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Write model/, or replace the one of the stage before; adapters merged, and alone in model/adapter/. The
-        first process has the model."""
+        """Write model/, or replace the one of the stage before, in the form that lora.export says. The first process
+        has the model."""
         if self.main and model is not None:
             try:
-                write_model(model, tokenizer, self.path / "model")
+                write_model(model, tokenizer, self.path / "model", self.recipe.run.lora.export)
             except checkpoint.CheckpointError as error:
                 raise checkpoint.CheckpointError(f"{error}. {self.how_to_resume()}") from error
 

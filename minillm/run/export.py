@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from minillm.config.recipe import load_recipe
 from minillm.config.schema import ConfigError
 from minillm.files import flush, whole_or_absent
-from minillm.model.adapters import merge_adapters, save_adapters
+from minillm.model.adapters import has_adapters, merge_adapters, save_adapters
 from minillm.model.head import VOCABULARY
 from minillm.model.load import load_student, load_teacher, load_tokenizer, skeleton
+from minillm.model.quantised import is_rounded
 from minillm.run import checkpoint, shards
 from minillm.run.verify import CheckpointError, check_alike, check_finite
 
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def write_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", target: Path) -> None:
+def write_model(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", target: Path, form: str = "merged"
+) -> None:
     """What `AutoModelForCausalLM.from_pretrained` loads, replacing what was there once it is whole; adapters merged,
-    and alone in adapter/. Of a student whose head is larger than its teacher's, config.json says under
-    `common_vocab_size` which columns were learnt.
+    and alone in adapter/, or in the `form` adapter alone. Of a student whose head is
+    larger than its teacher's, config.json says under `common_vocab_size` which columns were learnt.
 
     Raises FloatingPointError for weights that are not finite, CheckpointError when it cannot be written.
     """
@@ -37,24 +40,27 @@ def write_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", 
     except CheckpointError as error:
         raise FloatingPointError(f"{error}, so {target} is not written: lower optim.lr") from error
     with _written(target) as partial:
-        merged = merge_adapters(model)
-        merged.save_pretrained(partial)
-        if merged is not model:
-            save_adapters(model, partial / "adapter")
+        if has_adapters(model):
+            save_adapters(model, partial if form == "adapter" else partial / "adapter")
+        if form == "merged" or not has_adapters(model):
+            merge_adapters(model).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
 
 
-def check_export(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+def check_export(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", form: str = "merged") -> None:
     """Refuse a model that could not be written at the end, or read again: tried on a copy without storage, of which
     all is written but the weights, and of these the names and shapes are compared.
 
     Raises ConfigError.
     """
-    tensors: dict[int, Tensor] = {id(x): x.to("meta") for x in model.buffers()}
-    tensors |= {id(x): nn.Parameter(x.to("meta"), x.requires_grad) for x in model.parameters()}
+    if form == "adapter" and hasattr(model.config, VOCABULARY):
+        raise ConfigError(
+            "lora.export is adapter, and adapters cannot say that the teacher has fewer columns than their base: "
+            "set lora.export to merged"
+        )
     try:
         with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
-            merged = merge_adapters(copy.deepcopy(model, tensors))
+            merged = merge_adapters(_without_storage(model))
             merged.config.save_pretrained(folder)
             if merged.generation_config is not None:
                 merged.generation_config.save_pretrained(folder)
@@ -101,8 +107,20 @@ def export(run: Path, source: Path | None, output: Path) -> Path:
         setattr(student.config, VOCABULARY, saved[VOCABULARY])
     checkpoint.restore_weights(student, found.groups[checkpoint.weights_name(student)])
     shards.fill(source, {checkpoint.weights_name(student): checkpoint.trained(student)}, found.groups)
-    write_model(student, load_tokenizer(settings.student or settings.teacher), output)
+    tokenizer = load_tokenizer(settings.student or settings.teacher)
+    write_model(student, tokenizer, output, recipe.run.lora.export)
     return source
+
+
+def _without_storage(model: "PreTrainedModel") -> "PreTrainedModel":
+    """A copy on the meta device; of matrices in fewer bits, as the plain ones that are exported."""
+    if any(map(is_rounded, model.modules())):
+        config = copy.deepcopy(model.config)
+        del config.quantization_config
+        return type(model)(config)
+    tensors: dict[int, Tensor] = {id(x): x.to("meta") for x in model.buffers()}
+    tensors |= {id(x): nn.Parameter(x.to("meta"), x.requires_grad) for x in model.parameters()}
+    return copy.deepcopy(model, tensors)
 
 
 def _shapes(model: "PreTrainedModel") -> dict[str, Tensor]:

@@ -7,7 +7,7 @@
              the share can grow with the validation loss (DistiLLM, Ko et al., ICML 2024)
 
 A method is made of the stage's context and a folder for its files. It offers what `Given` does: `step`, and `memory`
-with `remember`, for checkpoints; those selected by their validation loss also `part` and `validated`. Nothing is
+with `remember`, for checkpoints; those selected by their validation loss also `parts` and `validated`. Nothing is
 differentiated through sampling. What a step draws is a function of the seed and the step's number, so that the number
 alone is the position in the data; `memory` is all other state of a method: a rollout in use, a share that has grown.
 """
@@ -15,6 +15,7 @@ alone is the position in the data; `memory` is all other state of a method: a ro
 import json
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,45 +36,51 @@ from minillm.teacher.served import ServedTeacher
 from minillm.teacher.stored import StoredTeacher
 from minillm.teacher.top_k import top_k_divergence
 from minillm.terminal import say
-from minillm.train.context import Context, Loss, Part, Step, chunks
+from minillm.train.context import Context, Part, Step, chunks
 from minillm_kernels import fused_linear_distill_loss, fused_linear_divergence_loss
+
+LossOf = Callable[[Context, Output, Batch], Sums]
+"""A loss, before it knows in which context."""
 
 
 def sft(context: Context, folder: Path) -> "Given":
     """Cross entropy with the responses of the data."""
-    return Given(context, context.examples, partial(label_loss, context))
+    return Given(context, context.examples, label_loss)
 
 
 def kd(context: Context, folder: Path) -> "Given":
     """distill_weight · divergence(teacher, student) + label_weight · cross entropy, on the responses of the data."""
-    return Given(context, context.examples, partial(kd_loss, context), asks_teacher=True)
+    return Given(context, context.examples, kd_loss, asks_teacher=True)
 
 
 def seqkd(context: Context, folder: Path) -> "Given":
     """Cross entropy with the teacher's text, which is sampled once and kept (data.teacher_answers)."""
-    return Given(context, with_teacher_responses(context, folder), partial(label_loss, context))
+    return Given(context, with_teacher_responses(context, folder), label_loss)
 
 
 class Given:
     """Learns from responses that exist before the first step."""
 
-    def __init__(self, context: Context, examples: list[Example], loss: Loss, asks_teacher: bool = False) -> None:
+    def __init__(self, context: Context, examples: list[Example], loss: "LossOf", asks_teacher: bool = False) -> None:
         self.context, self.examples, self.loss, self.asks_teacher = context, examples, loss, asks_teacher
         self.order = Shuffled(len(examples), context.run.seed)
         self.memory: dict[str, Tensor] = {}
 
     def step(self, number: int) -> Step:
         """What step `number`, from 1, learns from."""
-        return Step([self.part(self.context.mine(self.drawn(number)))], {})
+        return Step(self.parts(self.context.mine(self.drawn(number))), {})
 
     def drawn(self, number: int) -> list[Example]:
         """The examples of a step, over all processes."""
         size = self.context.config.optim.batch_size
         return [self.examples[i] for i in self.order.take((number - 1) * size, size)]
 
-    def part(self, examples: list[Example]) -> Part:
-        """Examples with the loss of this method; also those of the validation."""
-        return Part("responses", examples, self.loss, self.context.row_length, self.asks_teacher)
+    def parts(self, examples: list[Example], loss: "LossOf | None" = None) -> list[Part]:
+        """Examples with the loss of this method, those of each teacher apart; also those of the validation."""
+        return [
+            Part("responses", chosen, partial(loss or self.loss, each), self.context.row_length, self.asks_teacher)
+            for each, chosen in self.context.by_teacher(examples)
+        ]
 
     def validated(self, loss: float) -> None:
         """Called with each validation loss, which changes nothing here."""
@@ -87,7 +94,7 @@ class Gkd:
 
     def __init__(self, context: Context, folder: Path) -> None:
         self.context, self.given = context, kd(context, folder)
-        self.part = self.given.part
+        self.parts = self.given.parts
         self.share = context.config.rollout.on_policy
         self.validation_loss = math.inf
 
@@ -101,11 +108,10 @@ class Gkd:
         rollout = context.roll_out(number, drawn, teacher=None, alpha=0.0)
         pairs = zip(drawn, rollout.responses(), strict=True)
         examples = [example._replace(response=response, turns=()) for example, response in pairs]
-        part = self.part(context.mine(examples))._replace(loss=partial(on_policy_loss, context))
         metrics = {"completions/mean_length": rollout.lengths.float().mean()}
         if rollout.engine_logprobs is not None:
             metrics["rollout/engine_gap"] = engine_gap(rollout)
-        return Step([part], metrics)
+        return Step(self.parts(context.mine(examples), on_policy_loss), metrics)
 
     def validated(self, loss: float) -> None:
         """Let the share grow when the validation loss has risen."""
@@ -230,7 +236,7 @@ def sample_teacher(context: Context, path: Path) -> None:
             mine = context.to_sample(part, teacher)
             sampled: list[list[int]] = []
             if mine or rollout.engine != "builtin":  # an engine is asked by all processes, or by none
-                prompts = [examples[i].prompt for i in mine]
+                prompts = [examples[i].prompt_of_teacher for i in mine]
                 if isinstance(teacher, CausalLM):
                     sampled = context.sample_responses(teacher, None, prompts, uniforms[:, mine], 0.0).responses()
                 else:

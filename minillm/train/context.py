@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +18,7 @@ from minillm.engine.rollout import drawn, read
 from minillm.model.coins import share_coins
 from minillm.model.head import CausalLM, Output, Sums, share_vocabulary
 from minillm.model.load import packs_in_one_row
-from minillm.model.rollout import Rollout, gather_processes, rescore
+from minillm.model.rollout import Rollout, add_teacher, gather_processes, rescore
 from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm.parallel.gathered import gathered
 from minillm.parallel.shard import is_sharded
@@ -25,6 +26,8 @@ from minillm.parallel.tensor import output_of, runs_together
 from minillm.run.clock import Clock
 from minillm.teacher import Teacher
 from minillm.teacher.choose import Elsewhere, ends_of
+from minillm.teacher.own_base import MovingAverage
+from minillm.teacher.routed import Routed, by_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,9 +90,48 @@ class Context:
     """What the data filters did, in words."""
     clock: Clock = field(default_factory=Clock)
 
+    routed: Routed | None = None
+    """Several teachers, each for the examples that name it; then `teacher` is None."""
+    route: str = ""
+    """Of several teachers, which one is the teacher of this context."""
+    average: MovingAverage | None = field(init=False, default=None)
+    """Of the student, where that is the teacher; the loop moves it."""
+
     def __post_init__(self) -> None:
         if self.teacher is not None:
             share_vocabulary(self.student, self.teacher)
+            if self.run.teacher.source == "ema":
+                assert isinstance(self.teacher, CausalLM)
+                self.average = MovingAverage(self.student, self.teacher, self.run.teacher.decay)
+        if self.routed is not None:
+            share_vocabulary(self.student, *self.teachers)
+
+    @property
+    def teachers(self) -> list[Teacher]:
+        """The teacher, or all of several."""
+        if self.routed is not None:
+            return list(self.routed.teachers.values())  # type: ignore[arg-type]
+        return [] if self.teacher is None else [self.teacher]
+
+    def by_teacher(self, examples: list[Example]) -> "list[tuple[Context, list[Example]]]":
+        """The examples of each teacher, with the context in which it is the one."""
+        if self.routed is None or self.config.method not in ("kd", "gkd"):
+            return [(self, examples)]
+        chosen = by_name(examples)
+        return [(context, chosen[name]) for name, context in self._of_teachers.items() if name in chosen]
+
+    @cached_property
+    def _of_teachers(self) -> "dict[str, Context]":
+        """This context as it is for the records of each of several teachers."""
+        assert self.routed is not None
+        teachers: dict[str, Any] = dict(self.routed.teachers.items())
+        stages, examples = {name: self.routed.stage(name, self.config) for name in teachers}, by_name(self.examples)
+        return {
+            name: replace(
+                self, config=stages[name], teacher=teacher, examples=examples.get(name, []), routed=None, route=name
+            )
+            for name, teacher in teachers.items()
+        }
 
     @property
     def vocab_size(self) -> int:
@@ -99,7 +141,7 @@ class Context:
     @property
     def ends(self) -> tuple[int, ...]:
         """The tokens that end a response."""
-        return ends_of(self.tokenizer, self.run.data, (self.student, self.teacher))
+        return ends_of(self.tokenizer, self.run.data, (self.student, *self.teachers))
 
     @property
     def row_length(self) -> int:
@@ -107,7 +149,7 @@ class Context:
         data = self.config.data
         if not data.packing:
             return 0
-        models = [lm.model for lm in (self.student, self.teacher) if isinstance(lm, CausalLM)]
+        models = [lm.model for lm in (self.student, *self.teachers) if isinstance(lm, CausalLM)]
         if any(packs_in_one_row(model) for model in models):
             return sys.maxsize
         return data.max_prompt_length + data.max_response_length
@@ -205,9 +247,14 @@ class Context:
             uniforms = share_coins(uniforms, coins)
         rows = self.to_sample(list(range(len(examples))), teacher)
         prompts = [examples[row].prompt for row in rows]
+        told = any(example.teacher_prompt is not None for example in examples)  # then alpha is 0
         mixed_in = teacher if alpha > 0 else None  # else it reads the responses: as often on every process
         with self.clock("rollout"), self.autocast(), gathered(self.student, mixed_in):
-            rollout = self.sample_responses(self.student, teacher, prompts, uniforms[:, rows], alpha)
+            rollout = self.sample_responses(self.student, None if told else teacher, prompts, uniforms[:, rows], alpha)
+            if told and teacher is not None:
+                private = rollout._replace(prompts=[examples[row].prompt_of_teacher for row in rows])
+                rollout = add_teacher(private, teacher, 1.0, self.vocab_size, self.row_length)
+                rollout = rollout._replace(prompts=prompts)
             decoded = self.config.rollout.engine == "builtin"
             if decoded and teacher is not None and self.compute_dtype != torch.float32:
                 rollout = rescore(rollout, self.student, teacher, alpha, self.vocab_size, self.row_length)
@@ -223,7 +270,7 @@ class Context:
                 asks = part[i].part.asks_teacher and part[i].batch.asked is None
                 if asks and isinstance(self.teacher, Elsewhere):
                     batch = part[i].batch
-                    part[i] = part[i]._replace(batch=batch._replace(asked=self.teacher.ask(batch)))
+                    part[i] = part[i]._replace(batch=batch._replace(asked=self.teacher.ask(batch.for_teacher)))
             yield micros[now]
 
     @torch.no_grad()
@@ -231,7 +278,7 @@ class Context:
         """The teacher's output on a batch."""
         assert self.teacher is not None
         with self.clock("score"):
-            return output_of(self.teacher, batch)
+            return output_of(self.teacher, batch.for_teacher)
 
 
 def compute_dtype(run: RunConfig, accelerator: Accelerator) -> torch.dtype:

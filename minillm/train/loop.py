@@ -66,6 +66,9 @@ def train(
     folder = directory.path / "stages" / stage
     optimizer: torch.optim.Optimizer = make_optimizer(optim, parallel.to_step(context.student))
     predictor, optimizer = parallel.prepare(context.student, optimizer, accelerator)
+    moving = context.average
+    if moving is not None:
+        moving.restart()
     progress = Progress(stage, first_step=first_step, stages=dict(directory.stages))
     if resumed is not None:
         progress = resumed.progress
@@ -74,7 +77,7 @@ def train(
             accelerator.scaler.load_state_dict(progress.scaler)
 
     def save() -> None:
-        memory = method.memory if method is not None else {}
+        memory = (method.memory if method is not None else {}) | (moving.memory if moving is not None else {})
         groups = {**checkpoint.state_of(model, optimizer, accelerator), "memory": memory}
         progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
         directory.checkpoint(progress, groups, model, log.checkpoints_kept)
@@ -100,6 +103,8 @@ def train(
         method = METHODS[config.method](context, folder)
     if resumed is not None and progress.step > 0:  # at step 0 it has nothing to remember
         memory = {name: value.to(accelerator.device) for name, value in resumed.groups.get("memory", {}).items()}
+        if moving is not None:
+            moving.remember(memory)
         method.remember(memory, progress.step)
     selection = Selection(context, method, folder)
     selection.weights(progress)  # what the end of the stage reads must be there before its first step
@@ -144,6 +149,8 @@ def train(
                 )
             take_step(optimizer, optim, context.run.seed, step)
             optimizer.zero_grad()
+            if moving is not None:
+                moving.update()
             progress.step = step
 
             # ---- validate

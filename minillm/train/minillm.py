@@ -25,6 +25,9 @@ here the sum is divided by its number of terms. The authors' code also counts pa
 and whitens each micro-batch by itself; here whitening does not depend on how the work is split. The soft cross entropy
 of L_PT enters as KL(p‖q), which has the same gradient.
 
+With `objective.reward`, a task's reward G(y) of the whole response times `reward_coef` is added to R_t at every token,
+the last one included; `whiten` then shifts and scales the sum.
+
 With α > 0, one ratio in place of the product of ratios and the normalised return make this a biased estimate of the
 gradient of KL(q‖p). It is exact at α = 0 with plain sums.
 
@@ -46,7 +49,11 @@ from minillm.engine.rollout import engine_gap, engine_weights
 from minillm.model.head import Output, Sums
 from minillm.model.rollout import Rollout
 from minillm.train.context import Context, Part, Step
+from minillm.train.reward import load_reward, rewards_of
 from minillm_kernels import fused_linear_distill_loss, fused_linear_minillm_loss
+
+TASK = "task_reward"
+"""Its name in the memory of a checkpoint."""
 
 
 class MiniLLM:
@@ -59,6 +66,9 @@ class MiniLLM:
         self.prompts = Shuffled(len(context.examples), seed)
         self.text = Shuffled(len(context.text), seed + 1)
         self.minibatches = Shuffled(rollout.batch_size, seed + 2)
+        self.reward = load_reward(context.config.objective.reward) if context.config.objective.reward else None
+        self.task: Tensor | None = None
+        """[B] the task's rewards of its responses."""
         self.rollout: Rollout | None = None
         self.sampled: list[Example] = []
         """Its responses, with all that the objective asks of their tokens."""
@@ -72,7 +82,11 @@ class MiniLLM:
         # ---- y ~ p̃: all that the objective asks of the sampled tokens is known from here on
         if used == 0 or self.rollout is None:
             examples = self.rolled_out(iteration)
-            self.learn_from(context.roll_out(iteration, examples, context.teacher, config.rollout.alpha), examples)
+            rollout = context.roll_out(iteration, examples, context.teacher, config.rollout.alpha)
+            if self.reward is not None:
+                values = rewards_of(self.reward, context, examples, rollout.responses())
+                self.task = torch.tensor(values, dtype=torch.float32).to(rollout.lengths.device)
+            self.learn_from(rollout, examples)
 
         # ---- a minibatch of the responses: R_t, log q(y_t) and w_t ride with their tokens
         rows = self.minibatches.take(done * config.optim.batch_size, config.optim.batch_size)
@@ -95,7 +109,9 @@ class MiniLLM:
         assert rollout.teacher_hidden is not None
         self.rollout, self.metrics = rollout, describe_rollout(rollout)
         config = self.context.config
-        fixed = policy_constants(rollout, config.objective, config.rollout.engine_correction)
+        if self.task is not None:
+            self.metrics["reward/task"] = self.task.mean()
+        fixed = policy_constants(rollout, config.objective, config.rollout.engine_correction, self.task)
         self.sampled = [
             example._replace(response=response, turns=(), policy=policy, teacher_states=states[: len(response)])
             for example, response, policy, states in zip(
@@ -159,12 +175,14 @@ class MiniLLM:
     def memory(self) -> dict[str, Tensor]:
         """The rollout in use, without its prompts: the step's number tells them."""
         fields = self.rollout._asdict() if self.rollout is not None else {}
+        fields |= {TASK: self.task}
         return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
 
     def remember(self, memory: dict[str, Any], number: int) -> None:
         """Restore the rollout that step `number` used, from the memory it left."""
         examples = self.rolled_out((number - 1) // self.steps_per_rollout)
         prompts = [example.prompt for example in examples]
+        self.task = memory.pop(TASK, None)
         self.learn_from(Rollout(prompts=prompts, student_hidden=None, **memory), examples)
 
 
@@ -172,10 +190,11 @@ class MiniLLM:
 
 
 def policy_constants(
-    rollout: Rollout, objective: ObjectiveConfig, engine_correction: float = 0.0
+    rollout: Rollout, objective: ObjectiveConfig, engine_correction: float = 0.0, task: Tensor | None = None
 ) -> list[PolicyConstants]:
     """The constants of each response, trimmed to its length; the returns are not whitened yet. `engine_correction` is
-    the largest weight of a token by which an engine's law is corrected (minillm/engine/rollout.py), 0 for none.
+    the largest weight of a token by which an engine's law is corrected (minillm/engine/rollout.py), 0 for none, `task`
+    [B] the task's reward of each.
 
     Without the single-step term, a token's own reward can only come from its return (eq 2), which then includes it.
     """
@@ -189,6 +208,8 @@ def policy_constants(
         include_current=objective.include_current or not objective.single_step,
         discount=objective.discount,
     )
+    if task is not None:  # of the whole response, so that it follows every token of it
+        advantages = advantages + objective.reward_coef * task[:, None].to(advantages.dtype)
     weights = importance_weights(rollout) if objective.importance_weights else torch.ones_like(advantages)
     if engine_correction and rollout.engine_logprobs is not None:
         weights = weights * engine_weights(rollout, engine_correction)

@@ -3,15 +3,19 @@
 import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, gather_object
 
+from minillm.config.check import MOVING
 from minillm.config.recipe import Recipe
 from minillm.config.schema import ConfigError, RunConfig, StageConfig
+from minillm.config.teacher import is_stored
 from minillm.data.examples import Example, chunk_text, encode, read_records, read_text
+from minillm.data.records import every_turn
+from minillm.data.sources import DataError
 from minillm.model.adapters import keep_base_in
 from minillm.model.check import (
     check_blocks,
@@ -28,10 +32,12 @@ from minillm.parallel.shard import is_sharded
 from minillm.run.trackers import check_trackers
 from minillm.teacher import Teacher
 from minillm.teacher.choose import Elsewhere, ends_of
+from minillm.teacher.routed import Routed
 from minillm.teacher.served import ServedTeacher
 from minillm.teacher.stored import StoredTeacher
 from minillm.train.context import Context, compute_dtype
 from minillm.train.optimizers import find_optimizer
+from minillm.train.reward import load_reward
 from minillm.train.selection import split_validation
 
 if TYPE_CHECKING:
@@ -42,10 +48,12 @@ def prepare(
     run: RunConfig,
     config: StageConfig,
     student: CausalLM,
-    teacher: Teacher | None,
+    teacher: Teacher | Routed | None,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> Context:
     """Read the data and check it against the models, before any work that could be lost."""
+    routed, teacher = (teacher, None) if isinstance(teacher, Routed) else (None, teacher)
+    teachers: list[Any] = [teacher] if routed is None else list(routed.teachers.values())
     refuse_wrappers()
     accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1)
@@ -69,9 +77,14 @@ def prepare(
         size = getattr(getattr(config, section), name)
         if size % accelerator.num_processes:
             raise ConfigError(f"{key} is {size}, which {accelerator.num_processes} processes cannot share equally")
+    if config.method == "minillm" and config.objective.reward:
+        load_reward(config.objective.reward)
     samples = config.method in ("minillm", "seqkd")  # learn from what is sampled: any prompt will do
+    records = read_records(config.data.train)
+    if config.data.rollout_turns == "all" and config.method in ("minillm", "seqkd", "gkd"):
+        records = [turn for record in records for turn in every_turn(record)]
     encoded = encode(
-        read_records(config.data.train),
+        records,
         tokenizer,
         run.data,
         config.data,
@@ -87,19 +100,25 @@ def prepare(
     text = chunk_text(read_text(config.data.text), tokenizer, config.objective.pt_length) if wants_text else []
     if text:
         about += f"; {len(text)} chunks of text"
-    if isinstance(teacher, CausalLM):
-        teacher.requires_grad_(False)
-    largest = max(max(ids) for ids in (*(e.prompt + e.response for e in (*examples, *validation)), *text) if ids)
+    for model in teachers if run.teacher.source not in MOVING else ():
+        if isinstance(model, CausalLM):
+            model.requires_grad_(False)
+    check_teachers(run, config, [*examples, *validation], routed)
+    sequences = (e.prompt + e.prompt_of_teacher + e.response for e in (*examples, *validation))
+    largest = max(max(ids) for ids in (*sequences, *text) if ids)
+    told = max((len(e.teacher_prompt) for e in (*examples, *validation) if e.teacher_prompt is not None), default=0)
+    more = max(0, told - config.data.max_prompt_length)
     if isinstance(teacher, Elsewhere):
         teacher.to(accelerator.device)
     if isinstance(teacher, StoredTeacher) and config.method == "kd":
         teacher.check((*examples, *validation), config.loss, min(student.vocab_size, teacher.vocab_size))
     if isinstance(teacher, ServedTeacher):
         takes_turns = config.method == "minillm" and config.rollout.alpha > 0
-        teacher.check(longest(config, validates=bool(validation)), largest, takes_turns)
-    for model in (student, teacher):
+        teacher.check(longest(config, validates=bool(validation)) + more, largest, takes_turns)
+    for model in (student, *teachers):
         if isinstance(model, CausalLM):
-            check_context(model.model, longest(config, validates=bool(validation)))
+            length = longest(config, validates=bool(validation)) + more * (model is not student)
+            check_context(model.model, length)
             check_ids(model.model, largest, config.data.train)
             if not is_sharded(model):
                 model.to(accelerator.device)
@@ -108,14 +127,16 @@ def prepare(
                 check_packing(model.model)
     keep_base_in(student.model, compute_dtype(run, accelerator))
     check_training(student)
-    ends = ends_of(tokenizer, run.data, (student, teacher))
+    ends = ends_of(tokenizer, run.data, (student, *teachers))
     if config.method in ("minillm", "seqkd", "gkd"):
         about += f"; a response ends at {' or '.join(map(repr, tokenizer.convert_ids_to_tokens(list(ends))))}"
     samplers = {"minillm": (student, teacher), "gkd": (student,), "seqkd": (teacher,)}.get(config.method, ())
     for model in samplers:
         if isinstance(model, CausalLM):
             check_decoding(model, longest(config, validates=bool(validation)))
-    found = Context(run, config, accelerator, student, teacher, tokenizer, examples, validation, text, about)
+    found = Context(
+        run, config, accelerator, student, teacher, tokenizer, examples, validation, text, about, routed=routed
+    )
     if config.rollout.engine != "builtin":
         for model in samplers:
             if model is not None and (model is not teacher or config.method == "seqkd" or config.rollout.alpha > 0):
@@ -128,6 +149,36 @@ def prepare(
     if config.method == "minillm" and config.rollout.coins != "row" and isinstance(teacher, CausalLM):
         check_blocks(teacher)
     return found
+
+
+def check_teachers(run: RunConfig, config: StageConfig, examples: Sequence[Example], routed: Routed | None) -> None:
+    """Refuse examples that no teacher teaches, or that it could not teach anything.
+
+    Raises ConfigError, or DataError which names the record.
+    """
+    told = [example for example in examples if example.teacher_prompt is not None]
+    if told and config.method == "minillm" and config.rollout.alpha > 0:
+        raise ConfigError(
+            f"{told[0].record.where}: the teacher reads another prompt than the student, and rollout.alpha "
+            f"{config.rollout.alpha} would let it write part of the responses: set rollout.alpha to 0"
+        )
+    if told and is_stored(run.model.teacher):
+        raise ConfigError(
+            f"{told[0].record.where}: the teacher reads another prompt than the student, and {run.model.teacher} "
+            "holds what it said behind the student's: name the teacher itself in model.teacher"
+        )
+    if run.teacher.source == "student" and len(told) < len(examples) and config.method in ("kd", "gkd"):
+        raise ConfigError(
+            "teacher.source is student, and teacher and student read the same prompt: their divergence is 0. Give the "
+            "records a `teacher_prompt`, set data.teacher_template, or take teacher.source ema or base"
+        )
+    if routed is not None and config.method in ("kd", "gkd"):
+        for example in examples:
+            if example.record.teacher not in routed.teachers:
+                raise DataError(
+                    f"{example.record.where}: `teacher` is {example.record.teacher!r}; expected one of "
+                    f"{', '.join(routed.teachers)}, the names in the section teachers"
+                )
 
 
 def longest(config: StageConfig, validates: bool) -> int:
@@ -169,7 +220,7 @@ def _digest(*data: Sequence[Example | list[int]]) -> str:
     found = hashlib.sha256()
     for each in data:
         for item in each:
-            parts = (item.prompt, item.response) if isinstance(item, Example) else (item,)
+            parts = (item.prompt, item.prompt_of_teacher, item.response) if isinstance(item, Example) else (item,)
             for ids in parts:
                 found.update(array("q", [len(ids), *ids]).tobytes())
             if isinstance(item, Example):

@@ -122,10 +122,13 @@ class Selection:
         context = self.context
 
         def summed(start: int, examples: Sequence[Example]) -> tuple[float, int]:
-            part = method.part(list(examples))
-            batch = part.batch(part.examples).to(context.accelerator.device)
-            with context.autocast():
-                return float(part.loss(context.student.output(batch), batch)["loss"]), len(batch.targets)
+            total, targets = 0.0, 0
+            for part in method.parts(list(examples)):
+                batch = part.batch(part.examples).to(context.accelerator.device)
+                with context.autocast():
+                    total += float(part.loss(context.student.output(batch), batch)["loss"])
+                targets += len(batch.targets)
+            return total, targets
 
         return self._mean(summed, context.config.optim.micro_batch_size)
 

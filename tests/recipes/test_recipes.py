@@ -52,6 +52,18 @@ def test_memory_of_full_training(name):
 
 
 @needs_adapters
+def test_memory_of_a_base_in_4_bits_that_teaches_itself():
+    """Matrices below the head in NF4, embeddings and head as they are, and nothing for the teacher."""
+    flags = [f"--model.student={CONFIGS / 'Qwen3-8B'}"]
+    recipe = load_recipe(RECIPES / "qwen3-8b-self-qlora.yaml", flags)
+    held = cost(recipe.run, recipe.stages["gkd"]).held
+    whole = 2 * 151_936 * 4096  # embeddings and head
+    adapters = held["gradients"]
+    expected = 4 * whole + (PARAMETERS["Qwen3-8B"] - whole) * 4.127 / 8 + adapters
+    assert held["teacher"] == 0 and held["student"] == pytest.approx(expected, rel=0.002)
+
+
+@needs_adapters
 def test_memory_of_adapters():
     path = RECIPES / "llama3.1-8b-to-3.2-1b-lora.yaml"
     teacher, student = (PARAMETERS[model] for model in names(load_recipe(path)))

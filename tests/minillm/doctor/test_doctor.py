@@ -211,3 +211,21 @@ def test_a_run_begins_with_the_quick_checks(files, capsys):
 
 def test_a_warning_does_not_stop_a_run(context):
     refuse("minillm", context)
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "base", "student", "ema"])
+def test_a_teacher_that_is_told_more_or_is_the_student_is_no_fault(files, source):
+    tree = {
+        "model": {"teacher": str(files / "teacher") if source == "checkpoint" else ""},
+        "teacher": {"source": source},
+        "lora": {"rank": 2 if source == "base" else 0},
+        "data": {"teacher_template": "" if source == "base" else "{prompt} {answer}"},
+        "stages": {"warm-up": {"method": "kd"}, "minillm": {"method": "gkd", "rollout": {"on_policy": 1.0}}},
+    }
+    if source == "base":
+        pytest.importorskip("peft")
+    recipe = load_recipe(files / "recipe.yaml", [], overrides=tree)
+    context = prepare(recipe.run, recipe.stages["minillm"], *load_pair(recipe.run))
+    found = examine(context, ["formula of the loss", "targets aligned", "teacher into itself", "gradient"])
+    assert [name for name, finding in found.items() if finding.status == "wrong"] == []
+    assert found["gradient"].status == ("skipped" if source in ("base", "student") else "ok")
