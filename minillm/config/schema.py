@@ -124,7 +124,8 @@ class RolloutConfig:
     models decode side by side. A number G: sequences i mod G share theirs, and the teacher runs at its own positions
     only, about alpha · max_new_tokens times for each of the G groups. Each sequence has the same law, exactly."""
     chunk_size: int = 0
-    """Sequences that a process decodes at once, so that memory does not depend on batch_size; 0: all of its share."""
+    """Sequences that a process decodes at once, so that memory does not depend on batch_size; one that has ended makes
+    place for the next prompt. 0: all of its share. It never changes a token."""
 
 
 @dataclass(frozen=True)

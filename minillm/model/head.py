@@ -55,6 +55,7 @@ class CausalLM(nn.Module):
         self.model = model
         self.fused = head == "fused"
         self.takes_masks: bool | None = None  # minillm/model/masks.py tries it
+        self.takes_rows: bool | None = None  # minillm/model/decoder.py tries it
         if self.fused:
             _check_head(self)
         _check_causal(self)
