@@ -41,6 +41,8 @@ class Rollout(NamedTuple):
     """[B, T, H] teacher's, likewise."""
     decoded_logprobs: Tensor | None = None
     """[B, T] log q(y_t) as decoding gave them, where `rescore` has replaced them."""
+    older_logprobs: Tensor | None = None
+    """[B, T] log q(y_t) of the older student that sampled, where `renewed` has replaced them."""
     known: list[list[int]] | None = None
     """What `responses` returns, where it has been read from the device."""
 
@@ -103,6 +105,19 @@ def rescore(
         teacher_hidden=teacher_hidden,
         decoded_logprobs=rollout.student_logprobs,
     )
+
+
+@torch.no_grad()
+def renewed(rollout: Rollout, student: CausalLM, vocab_size: int | None, row_length: int) -> Rollout:
+    """The same responses with the log-probs of a student that has learnt since they were sampled. The law that sampled
+    stays: `mixture_logprobs`."""
+    _, logprobs = _read_responses(student, rollout, 1.0, vocab_size, row_length)
+    return rollout._replace(student_logprobs=logprobs, older_logprobs=rollout.student_logprobs)
+
+
+def share_of(rollout: Rollout, process: int, processes: int) -> Rollout:
+    """The rows that a process has of what `gather_processes` put together."""
+    return Rollout(*(value[process::processes] if value is not None else None for value in rollout))
 
 
 def _read_responses(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from minillm.model.coins import Turns
-from minillm.model.decoder import Decoder, Padded, left_pad, takes_rows
+from minillm.model.decoder import Decoder, left_pad, takes_rows
 from minillm.model.head import CausalLM, common_vocabulary
 from minillm.model.masks import decodes_by_sdpa
 from minillm.model.rollout import Rollout, add_teacher, add_teacher_logprobs, in_order

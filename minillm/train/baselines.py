@@ -91,7 +91,7 @@ class Gkd:
         if float(coin.numpy()) >= self.share:  # drawn on the host, as all that decides about a step
             return self.given.step(number)
         drawn = self.given.drawn(number)
-        rollout = context.roll_out(number, drawn, teacher=None, alpha=0.0)
+        rollout = context.roll_out(number, drawn, teacher=None, alpha=0.0, done=number - 1)
         pairs = zip(drawn, rollout.responses(), strict=True)
         examples = [example._replace(response=response, turns=()) for example, response in pairs]
         part = self.part(context.mine(examples))._replace(loss=partial(on_policy_loss, context))
@@ -201,7 +201,7 @@ def sample_teacher(context: Context) -> list[list[int]]:
     """One response of the teacher per example; the processes share the work."""
     assert context.teacher is not None
     rollout, numbers = context.config.rollout, context.mine(list(range(len(context.examples))))
-    uniforms = draw_uniforms(context.run.seed, rollout.max_new_tokens, len(context.examples))
+    uniforms = draw_uniforms(context.run.seed, rollout.longest, len(context.examples))
     size = max(1, rollout.batch_size // context.accelerator.num_processes)
     mine: list[tuple[int, list[int]]] = []
     for part in chunks(numbers, size):

@@ -121,7 +121,7 @@ class Context:
             teacher,
             prompts,
             Decoding(
-                rollout.max_new_tokens,
+                len(uniforms),
                 self.ends,
                 temperature=rollout.temperature,
                 top_k=rollout.top_k,
@@ -136,24 +136,37 @@ class Context:
             student_states=False,
         )
 
-    def roll_out(self, iteration: int, examples: list[Example], teacher: CausalLM | None, alpha: float) -> Rollout:
+    def roll_out(
+        self, iteration: int, examples: list[Example], teacher: CausalLM | None, alpha: float, done: int = 0
+    ) -> Rollout:
         """The student's responses, or the mixture's, to these prompts: the processes share the work, and all of them
-        know the result.
+        know the result. `done`: the steps of the stage, on which the limit of tokens may depend.
         """
-        seed = self.run.seed * 1_000_003 + iteration
-        uniforms, coins = (
-            draw_uniforms(seed, self.config.rollout.max_new_tokens, len(examples)),
-            self.config.rollout.coins,
-        )
+        with self.clock("rollout"):
+            drawn = self.draw(self.student, iteration, examples, teacher, alpha, done)
+            return gather_processes(drawn, self.accelerator)
+
+    def draw(
+        self,
+        student: CausalLM,
+        iteration: int,
+        examples: list[Example],
+        teacher: CausalLM | None,
+        alpha: float,
+        done: int,
+    ) -> Rollout:
+        """This process's share of a rollout of `student`."""
+        seed, coins = self.run.seed * 1_000_003 + iteration, self.config.rollout.coins
+        uniforms = draw_uniforms(seed, self.config.rollout.limit(done), len(examples))
         if coins != "row":
             uniforms = share_coins(uniforms, coins)
         mine = uniforms[:, self.accelerator.process_index :: self.accelerator.num_processes]
         prompts = [example.prompt for example in self.mine(examples)]
-        with self.clock("rollout"), self.autocast():
-            rollout = self.sample_responses(self.student, teacher, prompts, mine, alpha)
+        with self.autocast():
+            rollout = self.sample_responses(student, teacher, prompts, mine, alpha)
             if teacher is not None and self.compute_dtype != torch.float32:
-                rollout = rescore(rollout, self.student, teacher, alpha, self.vocab_size, self.row_length)
-            return gather_processes(rollout, self.accelerator)
+                rollout = rescore(rollout, student, teacher, alpha, self.vocab_size, self.row_length)
+            return rollout
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Output:

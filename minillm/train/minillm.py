@@ -33,6 +33,7 @@ Legend: B responses, T positions, N tokens of a batch.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,14 @@ from torch.nn.functional import pad
 
 from minillm.config.schema import ObjectiveConfig
 from minillm.data.examples import Batch, Example, PolicyConstants, Record, Shuffled
-from minillm.model.head import Output, Sums
-from minillm.model.rollout import Rollout
+from minillm.model.head import CausalLM, Output, Sums
+from minillm.model.rollout import Rollout, gather_processes, renewed, share_of
+from minillm.train.ahead import Ahead
 from minillm.train.context import Context, Part, Step
 from minillm_kernels import fused_linear_distill_loss, fused_linear_minillm_loss
+
+AHEAD = "ahead."
+"""What the names of a rollout begin with, in the memory, that was sampled ahead."""
 
 
 class MiniLLM:
@@ -59,6 +64,9 @@ class MiniLLM:
         self.text = Shuffled(len(context.text), seed + 1)
         self.minibatches = Shuffled(rollout.batch_size, seed + 2)
         self.rollout: Rollout | None = None
+        self.next: Rollout | None = None
+        """The one sampled ahead, where it is ready."""
+        self.ahead = Ahead(context.student, context.compute_dtype)
         self.sampled: list[Example] = []
         """Its responses, with all that the objective asks of their tokens."""
         self.metrics: dict[str, Tensor] = {}
@@ -70,8 +78,9 @@ class MiniLLM:
 
         # ---- y ~ p̃: all that the objective asks of the sampled tokens is known from here on
         if used == 0 or self.rollout is None:
-            examples = self.rolled_out(iteration)
-            self.learn_from(context.roll_out(iteration, examples, context.teacher, config.rollout.alpha), examples)
+            self.learn_from(self.rolled_out(iteration), self.prompted(iteration))
+            if config.rollout.overlap and (iteration + 1) * self.steps_per_rollout < config.optim.steps:
+                self.ahead.start(partial(self.draw, iteration + 1))
 
         # ---- a minibatch of the responses: R_t, log q(y_t) and w_t ride with their tokens
         rows = self.minibatches.take(done * config.optim.batch_size, config.optim.batch_size)
@@ -142,7 +151,35 @@ class MiniLLM:
         ).loss
         return {"loss": settings.pt_weight * total, "loss/pt": total}
 
-    def rolled_out(self, iteration: int) -> list[Example]:
+    def rolled_out(self, iteration: int) -> Rollout:
+        """The responses that an iteration learns from: sampled now, or ahead."""
+        context = self.context
+        if self.next is None and not self.wait():
+            with context.clock("rollout"):
+                return gather_processes(self.draw(iteration, context.student), context.accelerator)
+        assert self.next is not None
+        accelerator, (ahead, self.next) = context.accelerator, (self.next, None)
+        mine = share_of(ahead, accelerator.process_index, accelerator.num_processes)
+        with context.clock("rollout"), context.autocast():
+            mine = renewed(mine, context.student, context.vocab_size, context.row_length)
+            return gather_processes(mine, accelerator)
+
+    def draw(self, iteration: int, student: CausalLM) -> Rollout:
+        """This process's share of an iteration's responses."""
+        context, begun = self.context, iteration * self.steps_per_rollout
+        return context.draw(
+            student, iteration, self.prompted(iteration), context.teacher, context.config.rollout.alpha, begun
+        )
+
+    def wait(self) -> bool:
+        """Whether there are responses that were sampled ahead, which all processes know then."""
+        with self.context.clock("rollout"):
+            drawn = self.ahead.take()
+            if drawn is not None:
+                self.next = gather_processes(drawn, self.context.accelerator)
+        return self.next is not None
+
+    def prompted(self, iteration: int) -> list[Example]:
         """The examples whose prompts an iteration samples responses to."""
         size = self.context.config.rollout.batch_size
         return [self.context.examples[i] for i in self.prompts.take(iteration * size, size)]
@@ -154,15 +191,25 @@ class MiniLLM:
 
     @property
     def memory(self) -> dict[str, Tensor]:
-        """The rollout in use, without its prompts: the step's number tells them."""
-        fields = self.rollout._asdict() if self.rollout is not None else {}
+        """The rollout in use and the one sampled ahead, without their prompts: the step's number tells them."""
+        self.wait()
+        both = {"": self.rollout, AHEAD: self.next}
+        fields = {
+            f"{which}{k}": v for which, each in both.items() if each is not None for k, v in each._asdict().items()
+        }
         return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
 
     def remember(self, memory: dict[str, Any], number: int) -> None:
         """Restore the rollout that step `number` used, from the memory it left."""
-        examples = self.rolled_out((number - 1) // self.steps_per_rollout)
-        prompts = [example.prompt for example in examples]
-        self.learn_from(Rollout(prompts=prompts, student_hidden=None, **memory), examples)
+        iteration = (number - 1) // self.steps_per_rollout
+        ahead = {name.removeprefix(AHEAD): value for name, value in memory.items() if name.startswith(AHEAD)}
+        now = {name: value for name, value in memory.items() if not name.startswith(AHEAD)}
+        self.learn_from(self.remembered(iteration, now), self.prompted(iteration))
+        self.next = self.remembered(iteration + 1, ahead) if ahead else None
+
+    def remembered(self, iteration: int, fields: dict[str, Any]) -> Rollout:
+        prompts = [example.prompt for example in self.prompted(iteration)]
+        return Rollout(prompts=prompts, student_hidden=None, **fields)
 
 
 # ---- what a rollout fixes
@@ -227,6 +274,8 @@ def whiten(constants: Sequence[PolicyConstants]) -> list[PolicyConstants]:
 def describe_rollout(rollout: Rollout) -> dict[str, Tensor]:
     """Means per token, and the mean length, of what all processes sampled."""
     per_token = {"reward/mean": token_rewards(rollout), "rollout/from_teacher": rollout.from_teacher}
+    if rollout.older_logprobs is not None:
+        per_token["rollout/staleness"] = (rollout.student_logprobs - rollout.older_logprobs).abs()
     if rollout.decoded_logprobs is not None:
         per_token["rollout/logprob_drift"] = (rollout.student_logprobs - rollout.decoded_logprobs).abs()
     tokens, nothing = rollout.lengths.sum(), torch.zeros_like(rollout.student_logprobs)
