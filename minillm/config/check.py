@@ -158,7 +158,8 @@ def _between_zero_and_one(section: Any, name: str, *keys: str) -> None:
 def _check_limits(stage: StageConfig) -> None:
     given = stage.rollout.max_new_tokens
     if isinstance(given, int):
-        return _at_least_one(stage.rollout, "rollout", "max_new_tokens")
+        _at_least_one(stage.rollout, "rollout", "max_new_tokens")
+        return
     firsts, limits = [first for first, _ in given], [limit for _, limit in given]
     if not given or firsts[0] != 0 or firsts != sorted(set(firsts)) or min(limits) < 1:
         raise ConfigError(

@@ -49,7 +49,7 @@ class Decoder:
         from transformers import DynamicCache
 
         self.model, self.exists, self.padded = model, exists, padded
-        self.cache = DynamicCache(config=model.model.config)
+        self.cache: Any = DynamicCache(config=model.model.config)
         self.length = 0
         """Tokens of a row that have been read, its padding included."""
         self.position = torch.zeros(len(exists), 1, dtype=torch.long, device=exists.device)
@@ -72,7 +72,7 @@ class Decoder:
     def keep(self, rows: Tensor, longest: int | None = None) -> None:
         """Go on with these rows, in this order; a row may be repeated. The longest of them has `longest` tokens:
         columns in front of these are dropped, where the cache allows it."""
-        self.cache.reorder_cache(rows)  # type: ignore[arg-type]
+        self.cache.reorder_cache(rows)
         self.exists, self.position, self.state = self.exists[rows], self.position[rows], self.state[rows]
         if longest is not None and _is_known(self.cache):
             self._end_at(longest)

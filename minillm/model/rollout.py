@@ -117,7 +117,8 @@ def renewed(rollout: Rollout, student: CausalLM, vocab_size: int | None, row_len
 
 def share_of(rollout: Rollout, process: int, processes: int) -> Rollout:
     """The rows that a process has of what `gather_processes` put together."""
-    return Rollout(*(value[process::processes] if value is not None else None for value in rollout))
+    fields: list[Any] = [value[process::processes] if value is not None else None for value in rollout]
+    return Rollout(*fields)
 
 
 def _read_responses(

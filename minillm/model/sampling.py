@@ -115,7 +115,7 @@ def sample(
             part = _Batch([prompts[i] for i in chosen], copies, decoding, alpha, uniforms[:, mine], vocab_size)
             parts.append(part.decode(student, beside, student_states, at_once))
             rows += mine
-    rollout = in_order(parts, rows) if rows != sorted(rows) else parts[0]
+    rollout = in_order(parts, rows) if len(parts) > 1 or rows != sorted(rows) else parts[0]
     if teacher is None or beside is not None:
         return rollout
     return add_teacher(rollout, teacher, decoding.temperature or 1.0, vocab_size, row_length)

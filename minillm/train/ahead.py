@@ -10,7 +10,7 @@ import contextvars
 import copy
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ class Ahead:
             for old, new in zip(self.older.parameters(), self.student.parameters(), strict=True):
                 if new.requires_grad:
                     old.data.copy_(new.data)
-        older, on_stream = self.older, nullcontext()
+        older = self.older
+        on_stream: AbstractContextManager = nullcontext()
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
             on_stream = torch.cuda.stream(self.stream)

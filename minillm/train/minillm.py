@@ -80,7 +80,7 @@ class MiniLLM:
         if used == 0 or self.rollout is None:
             self.learn_from(self.rolled_out(iteration), self.prompted(iteration))
             if config.rollout.overlap and (iteration + 1) * self.steps_per_rollout < config.optim.steps:
-                self.ahead.start(partial(self.draw, iteration + 1))
+                self.ahead.start(partial(self.draw, iteration + 1, self.prompted(iteration + 1)))
 
         # ---- a minibatch of the responses: R_t, log q(y_t) and w_t ride with their tokens
         rows = self.minibatches.take(done * config.optim.batch_size, config.optim.batch_size)
@@ -156,20 +156,19 @@ class MiniLLM:
         context = self.context
         if self.next is None and not self.wait():
             with context.clock("rollout"):
-                return gather_processes(self.draw(iteration, context.student), context.accelerator)
-        assert self.next is not None
-        accelerator, (ahead, self.next) = context.accelerator, (self.next, None)
+                drawn = self.draw(iteration, self.prompted(iteration), context.student)
+                return gather_processes(drawn, context.accelerator)
+        accelerator, ahead, self.next = context.accelerator, self.next, None
+        assert ahead is not None
         mine = share_of(ahead, accelerator.process_index, accelerator.num_processes)
         with context.clock("rollout"), context.autocast():
             mine = renewed(mine, context.student, context.vocab_size, context.row_length)
             return gather_processes(mine, accelerator)
 
-    def draw(self, iteration: int, student: CausalLM) -> Rollout:
-        """This process's share of an iteration's responses."""
+    def draw(self, iteration: int, examples: list[Example], student: CausalLM) -> Rollout:
+        """This process's share of an iteration's responses; may run in another thread."""
         context, begun = self.context, iteration * self.steps_per_rollout
-        return context.draw(
-            student, iteration, self.prompted(iteration), context.teacher, context.config.rollout.alpha, begun
-        )
+        return context.draw(student, iteration, examples, context.teacher, context.config.rollout.alpha, begun)
 
     def wait(self) -> bool:
         """Whether there are responses that were sampled ahead, which all processes know then."""

@@ -227,6 +227,14 @@ def test_chunks_of_coins_first_are_refilled_places_side_by_side(pair, groups, al
     torch.testing.assert_close(found.teacher_hidden, expected.teacher_hidden, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("settings", [{"coins_first": True}, {}])
+def test_no_chunk_is_lost_where_the_prompts_are_in_order(pair, settings):
+    prompts = sorted(MANY, key=len, reverse=True)
+    pair[0].takes_rows = False
+    found = roll(*pair, prompts, replace(SIX, chunk_size=4, **settings))
+    assert found.prompts == prompts and len(found.responses()) == len(found.token_ids) == len(prompts)
+
+
 def reads(lm):
     """How many rows each forward pass of the model has, from now on, and how many columns it reads."""
     assert takes_masks(lm) and takes_rows(lm)  # tried once, which is not counted

@@ -14,7 +14,8 @@ from minillm.train.minillm import importance_weights, token_rewards
 from minillm.train.preflight import prepare
 
 FLAGS = ["--method=minillm", "--optim.batch_size=4", "--rollout.batch_size=8", "--rollout.epochs=1", "--optim.steps=6",
-         "--objective.pt_weight=0", "--rollout.max_new_tokens=6", "--optim.lr=1e-2", "--validation.every=0"]  # fmt: skip
+         "--objective.pt_weight=0", "--rollout.max_new_tokens=6", "--optim.lr=1e-2",
+         "--validation.every=0"]  # fmt: skip
 
 
 @pytest.fixture
@@ -42,7 +43,8 @@ def test_the_student_as_it_was_samples_and_as_it_is_is_learnt(make, tmp_path, al
     method = METHODS["minillm"](context, tmp_path)
     method.step(1)
     _, same = make(f"--rollout.alpha={alpha}")
-    expected = METHODS["minillm"](same, tmp_path).draw(1, same.student)
+    sampler = METHODS["minillm"](same, tmp_path)
+    expected = sampler.draw(1, sampler.prompted(1), same.student)
     changed(context.student)  # while, before or after the other thread samples
     method.step(2)
     step = method.step(3)
@@ -109,7 +111,7 @@ def test_an_error_of_the_other_thread_ends_the_run(make, tmp_path):
     method.next = None
     with torch.no_grad():
         context.student.model.model.norm.weight.fill_(float("nan"))
-    method.ahead.start(lambda older: method.draw(1, older))
+    method.ahead.start(lambda older: method.draw(1, method.prompted(1), older))
     with pytest.raises(FloatingPointError, match="are not finite in response"):
         method.step(3)
 
