@@ -85,7 +85,8 @@ class Decoder:
             decoder._end_at(length)
         for layer, more in zip(self.cache.layers, other.cache.layers, strict=True):
             for name in STATES:
-                mine, theirs = getattr(layer, name, None), getattr(more, name, None)
+                mine: Any = getattr(layer, name, None)
+                theirs: Any = getattr(more, name, None)
                 if isinstance(mine, dict):  # one of each kind of state
                     both = {k: None if state is None else torch.cat([state, theirs[k]]) for k, state in mine.items()}
                     setattr(layer, name, both)
