@@ -299,22 +299,33 @@ def rollouts_table() -> str:
     """Rollouts of the demo pair in several ways."""
     results = load("rollouts.json")
     info = next(b["extra_info"] for b in results["benchmarks"])
-    length = info["mean_length_ending"]
+    ending = f"responses that end after {info['mean_length_ending']:.0f} tokens in the mean"
     titles = {
-        "side_by_side": "both models side by side",
-        "coins_first": f"coins first: the teacher at {info['teacher_turns']} of {info['new_tokens']} positions",
-        "student_alone": "student alone",
+        "in_turns_to_the_limit": "side by side, nothing ends",
+        "in_turns": f"side by side, {ending}, places in turns",
+        "refilled": "the same, places refilled",
+        "coins_first": "coins first, nothing ends",
+        "student_alone": "student alone, nothing ends",
         "teacher_reads": "teacher, reading the responses once",
-        "side_by_side_ending": f"side by side, responses that end after {length:.0f} tokens in the mean",
-        "coins_first_ending": "coins first, the same ends",
+        "generate": "`transformers.generate`, student alone, nothing ends",
+        "vllm": "vLLM, student alone, nothing ends",
     }
-    rows = [[title, f"{info['seconds'][name]:.2f}"] for name, title in titles.items()]
+    rows = []
+    for name, title in titles.items():
+        if name in info["seconds"]:
+            seconds, passes = info["seconds"][name], info["forwards"].get(name, {})
+            cells = [passes.get(lm, "") for lm in ("student", "teacher")]
+            cells += [info["computed_for_7B_and_1_5B"].get(name, "")]
+            rows.append([title, f"{seconds:.2f}", f"{info['tokens'][name] / seconds:.1f}", *map(str, cells)])
     note = (
-        f"{machine(results)}, least of a few in turns. Coins first takes {info['coins_first_over_floor']:.2f}× its "
-        "floor, the student alone and the teacher reading once. "
-        f"Full length takes {info['full_length_over_ending']:.2f}× the time of responses that end."
+        f"{machine(results)}; processor time of one thread. Refilled places take the "
+        f"responses that end {info['refilled_over_limit']:.2f}× as fast as decoding all to "
+        f"the limit, and {info['refilled_over_in_turns']:.2f}× as fast as places in turns that drop what has ended. "
+        f"Coins first takes {info['coins_first_over_floor']:.2f}× its floor, the student alone and the teacher that "
+        "reads once. Last column: computed, not measured: the bytes of the weights that so many passes read."
     )
-    header = [f"rollout of {info['sequences']} × {info['new_tokens']} tokens, alpha {info['alpha']}", "time, s"]
+    size = f"{info['sequences']} sequences, {info['places']} at once, up to {info['new_tokens']} tokens, alpha 0.2"
+    header = [size, "time, s", "tokens per second", "passes: student", "teacher", "7B / 1.5B, × student alone"]
     return markdown(header, rows) + "\n\n" + note
 
 

@@ -165,6 +165,12 @@ def check_stage(stage: StageConfig, run: RunConfig) -> None:
     _finite(stage)
     one_of("method", stage.method, METHODS)
     one_of("rollout.engine", stage.rollout.engine, ENGINES)
+    alone = stage.rollout.engine == "builtin" and not addresses(run.model.teacher)
+    if stage.rollout.overlap and not (alone and {run.parallel.student, run.parallel.teacher} == {"replicate"}):
+        raise ConfigError(
+            "rollout.overlap samples in a thread of this process, by whole models that are here: set it to 0, or "
+            "rollout.engine to builtin and the section parallel to replicate, with a teacher in this process"
+        )
     if "vllm" in (stage.rollout.engine, run.eval.engine) and {run.parallel.student, run.parallel.teacher} != {
         "replicate"
     }:
@@ -185,7 +191,8 @@ def check_stage(stage: StageConfig, run: RunConfig) -> None:
             "would learn them once more in each: set data.train_on to last"
         )
     _at_least_one(stage.data, "data", "max_prompt_length", "max_response_length")
-    _at_least_one(stage.rollout, "rollout", "batch_size", "max_new_tokens", "epochs")
+    _at_least_one(stage.rollout, "rollout", "batch_size", "epochs")
+    _check_limits(stage)
     _at_least_one(stage.objective, "objective", "pt_batch_size")
     _at_least_one(stage.optim, "optim", "steps", "batch_size", "micro_batch_size")
     _at_least_one(stage.validation, "validation", "prompts", "greedy_tokens")
@@ -308,6 +315,23 @@ def _between_zero_and_one(section: Any, name: str, *keys: str) -> None:
             raise ConfigError(f"{name}.{key} is {getattr(section, key)}; it lies in [0, 1]")
 
 
+def _check_limits(stage: StageConfig) -> None:
+    given = stage.rollout.max_new_tokens
+    if isinstance(given, int):
+        _at_least_one(stage.rollout, "rollout", "max_new_tokens")
+        return
+    firsts, limits = [first for first, _ in given], [limit for _, limit in given]
+    if not given or firsts[0] != 0 or firsts != sorted(set(firsts)) or min(limits) < 1:
+        raise ConfigError(
+            f"rollout.max_new_tokens is {[list(pair) for pair in given]}; give a number, or pairs of the steps "
+            "done and the limit of at least 1 token from there on, the first for 0 steps: [[0, 64], [50, 256]]"
+        )
+    if stage.method == "seqkd":
+        raise ConfigError(
+            "rollout.max_new_tokens changes with the steps, but seqkd samples before the first: give one"
+        )
+
+
 def _check_minillm(stage: StageConfig) -> None:
     if stage.objective.reward and not re.fullmatch(r"[\w.]+:\w+", stage.objective.reward):
         raise ConfigError(
@@ -327,6 +351,8 @@ def _check_minillm(stage: StageConfig) -> None:
     coins = stage.rollout.coins
     if coins != "row" and coins < 1:
         raise ConfigError(f"rollout.coins is {coins}; give the number of groups that share coins, or row")
+    if stage.rollout.overlap not in (0, 1):
+        raise ConfigError(f"rollout.overlap is {stage.rollout.overlap}; give 1 to sample one batch ahead, or 0")
     if stage.rollout.batch_size % stage.optim.batch_size:
         raise ConfigError(
             f"rollout.batch_size {stage.rollout.batch_size} is not a multiple of optim.batch_size "

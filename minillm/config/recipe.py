@@ -15,7 +15,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
@@ -249,18 +249,23 @@ def _unknown_key(key: str, section: str) -> str:
 def _coerce(value: Any, kind: Any, path: str) -> Any:
     """`value` as `kind`. Text is parsed: flags are text, and YAML 1.1 reads 1e-5 as text."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):  # T | None, or T | Literal[word]
+    parsed = parse(value, f"{path} = {shown(value)}") if isinstance(value, str) and kind is not str else value
+    if origin in (types.UnionType, typing.Union):  # T | None, T | Literal[word], or T | tuple[…]
         if type(None) in args and (value is None or value in ("none", "null")):
             return None
-        words = [word for arg in args for word in typing.get_args(arg)]
+        words = [word for arg in args if typing.get_origin(arg) is Literal for word in typing.get_args(arg)]
         if value in words:
             return value
+        lists = [arg for arg in args[1:] if typing.get_origin(arg) is tuple]
+        if lists and isinstance(parsed, (list, tuple)):
+            return _coerce(parsed, lists[0], path)
         try:
             return _coerce(value, args[0], path)
         except ConfigError as error:
-            raise ConfigError(f"{error}{' or ' * bool(words)}{', '.join(words)}") from None
-    parsed = parse(value, f"{path} = {shown(value)}") if isinstance(value, str) and kind is not str else value
+            raise ConfigError(" or ".join([str(error), *words, *["a list"] * len(lists)])) from None
     if origin is tuple:
+        if args[-1] is ... and isinstance(parsed, (list, tuple)):
+            return tuple(_coerce(item, args[0], f"{path}[{i}]") for i, item in enumerate(parsed))
         if isinstance(parsed, (list, tuple)) and len(parsed) == len(args):
             return tuple(_coerce(item, arg, path) for item, arg in zip(parsed, args, strict=True))
         raise ConfigError(f"{path} is {shown(value)}; expected a list of {len(args)} values")

@@ -53,7 +53,7 @@ class Patient:
             objective=replace(config.objective, pt_weight=0.0),
             optim=replace(config.optim, batch_size=size, micro_batch_size=size),
             rollout=replace(
-                config.rollout, batch_size=size, epochs=1, max_new_tokens=min(TOKENS, config.rollout.max_new_tokens)
+                config.rollout, batch_size=size, epochs=1, max_new_tokens=min(TOKENS, config.rollout.longest)
             ),
         )
         examples = [context.examples[i % len(context.examples)] for i in range(size)]
@@ -79,7 +79,7 @@ class Patient:
         """The student's own, as a rollout draws them."""
         rollout = self.context.config.rollout
         with self.context.autocast():
-            return self.sampled(self.context.student, rollout.max_new_tokens, self.context.ends)
+            return self.sampled(self.context.student, rollout.longest, self.context.ends)
 
     def sampled(self, lm: CausalLM, tokens: int, ends: Iterable[int] = (), copies: int = 1) -> Rollout:
         """Samples of a model alone, unfiltered, at temperature 1."""

@@ -115,7 +115,7 @@ def cost(run: RunConfig, stage: StageConfig) -> Cost:
     teacher = teacher or max(others, key=lambda model: model.num_parameters(), default=None)
     if run.model.compute_dtype != "auto":
         keep_base_in(student, getattr(torch, run.model.compute_dtype))
-    method, steps, new = stage.method, stage.optim.steps, stage.rollout.max_new_tokens
+    method, steps, new = stage.method, stage.optim.steps, stage.rollout.longest
     samples = method in ("minillm", "seqkd", "gkd")
     answer = max(new * samples, stage.data.max_response_length * (method in ("sft", "kd", "gkd")))
     tokens, batch = stage.data.max_prompt_length + answer, stage.optim.batch_size

@@ -1,13 +1,18 @@
-"""One model with its key-value cache, over rows of which those that have ended are dropped.
+"""One model with its cache, over rows of which those that have ended are dropped, and others join.
+
+All rows end at one column: a row that is shorter than the longest has padding in front, whether it began shorter or
+joined later. So rows that join are moved to the last column and the longest row decides how many columns there are.
+Keys know the position of their token, not its column, and the recurrent state of a row has no columns at all.
 
 Legend: B rows, P longest prompt, g tokens read at once, H hidden.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from minillm.model.head import CausalLM
 from minillm.model.masks import of_padded
@@ -44,7 +49,7 @@ class Decoder:
         from transformers import DynamicCache
 
         self.model, self.exists, self.padded = model, exists, padded
-        self.cache = DynamicCache(config=model.model.config)
+        self.cache: Any = DynamicCache(config=model.model.config)
         self.length = 0
         """Tokens of a row that have been read, its padding included."""
         self.position = torch.zeros(len(exists), 1, dtype=torch.long, device=exists.device)
@@ -64,15 +69,93 @@ class Decoder:
         """[B, V] of the token that comes next."""
         return self.model.logits(self.state)
 
-    def keep(self, rows: Tensor, padding: int = 0) -> None:
-        """Go on with these rows, in this order; a row may be repeated. They all begin with `padding` tokens of padding
-        that are dropped, where the cache allows it."""
-        from transformers.cache_utils import DynamicLayer
-
-        self.cache.reorder_cache(rows)  # type: ignore[arg-type]
+    def keep(self, rows: Tensor, longest: int | None = None) -> None:
+        """Go on with these rows, in this order; a row may be repeated. The longest of them has `longest` tokens:
+        columns in front of these are dropped, where the cache allows it."""
+        self.cache.reorder_cache(rows)
         self.exists, self.position, self.state = self.exists[rows], self.position[rows], self.state[rows]
-        layers = [layer for layer in self.cache.layers if type(layer) is DynamicLayer]  # others count their tokens
-        if padding and len(layers) == len(self.cache.layers):
-            for layer in layers:
-                layer.keys, layer.values = layer.keys[..., padding:, :], layer.values[..., padding:, :]  # type: ignore
-            self.exists, self.length = self.exists[:, padding:], self.length - padding
+        if longest is not None and _is_known(self.cache):
+            self._end_at(longest)
+
+    def join(self, other: "Decoder") -> None:
+        """Go on with the rows of `other` as well, after these; `other` is used up. For models that `takes_rows`."""
+        length = max(self.length, other.length)
+        self.padded |= other.padded or self.length != other.length
+        for decoder in (self, other):
+            decoder._end_at(length)
+        for layer, more in zip(self.cache.layers, other.cache.layers, strict=True):
+            for name in STATES:
+                mine: Any = getattr(layer, name, None)
+                theirs: Any = getattr(more, name, None)
+                if isinstance(mine, dict):  # one of each kind of state
+                    both = {k: None if state is None else torch.cat([state, theirs[k]]) for k, state in mine.items()}
+                    setattr(layer, name, both)
+                elif mine is not None:
+                    setattr(layer, name, torch.cat([mine, theirs]))
+        room = max(decoder.exists.shape[1] for decoder in (self, other))
+        exists = [pad(each.exists, (0, room - each.exists.shape[1]), value=True) for each in (self, other)]
+        self.exists, self.position = torch.cat(exists), torch.cat([self.position, other.position])
+        self.state = torch.cat([self.state, other.state])
+
+    def _end_at(self, length: int) -> None:
+        """Move the last column that was read to `length`: columns of padding come or go in front."""
+        for layer in self.cache.layers:
+            if getattr(layer, "keys", None) is None or not layer.keys.numel():
+                continue
+            held = length
+            if hasattr(layer, "sliding_window"):
+                held = min(length, layer.sliding_window - 1)
+                layer.cumulative_length = length
+            if more := held - layer.keys.shape[-2]:
+                layer.keys, layer.values = pad(layer.keys, (0, 0, more, 0)), pad(layer.values, (0, 0, more, 0))
+        self.exists, self.length = pad(self.exists, (length - self.length, 0), value=False), length
+
+
+LAYERS = (
+    "DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer", "DummyLayer",
+)  # fmt: skip
+"""Those of the caches of transformers that hold STATES and nothing else of their rows."""
+STATES = ("keys", "values", "conv_states", "recurrent_states")
+
+
+def _is_known(cache: Any) -> bool:
+    return all(type(layer).__name__ in LAYERS for layer in cache.layers)
+
+
+def takes_rows(lm: CausalLM) -> bool:
+    """Whether rows that have been read apart can be decoded together (`Decoder.join`); tried once."""
+    if lm.takes_rows is None:
+        types = getattr(lm.model.config.get_text_config(), "layer_types", None) or ()
+        try:
+            lm.takes_rows = "chunked_attention" not in types and _trial(lm)  # chunks begin at fixed columns
+        except Exception:  # whatever code of others raises at a cache that was put together
+            lm.takes_rows = False
+    return lm.takes_rows
+
+
+@torch.no_grad()
+def _trial(lm: CausalLM) -> bool:
+    """Of two prompts, the longer joins the shorter one that is three tokens ahead; and the other way round."""
+    prompts, tokens = [[2, 3], [1, 2, 3, 4, 5]], torch.tensor([[3], [1]], device=lm.device)
+
+    def alone(i: int) -> Decoder:
+        padded = left_pad([prompts[i]], 8, lm.device)
+        decoder = Decoder(lm, padded.exists, padded.any)
+        decoder.read(padded.ids)
+        return decoder
+
+    for ahead, behind in ((0, 1), (1, 0)):
+        apart, together = (alone(ahead), alone(behind)), alone(ahead)
+        if not _is_known(together.cache):
+            return False
+        for decoder in (apart[0], together):
+            for _ in range(3):
+                decoder.read(tokens[:1])
+        together.join(alone(behind))
+        for _ in range(2):
+            found = together.read(tokens)
+            expected = torch.cat([each.read(token) for each, token in zip(apart, tokens.split(1), strict=True)])
+            if not torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-2):
+                return False
+    return True

@@ -80,6 +80,7 @@ class CausalLM(nn.Module):
         self.whole_head = _whole_head(model) if self.fused else None
         self.copy_with: Callable[[Mapping[str, Tensor]], PreTrainedModel] | None = None  # of a student in shards
         self.takes_masks: bool | None = None  # minillm/model/masks.py tries it
+        self.takes_rows: bool | None = None  # minillm/model/decoder.py tries it
         if tried:
             self.check()
 

@@ -43,6 +43,8 @@ class Rollout(NamedTuple):
     """[B, T] log q(y_t) as decoding gave them, where `rescore` has replaced them."""
     engine_logprobs: Tensor | None = None
     """[B, T] of each token under the model that drew it, as the engine gave them; None where no engine drew."""
+    older_logprobs: Tensor | None = None
+    """[B, T] log q(y_t) of the older student that sampled, where `renewed` has replaced them."""
     known: list[list[int]] | None = None
     """What `responses` returns, where it has been read from the device."""
 
@@ -105,6 +107,20 @@ def rescore(
         teacher_hidden=teacher_hidden,
         decoded_logprobs=rollout.student_logprobs,
     )
+
+
+@torch.no_grad()
+def renewed(rollout: Rollout, student: CausalLM, vocab_size: int | None, row_length: int) -> Rollout:
+    """The same responses with the log-probs of a student that has learnt since they were sampled. The law that sampled
+    stays: `mixture_logprobs`."""
+    _, logprobs = read_responses(student, rollout, 1.0, vocab_size, row_length)
+    return rollout._replace(student_logprobs=logprobs, older_logprobs=rollout.student_logprobs)
+
+
+def share_of(rollout: Rollout, process: int, processes: int) -> Rollout:
+    """The rows that a process has of what `gather_processes` put together."""
+    fields: list[Any] = [value[process::processes] if value is not None else None for value in rollout]
+    return Rollout(*fields)
 
 
 def read_responses(

@@ -7,11 +7,14 @@ final hidden states that predicted each token, so that nothing needs a second fo
 teacher's distribution at any position is its head applied to the state kept here. Where the teacher has no part in
 the draw (alpha = 0), it does not decode: it reads each response once, in one forward pass.
 
-A step of decoding reads once from the device: which sequences go on. Those that have ended are dropped.
+A step of decoding reads once from the device: which sequences go on. Those that have ended are dropped; where only
+`Decoding.chunk_size` are decoded at once, each gives its place to the next prompt. A token is drawn from the uniforms
+of its sequence and position, so that it does not depend on what is decoded beside it.
 
-Legend: B sequences, b of them still decoded, T longest response, H hidden.
+Legend: B sequences, b of them decoded now, T longest response, H hidden.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 
 from minillm.model.coins import Mixer, Turns
-from minillm.model.decoder import Decoder, Padded, left_pad
+from minillm.model.decoder import Decoder, left_pad, takes_rows
 from minillm.model.head import CausalLM, Scorer, common_vocabulary
 from minillm.model.masks import decodes_by_sdpa
 from minillm.model.rollout import Rollout, add_teacher, add_teacher_logprobs, in_order
@@ -47,7 +50,7 @@ class Decoding:
     coins_first: bool = False
     """Run the teacher at its own positions only (see coins.py); temperature above 0, no filter."""
     chunk_size: int = 0
-    """Sequences decoded together; 0: all. The tokens do not depend on it."""
+    """Most sequences decoded at once; 0: all. The tokens do not depend on it."""
 
     def __post_init__(self) -> None:
         if self.coins_first and not (self.temperature > 0 and self.top_k == 0 and self.top_p == 1):
@@ -98,18 +101,22 @@ def sample(
     if uniforms is None:
         uniforms = torch.rand(decoding.max_new_tokens, len(prompts) * copies, 2, dtype=torch.float64)
     order, at_once = list(range(len(prompts))), len(prompts)
-    if decoding.chunk_size:  # neighbours in length, so that little is padding
-        order, at_once = sorted(order, key=lambda i: len(prompts[i])), max(1, decoding.chunk_size // copies)
+    if decoding.chunk_size:  # the longest first: what memory does not hold fails at once
+        order, at_once = sorted(order, key=lambda i: -len(prompts[i])), max(1, decoding.chunk_size // copies)
     rows: list[int] = []
     parts: list[Rollout] = []
-    with decodes_by_sdpa(*[lm for lm in (student, beside) if isinstance(lm, CausalLM)]):
-        for start in range(0, len(order), at_once):
-            chosen = order[start : start + at_once]
+    models = [lm for lm in (student, beside) if isinstance(lm, CausalLM)]
+    with decodes_by_sdpa(*models):
+        in_turn = at_once
+        if at_once < len(order) and not decoding.coins_first:  # which is shared by rows that stand at one position
+            in_turn = len(order) if all(map(takes_rows, models)) else at_once
+        for start in range(0, len(order), in_turn):
+            chosen = order[start : start + in_turn]
             mine = [i * copies + copy for i in chosen for copy in range(copies)]
             part = _Batch([prompts[i] for i in chosen], copies, decoding, alpha, uniforms[:, mine], vocab_size)
-            parts.append(part.decode(student, beside, student_states))
+            parts.append(part.decode(student, beside, student_states, at_once))
             rows += mine
-    rollout = in_order(parts, rows) if len(parts) > 1 else parts[0]
+    rollout = in_order(parts, rows) if len(parts) > 1 or rows != sorted(rows) else parts[0]
     if teacher is None or beside is not None:
         return rollout
     return add_teacher(rollout, teacher, decoding.temperature or 1.0, vocab_size, row_length)
@@ -124,36 +131,35 @@ class _Batch:
     decoding: Decoding
     alpha: float
     uniforms: Tensor
-    """[max_new_tokens, B, 2], where they were drawn."""
+    """[T, B, 2], where they were drawn."""
     vocab_size: int
 
-    def decode(self, student: CausalLM, teacher: CausalLM | Mixer | None, student_states: bool) -> Rollout:
-        """The answers of both models, or of the student alone. Rows that have ended are dropped once they are a
-        quarter of those that are decoded.
-        """
-        decoding, device = self.decoding, student.device
-        padded = left_pad(self.prompts, decoding.max_new_tokens, device)
-        of_prompt = torch.arange(len(self.prompts)).repeat_interleave(self.copies).to(device, non_blocking=True)
-        prompts = [list(prompt) for prompt in self.prompts for _ in range(self.copies)]
-        uniforms, turns = self.uniforms.to(device, non_blocking=True), None
-        if teacher is not None and decoding.coins_first:
-            behind = Padded(padded.ids[of_prompt], padded.exists[of_prompt], padded.any)
-            coins = (self.uniforms[..., 0] < self.alpha).T.tolist()
-            turns = Turns(teacher, behind, uniforms, coins, decoding.temperature, self.vocab_size)
-        lms = [lm for lm in (student, None if turns else teacher) if isinstance(lm, CausalLM)]
-        decoders = [Decoder(lm, padded.exists, padded.any) for lm in lms]
-        for decoder in decoders:
-            decoder.read(padded.ids)
-            if self.copies > 1:
-                decoder.keep(of_prompt)
+    def decode(
+        self, student: CausalLM, teacher: CausalLM | Mixer | None, student_states: bool, at_once: int
+    ) -> Rollout:
+        """The answers of both models, or of the student alone, to `at_once` prompts at a time.
 
+        Rows that have ended make place for the next prompts once these are worth a forward pass. Where none wait,
+        they are dropped once they are a quarter of those that are decoded.
+        """
+        decoding, copies, device = self.decoding, self.copies, student.device
+        limit, uniforms = decoding.max_new_tokens, self.uniforms.to(device, non_blocking=True)
+        prompts = [list(prompt) for prompt in self.prompts for _ in range(copies)]
+        lms, turns = [lm for lm in (student, teacher) if isinstance(lm, CausalLM)], None
+        if teacher is not None and decoding.coins_first:
+            lms, coins = [student], (self.uniforms[..., 0] < self.alpha).T.tolist()
+            behind = left_pad(prompts, limit, device)
+            turns = Turns(teacher, behind, uniforms, coins, decoding.temperature, self.vocab_size)
         ends = torch.tensor(list(decoding.ends), dtype=torch.long).to(device, non_blocking=True)
-        lengths, alive = [0] * len(prompts), [True] * len(prompts)
-        places, padding = list(range(len(prompts))), 0  # the rows on the host, and the columns that were dropped
-        rows = torch.arange(len(prompts), device=device)
-        running = torch.ones_like(rows, dtype=torch.bool)
+
+        begun = min(at_once, len(self.prompts))
+        decoders = [self._read_prompts(lm, 0, begun) for lm in lms]
+        places, alive = list(range(begun * copies)), [True] * (begun * copies)  # the rows on the host
+        rows = torch.arange(len(places), device=device)
+        times, running = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)
+        lengths = [0] * len(prompts)
         steps: list[_Drawn] = []
-        for t in range(decoding.max_new_tokens):
+        while True:
             logits, states = [decoder.logits() for decoder in decoders], [decoder.state for decoder in decoders]
             drawn = mixed_sample(
                 logits[0],
@@ -162,34 +168,55 @@ class _Batch:
                 temperature=decoding.temperature,
                 top_k=decoding.top_k,
                 top_p=decoding.top_p,
-                uniforms=uniforms[t, rows],
+                uniforms=uniforms[times.clamp(max=limit - 1), rows],
                 vocab_size=self.vocab_size,
             )
             on = [place for place, goes_on in zip(places, alive, strict=True) if goes_on]
-            if turns is not None:
-                drawn = turns.draw(t, rows, logits[0], drawn, on)
-            steps.append(_Drawn(rows, drawn, states if student_states else states[1:]))
+            if turns is not None:  # nobody has joined: all rows stand at one position
+                drawn = turns.draw(len(steps), rows, logits[0], drawn, on)
+            steps.append(_Drawn(rows, times, drawn, states if student_states else states[1:]))
             for place in on:
                 lengths[place] += 1
-            token_ids = drawn.token_ids
+            token_ids, times = drawn.token_ids, times + 1
             running = running & (token_ids[:, None] != ends).all(1)
-            if t + 1 == decoding.max_new_tokens:
+            alive = [goes_on and lengths[place] < limit for place, goes_on in zip(places, alive, strict=True)]
+            if any(alive):  # the one wait for the device
+                alive = [a and b for a, b in zip(alive, running.tolist(), strict=True)]
+
+            going_on, waiting = sum(alive), len(self.prompts) - begun
+            joining = min(at_once - -(-going_on // copies), waiting)
+            if going_on and joining < min(waiting, _worth_reading(at_once, limit)):
+                joining = 0
+            if not going_on and not joining:
                 break
-            alive = running.tolist()  # the one wait for the device
-            if not any(alive):
-                break
-            if sum(alive) <= 0.75 * len(alive):
-                kept = torch.tensor([i for i, goes_on in enumerate(alive) if goes_on]).to(device, non_blocking=True)
+            if joining or going_on <= 0.75 * len(alive):
+                indices = [i for i, goes_on in enumerate(alive) if goes_on]
+                kept = torch.tensor(indices, dtype=torch.long).to(device, non_blocking=True)
                 places = [place for place, goes_on in zip(places, alive, strict=True) if goes_on]
                 alive = [True] * len(places)
-                spare = padded.ids.shape[1] - max(len(prompts[place]) for place in places)
+                rows, times, running, token_ids = rows[kept], times[kept], running[kept], token_ids[kept]
+                if going_on:
+                    longest = max(len(prompts[place]) + lengths[place] - 1 for place in places)
+                    for decoder in decoders:
+                        decoder.keep(kept, longest)
+            if going_on:
                 for decoder in decoders:
-                    decoder.keep(kept, spare - padding)
-                rows, running, token_ids, padding = rows[kept], running[kept], token_ids[kept], spare
-            for decoder in decoders:
-                decoder.read(token_ids[:, None])
+                    decoder.read(token_ids[:, None])
+            if joining:
+                new = [self._read_prompts(lm, begun, begun + joining) for lm in lms]
+                if going_on:
+                    for decoder, other in zip(decoders, new, strict=True):
+                        decoder.join(other)
+                else:
+                    decoders = new
+                first, begun = begun * copies, begun + joining
+                places += range(first, begun * copies)
+                more = torch.arange(first, begun * copies, device=device)
+                rows, times = torch.cat([rows, more]), torch.cat([times, torch.zeros_like(more)])
+                running = torch.cat([running, torch.ones_like(more, dtype=torch.bool)])
+                alive = [True] * len(places)
 
-        fields, hidden = _over_rows(steps, torch.tensor(lengths).to(device, non_blocking=True))
+        fields, hidden = _over_rows(steps, lengths, device)
         rollout = Rollout(
             prompts=prompts,
             **fields,
@@ -201,11 +228,30 @@ class _Batch:
             rollout = add_teacher_logprobs(rollout, turns.teacher, self.alpha, decoding.temperature, self.vocab_size)
         return _read_once(rollout, lengths, [student, teacher])
 
+    def _read_prompts(self, lm: CausalLM, first: int, last: int) -> Decoder:
+        """A decoder that has read the prompts first … last - 1, and goes on from each `copies` times."""
+        padded = left_pad(self.prompts[first:last], self.decoding.max_new_tokens, lm.device)
+        decoder = Decoder(lm, padded.exists, padded.any)
+        decoder.read(padded.ids)
+        if self.copies > 1:
+            of_prompt = torch.arange(last - first).repeat_interleave(self.copies)
+            decoder.keep(of_prompt.to(lm.device, non_blocking=True))
+        return decoder
+
+
+def _worth_reading(at_once: int, limit: int) -> int:
+    """Prompts that are read together, while others decode. n prompts take a forward pass of all weights, in which
+    n/2 places have waited for it in the mean over responses of L tokens: 1/n + L/(at_once - n/2) passes a response
+    are least near this n."""
+    return max(1, math.ceil(at_once * math.sqrt(2 / limit)))
+
 
 class _Drawn(NamedTuple):
-    """One step: the rows [b], what was drawn for them, and the states [b, H] of each model that are kept."""
+    """One step: the rows [b], the positions [b] that were drawn for them, and the states [b, H] of each model that are
+    kept."""
 
     rows: Tensor
+    times: Tensor
     sample: MixedSample
     states: list[Tensor]
 
@@ -228,18 +274,22 @@ def _read_once(rollout: Rollout, lengths: list[int], models: Sequence[Scorer | N
     return rollout._replace(known=[row[:n] for row, n in zip(found, lengths, strict=True)])
 
 
-def _over_rows(steps: Sequence[_Drawn], lengths: Tensor) -> tuple[dict[str, Any], list[Tensor]]:
+def _over_rows(
+    steps: Sequence[_Drawn], lengths: list[int], device: torch.device
+) -> tuple[dict[str, Any], list[Tensor]]:
     """The lengths and [B, T] of each field that was drawn, and the states [B, T, H] of each model that were kept; 0
     beyond the end of a response."""
-    beyond = torch.arange(len(steps), device=lengths.device) >= lengths[:, None]
+    width, ends = max(lengths), torch.tensor(lengths).to(device, non_blocking=True)
+    beyond = torch.arange(width, device=device) >= ends[:, None]
+    times = [step.times.clamp(max=width) for step in steps]  # rows that had ended were drawn for as well
 
     def over_rows(columns: Sequence[Tensor]) -> Tensor:
-        values = columns[0].new_zeros(*beyond.shape, *columns[0].shape[1:])
-        for t, (step, column) in enumerate(zip(steps, columns, strict=True)):
-            values[step.rows, t] = column
-        return values.masked_fill_(beyond.view(*beyond.shape, *[1] * (values.dim() - 2)), 0)
+        values = columns[0].new_zeros(len(lengths), width + 1, *columns[0].shape[1:])
+        for step, now, column in zip(steps, times, columns, strict=True):
+            values[step.rows, now] = column
+        return values[:, :width].masked_fill(beyond.view(*beyond.shape, *[1] * (values.dim() - 2)), 0)
 
-    fields: dict[str, Any] = {"lengths": lengths}
+    fields: dict[str, Any] = {"lengths": ends}
     for name, column in zip(MixedSample._fields, zip(*(step.sample for step in steps), strict=True), strict=True):
         fields[name] = None if column[0] is None else over_rows(column)
     return fields, [over_rows(column) for column in zip(*(step.states for step in steps), strict=True)]
@@ -249,12 +299,8 @@ def greedy(
     model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int, ends: Sequence[int]
 ) -> list[list[int]]:
     """The most likely token at every step; a response includes its end-of-sequence where it was reached."""
-    decoding = Decoding(max_new_tokens, ends, temperature=0.0)
-    responses: list[list[int]] = []
-    for start in range(0, len(prompts), batch_size):
-        part = prompts[start : start + batch_size]
-        responses += sample(model, None, part, decoding, alpha=0.0, student_states=False).responses()
-    return responses
+    decoding = Decoding(max_new_tokens, ends, temperature=0.0, chunk_size=batch_size)
+    return sample(model, None, prompts, decoding, alpha=0.0, student_states=False).responses() if prompts else []
 
 
 def greedy_responses(

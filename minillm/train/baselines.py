@@ -105,7 +105,7 @@ class Gkd:
         if float(coin.numpy()) >= self.share:  # drawn on the host, as all that decides about a step
             return self.given.step(number)
         drawn = self.given.drawn(number)
-        rollout = context.roll_out(number, drawn, teacher=None, alpha=0.0)
+        rollout = context.roll_out(number, drawn, teacher=None, alpha=0.0, done=number - 1)
         pairs = zip(drawn, rollout.responses(), strict=True)
         examples = [example._replace(response=response, turns=()) for example, response in pairs]
         metrics = {"completions/mean_length": rollout.lengths.float().mean()}
@@ -226,7 +226,7 @@ def sample_teacher(context: Context, path: Path) -> None:
     teacher = context.teacher
     assert isinstance(teacher, CausalLM | ServedTeacher)
     rollout, examples, process = context.config.rollout, context.examples, context.accelerator
-    uniforms = draw_uniforms(context.run.seed, rollout.max_new_tokens, len(examples))
+    uniforms = draw_uniforms(context.run.seed, rollout.longest, len(examples))
     unfinished = path.with_name(f"{path.name}.unfinished")
     kept = gather_object([_answers_in(unfinished, examples)])[0]  # as the first process sees them
     if process.is_main_process:
@@ -240,7 +240,9 @@ def sample_teacher(context: Context, path: Path) -> None:
                 if isinstance(teacher, CausalLM):
                     sampled = context.sample_responses(teacher, None, prompts, uniforms[:, mine], 0.0).responses()
                 else:
-                    sampled = teacher.sample(prompts, context.decoding(0.0), uniforms[:, mine], context.vocab_size)
+                    sampled = teacher.sample(
+                        prompts, context.decoding(0.0, rollout.longest), uniforms[:, mine], context.vocab_size
+                    )
             answers = list(zip(mine, sampled, strict=True))
             numbered = sorted(answers if runs_together(teacher) else gather_object(answers))
             if process.is_main_process:

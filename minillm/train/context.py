@@ -176,11 +176,11 @@ class Context:
         """This process's share of what these models sample: all of it where processes compute one of them together."""
         return items if any(map(runs_together, models)) else self.mine(items)
 
-    def decoding(self, alpha: float) -> Decoding:
-        """How the section `rollout` says that responses of a mixture are drawn."""
+    def decoding(self, alpha: float, limit: int) -> Decoding:
+        """How the section `rollout` says that responses of a mixture are drawn, of at most `limit` tokens."""
         rollout = self.config.rollout
         return Decoding(
-            rollout.max_new_tokens,
+            limit,
             self.ends,
             temperature=rollout.temperature,
             top_k=rollout.top_k,
@@ -199,7 +199,7 @@ class Context:
             student,
             teacher,
             prompts,
-            self.decoding(alpha),
+            self.decoding(alpha, len(uniforms)),
             alpha=alpha,
             uniforms=uniforms,
             vocab_size=self.vocab_size,
@@ -216,7 +216,7 @@ class Context:
     ) -> Rollout:
         """Drawn by engines, then read by our own models. The teacher's own answers are text, of which nothing else is
         asked, and log-probs of a filtered law are nobody's."""
-        decoding, beside = self.decoding(alpha), teacher if alpha > 0 else None
+        decoding, beside = self.decoding(alpha, len(uniforms)), teacher if alpha > 0 else None
         assert beside is None or isinstance(beside, CausalLM)  # prepare refuses others
         engines = self.engine(student), None if beside is None else self.engine(beside)
         how = Draw(student, beside, alpha, decoding, self.vocab_size)
@@ -234,31 +234,48 @@ class Context:
                 row_length=self.row_length,
             )
 
-    def roll_out(self, iteration: int, examples: list[Example], teacher: Teacher | None, alpha: float) -> Rollout:
+    def roll_out(
+        self, iteration: int, examples: list[Example], teacher: Teacher | None, alpha: float, done: int = 0
+    ) -> Rollout:
         """The student's responses, or the mixture's, to these prompts: the processes share the work, and all of them
-        know the result. Those that compute a teacher together sample all of them together.
+        know the result. `done`: the steps of the stage, on which the limit of tokens may depend.
         """
-        seed = self.run.seed * 1_000_003 + iteration
-        uniforms, coins = (
-            draw_uniforms(seed, self.config.rollout.max_new_tokens, len(examples)),
-            self.config.rollout.coins,
-        )
+        with self.clock("rollout"):
+            found = self.draw(self.student, iteration, examples, teacher, alpha, done)
+            return self.of_all(found, teacher)
+
+    def draw(
+        self,
+        student: CausalLM,
+        iteration: int,
+        examples: list[Example],
+        teacher: Teacher | None,
+        alpha: float,
+        done: int,
+    ) -> Rollout:
+        """This process's share of a rollout of `student`; all of it where processes compute the teacher together."""
+        seed, coins = self.run.seed * 1_000_003 + iteration, self.config.rollout.coins
+        uniforms = draw_uniforms(seed, self.config.rollout.limit(done), len(examples))
         if coins != "row":
             uniforms = share_coins(uniforms, coins)
         rows = self.to_sample(list(range(len(examples))), teacher)
         prompts = [examples[row].prompt for row in rows]
         told = any(example.teacher_prompt is not None for example in examples)  # then alpha is 0
         mixed_in = teacher if alpha > 0 else None  # else it reads the responses: as often on every process
-        with self.clock("rollout"), self.autocast(), gathered(self.student, mixed_in):
-            rollout = self.sample_responses(self.student, None if told else teacher, prompts, uniforms[:, rows], alpha)
+        with self.autocast(), gathered(student, mixed_in):
+            rollout = self.sample_responses(student, None if told else teacher, prompts, uniforms[:, rows], alpha)
             if told and teacher is not None:
                 private = rollout._replace(prompts=[examples[row].prompt_of_teacher for row in rows])
                 rollout = add_teacher(private, teacher, 1.0, self.vocab_size, self.row_length)
                 rollout = rollout._replace(prompts=prompts)
             decoded = self.config.rollout.engine == "builtin"
             if decoded and teacher is not None and self.compute_dtype != torch.float32:
-                rollout = rescore(rollout, self.student, teacher, alpha, self.vocab_size, self.row_length)
-            return rollout if runs_together(teacher) else gather_processes(rollout, self.accelerator)
+                rollout = rescore(rollout, student, teacher, alpha, self.vocab_size, self.row_length)
+            return rollout
+
+    def of_all(self, rollout: Rollout, teacher: Teacher | None) -> Rollout:
+        """The rollout of all processes. Those that compute a teacher together have sampled all of it together."""
+        return rollout if runs_together(teacher) else gather_processes(rollout, self.accelerator)
 
     def ask_ahead(self, micros: list[Micro], following: list[Micro]) -> Iterator[Micro]:
         """The micro-batches, one by one. A teacher that is not here has by then been asked about each, and about

@@ -36,6 +36,7 @@ Legend: B responses, T positions, N tokens of a batch.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +47,17 @@ from torch.nn.functional import pad
 from minillm.config.schema import ObjectiveConfig
 from minillm.data.examples import Batch, Example, PolicyConstants, Record, Shuffled
 from minillm.engine.rollout import engine_gap, engine_weights
-from minillm.model.head import Output, Sums
-from minillm.model.rollout import Rollout
+from minillm.model.head import CausalLM, Output, Sums
+from minillm.model.rollout import Rollout, renewed, share_of
+from minillm.train.ahead import Ahead
 from minillm.train.context import Context, Part, Step
 from minillm.train.reward import load_reward, rewards_of
 from minillm_kernels import fused_linear_distill_loss, fused_linear_minillm_loss
 
 TASK = "task_reward"
 """Its name in the memory of a checkpoint."""
+AHEAD = "ahead."
+"""What the names of a rollout begin with, in the memory, that was sampled ahead."""
 
 
 class MiniLLM:
@@ -70,6 +74,9 @@ class MiniLLM:
         self.task: Tensor | None = None
         """[B] the task's rewards of its responses."""
         self.rollout: Rollout | None = None
+        self.next: Rollout | None = None
+        """The one sampled ahead, where it is ready."""
+        self.ahead = Ahead(context.student, context.compute_dtype)
         self.sampled: list[Example] = []
         """Its responses, with all that the objective asks of their tokens."""
         self.metrics: dict[str, Tensor] = {}
@@ -81,12 +88,13 @@ class MiniLLM:
 
         # ---- y ~ p̃: all that the objective asks of the sampled tokens is known from here on
         if used == 0 or self.rollout is None:
-            examples = self.rolled_out(iteration)
-            rollout = context.roll_out(iteration, examples, context.teacher, config.rollout.alpha)
+            examples, rollout = self.prompted(iteration), self.rolled_out(iteration)
             if self.reward is not None:
                 values = rewards_of(self.reward, context, examples, rollout.responses())
                 self.task = torch.tensor(values, dtype=torch.float32).to(rollout.lengths.device)
             self.learn_from(rollout, examples)
+            if config.rollout.overlap and (iteration + 1) * self.steps_per_rollout < config.optim.steps:
+                self.ahead.start(partial(self.draw, iteration + 1, self.prompted(iteration + 1)))
 
         # ---- a minibatch of the responses: R_t, log q(y_t) and w_t ride with their tokens
         rows = self.minibatches.take(done * config.optim.batch_size, config.optim.batch_size)
@@ -161,7 +169,34 @@ class MiniLLM:
         ).loss
         return {"loss": settings.pt_weight * total, "loss/pt": total}
 
-    def rolled_out(self, iteration: int) -> list[Example]:
+    def rolled_out(self, iteration: int) -> Rollout:
+        """The responses that an iteration learns from: sampled now, or ahead."""
+        context = self.context
+        if self.next is None and not self.wait():
+            with context.clock("rollout"):
+                drawn = self.draw(iteration, self.prompted(iteration), context.student)
+                return context.of_all(drawn, context.teacher)
+        accelerator, ahead, self.next = context.accelerator, self.next, None
+        assert ahead is not None
+        mine = share_of(ahead, accelerator.process_index, accelerator.num_processes)
+        with context.clock("rollout"), context.autocast():
+            mine = renewed(mine, context.student, context.vocab_size, context.row_length)
+            return context.of_all(mine, context.teacher)
+
+    def draw(self, iteration: int, examples: list[Example], student: CausalLM) -> Rollout:
+        """This process's share of an iteration's responses; may run in another thread."""
+        context, begun = self.context, iteration * self.steps_per_rollout
+        return context.draw(student, iteration, examples, context.teacher, context.config.rollout.alpha, begun)
+
+    def wait(self) -> bool:
+        """Whether there are responses that were sampled ahead, which all processes know then."""
+        with self.context.clock("rollout"):
+            drawn = self.ahead.take()
+            if drawn is not None:
+                self.next = gather_processes(drawn, self.context.accelerator)
+        return self.next is not None
+
+    def prompted(self, iteration: int) -> list[Example]:
         """The examples whose prompts an iteration samples responses to."""
         size = self.context.config.rollout.batch_size
         return [self.context.examples[i] for i in self.prompts.take(iteration * size, size)]
@@ -173,17 +208,27 @@ class MiniLLM:
 
     @property
     def memory(self) -> dict[str, Tensor]:
-        """The rollout in use, without its prompts: the step's number tells them."""
-        fields = self.rollout._asdict() if self.rollout is not None else {}
+        """The rollout in use and the one sampled ahead, without their prompts: the step's number tells them."""
+        self.wait()
+        both = {"": self.rollout, AHEAD: self.next}
+        fields: dict[str, Any] = {
+            f"{which}{k}": v for which, each in both.items() if each is not None for k, v in each._asdict().items()
+        }
         fields |= {TASK: self.task}
         return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
 
     def remember(self, memory: dict[str, Any], number: int) -> None:
         """Restore the rollout that step `number` used, from the memory it left."""
-        examples = self.rolled_out((number - 1) // self.steps_per_rollout)
-        prompts = [example.prompt for example in examples]
-        self.task = memory.pop(TASK, None)
-        self.learn_from(Rollout(prompts=prompts, student_hidden=None, **memory), examples)
+        iteration = (number - 1) // self.steps_per_rollout
+        ahead = {name.removeprefix(AHEAD): value for name, value in memory.items() if name.startswith(AHEAD)}
+        now = {name: value for name, value in memory.items() if not name.startswith(AHEAD)}
+        self.task = now.pop(TASK, None)
+        self.learn_from(self.remembered(iteration, now), self.prompted(iteration))
+        self.next = self.remembered(iteration + 1, ahead) if ahead else None
+
+    def remembered(self, iteration: int, fields: dict[str, Any]) -> Rollout:
+        prompts = [example.prompt for example in self.prompted(iteration)]
+        return Rollout(prompts=prompts, student_hidden=None, **fields)
 
 
 # ---- what a rollout fixes
@@ -256,6 +301,8 @@ def whiten(constants: Sequence[PolicyConstants]) -> list[PolicyConstants]:
 def describe_rollout(rollout: Rollout) -> dict[str, Tensor]:
     """Means per token, and the mean length, of what all processes sampled."""
     per_token = {"reward/mean": token_rewards(rollout), "rollout/from_teacher": rollout.from_teacher}
+    if rollout.older_logprobs is not None:
+        per_token["rollout/staleness"] = (rollout.student_logprobs - rollout.older_logprobs).abs()
     if rollout.decoded_logprobs is not None:
         per_token["rollout/logprob_drift"] = (rollout.student_logprobs - rollout.decoded_logprobs).abs()
     tokens, nothing = rollout.lengths.sum(), torch.zeros_like(rollout.student_logprobs)

@@ -184,7 +184,7 @@ def check_teachers(run: RunConfig, config: StageConfig, examples: Sequence[Examp
 def longest(config: StageConfig, validates: bool) -> int:
     """Tokens of the longest sequence that a stage can make a model read."""
     data, method = config.data, config.method
-    responses = [config.rollout.max_new_tokens] if method in ("minillm", "seqkd", "gkd") else []
+    responses = [config.rollout.longest] if method in ("minillm", "seqkd", "gkd") else []
     responses += [data.max_response_length] if method in ("sft", "kd", "gkd") else []
     if validates:
         responses += [config.validation.greedy_tokens if method == "minillm" else data.max_response_length]

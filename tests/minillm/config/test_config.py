@@ -52,6 +52,25 @@ def test_numbers_are_read_as_people_write_them():
     assert [stage_from({"rollout": {"coins": coins}}).rollout.coins for coins in (4, "4", "row")] == [4, 4, "row"]
 
 
+def test_a_limit_of_tokens_may_change_with_the_steps(tmp_path):
+    """Of YAML, of a flag, and of the recipe that a run writes down."""
+    pairs, tree = (
+        ((0, 8), (5, 16), (9, 4)),
+        with_keys(rollout={"max_new_tokens": [[0, 8], [5, 16], [9, 4]], "batch_size": 64}),
+    )
+    flag = parse_flags(["--rollout.max_new_tokens=[[0, 8], [5, 16], [9, 4]]", "--rollout.batch_size=64"])
+    with pytest.raises(ConfigError, match="seqkd samples before the first: give one"):
+        recipe_from("r", tree | {"method": "seqkd"})
+    for recipe in (recipe_from("r", tree), recipe_from("r", VALID, flag)):
+        save(recipe, tmp_path / "config.yaml")
+        for each in (recipe, load_recipe(tmp_path / "config.yaml")):
+            rollout = each.stages["minillm"].rollout
+            assert rollout.max_new_tokens == pairs and rollout.longest == 16
+            assert [rollout.limit(done) for done in (0, 4, 5, 8, 9, 99)] == [8, 8, 16, 16, 4, 4]
+    rollout = stage_from({}).rollout
+    assert rollout.limit(0) == rollout.limit(99) == rollout.longest == rollout.max_new_tokens
+
+
 def test_a_mapping_is_read_from_yaml_and_flags(tmp_path):
     tree = with_keys(data={"chat_template_kwargs": {"enable_thinking": True, "effort": "low"}}) | {"method": "sft"}
     flags = ["--data.chat_template_kwargs.enable_thinking=false", "--data.chat_template_kwargs.depth=2"]
@@ -105,6 +124,15 @@ def test_seeds_have_a_range(seed):
         ({"rollout": {"coins": "rows"}}, "rollout.coins is 'rows'; expected int or row"),
         ({"rollout": {"coins": None}}, "rollout.coins is None; expected int or row"),
         ({"rollout": {"chunk_size": -1}}, "rollout.chunk_size is -1"),
+        ({"rollout": {"max_new_tokens": 0}}, "rollout.max_new_tokens is 0; it must be at least 1"),
+        ({"rollout": {"max_new_tokens": "many"}}, "rollout.max_new_tokens is 'many'; expected int or a list"),
+        ({"rollout": {"max_new_tokens": [8, 16]}}, r"rollout.max_new_tokens\[0\] is 8; expected a list of 2 values"),
+        ({"rollout": {"max_new_tokens": [[0, "x"]]}}, "rollout.max_new_tokens.* is 'x'; expected int"),
+        ({"rollout": {"max_new_tokens": []}}, r"rollout.max_new_tokens is \[\]; give a number, or pairs"),
+        ({"rollout": {"max_new_tokens": [[1, 8]]}}, "the first for 0 steps"),
+        ({"rollout": {"max_new_tokens": [[0, 8], [5, 8], [5, 9]]}}, "or pairs of the steps done"),
+        ({"rollout": {"max_new_tokens": [[0, 8], [5, 0]]}}, "the limit of at least 1 token"),
+        ({"rollout": {"overlap": 2}}, "rollout.overlap is 2; give 1 to sample one batch ahead, or 0"),
         ({"rollout": {"alpha": 1.5}}, r"lies in \[0, 1\]"),
         ({"rollout": {"batch_size": 10}, "optim": {"batch_size": 8}}, "not a multiple of optim.batch_size"),
         ({"data": {"text": ""}}, "data.text is empty"),

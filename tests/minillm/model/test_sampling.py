@@ -5,8 +5,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from every_family import tiny
 from transformers import GenerationConfig
 
+from minillm.model.coins import share_coins
+from minillm.model.decoder import Decoder, takes_rows
 from minillm.model.head import CausalLM
 from minillm.model.masks import takes_masks
 from minillm.model.sampling import Decoding, decode, draw_uniforms, greedy, greedy_responses, sample
@@ -189,40 +192,141 @@ def frequent_ends(first):
     return Decoding(24, range(first, 257, 12))
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize(("chunk_size", "copies"), [(0, 1), (4, 1), (3, 2)])
-def test_tokens_do_not_depend_on_what_is_decoded_together(pair, chunk_size, copies):
-    """Each prompt alone, where nothing is dropped before all is over, against all of them, and against chunks. In
-    float64, where no token's uniform lies within the rounding of a boundary."""
+def test_tokens_do_not_depend_on_what_is_decoded_together(pair, chunk_size, copies, alpha):
+    """Each prompt alone, where nothing is dropped before all is over, against all of them, and against few places that
+    are refilled. In float64, where no token's uniform lies within the rounding of a boundary."""
     for model in pair:
         model.double()
-    together = roll(*pair, MANY, replace(frequent_ends(0), chunk_size=chunk_size), samples_per_prompt=copies)
+    settings = {"samples_per_prompt": copies, "alpha": alpha}
+    together = roll(*pair, MANY, replace(frequent_ends(0), chunk_size=chunk_size), **settings)
     uniforms = draw_uniforms(0, 24, len(MANY) * copies)
     assert len(set(together.lengths.tolist())) > 3
     for row, (prompt, response) in enumerate(zip(together.prompts, together.responses(), strict=True)):
         assert prompt == MANY[row // copies]
-        alone = sample(*pair, [prompt], frequent_ends(0), uniforms=uniforms[:, row : row + 1])
+        alone = sample(*pair, [prompt], frequent_ends(0), uniforms=uniforms[:, row : row + 1], alpha=alpha)
         assert alone.responses() == [response]
         for name in ("student_logprobs", "mixture_logprobs", "student_hidden", "teacher_hidden"):
             found = getattr(together, name)[row, : len(response)]
             torch.testing.assert_close(found, getattr(alone, name)[0], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("alpha", [0.2, 1.0])
+def test_chunks_of_coins_first_are_refilled_places_side_by_side(pair, groups, alpha):
+    for model in pair:
+        model.double()
+    uniforms = share_coins(draw_uniforms(0, 24, len(MANY)), groups)
+    found, expected = (
+        sample(*pair, MANY, replace(frequent_ends(0), **settings), alpha=alpha, uniforms=uniforms)
+        for settings in ({"chunk_size": 4, "coins_first": True}, {"chunk_size": 4})
+    )
+    assert found.prompts == expected.prompts and found.responses() == expected.responses()
+    torch.testing.assert_close(found.mixture_logprobs, expected.mixture_logprobs, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.teacher_hidden, expected.teacher_hidden, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("settings", [{"coins_first": True}, {}])
+def test_no_chunk_is_lost_where_the_prompts_are_in_order(pair, settings):
+    prompts = sorted(MANY, key=len, reverse=True)
+    pair[0].takes_rows = False
+    found = roll(*pair, prompts, replace(SIX, chunk_size=4, **settings))
+    assert found.prompts == prompts and len(found.responses()) == len(found.token_ids) == len(prompts)
+
+
+def reads(lm):
+    """How many rows each forward pass of the model has, from now on, and how many columns it reads."""
+    assert takes_masks(lm) and takes_rows(lm)  # tried once, which is not counted
+    rows = []
+    lm.model.base_model.register_forward_hook(lambda _, __, output: rows.append(output.last_hidden_state.shape[:2]))
+    return rows
+
+
 def test_rows_that_have_ended_are_dropped(pair):
     """Rows that went through the student, against the tokens that exist: without dropping, all rows go to the end."""
-    rows = []
-    assert takes_masks(pair[0])  # tried once, which is not counted
-    pair[0].model.base_model.register_forward_hook(lambda _, __, output: rows.append(len(output.last_hidden_state)))
+    passes = reads(pair[0])
     rollout = roll(*pair, MANY * 4, frequent_ends(0))
-    steps = rollout.token_ids.shape[1]
+    rows, steps = [row for row, _ in passes], rollout.token_ids.shape[1]
     wasted = sum(rows) - int(rollout.lengths.sum())
     assert len(rows) == steps and rows[0] == 40
     assert wasted < 0.25 * 40 * steps < 40 * steps - int(rollout.lengths.sum())
     assert all(after <= 0.75 * before for before, after in pairwise(rows) if after != before)
 
 
+def test_a_row_that_has_ended_makes_place_for_the_next_prompt(pair):
+    """The places are nearly always in use: few forward passes, against those of as many places in one turn after the
+    other, where a turn lasts as long as its longest response."""
+    places, decoding = 8, replace(frequent_ends(0), chunk_size=8)
+    prompts = [[*prompt, 3] for prompt in MANY] * 8  # none of one token, so that passes over prompts are told apart
+    passes = reads(pair[0])
+    together = roll(*pair, prompts, decoding)
+    tokens = [row for row, columns in passes if columns == 1]
+    assert max(row for row, _ in passes) == places and sum(row for row, columns in passes if columns > 1) == 80
+    assert len(tokens) < 1.4 * int(together.lengths.sum()) / places
+    passes.clear()
+    pair[0].takes_rows = False  # as of a model whose rows cannot join: in turns, with the same tokens
+    in_turns = roll(*pair, prompts, decoding)
+    assert in_turns.responses() == together.responses()
+    assert max(row for row, _ in passes) == places
+    assert len(tokens) < 0.7 * len([row for row, columns in passes if columns == 1])
+
+
+def test_columns_in_front_of_the_longest_row_are_dropped(make_llama, monkeypatch):
+    """A long prompt that has ended leaves nothing behind."""
+    lm, longest = CausalLM(make_llama()), []
+    keep = Decoder.keep
+
+    def kept(self, rows, length=None):
+        keep(self, rows, length)
+        longest.append((self.length, self.cache.layers[0].keys.shape[-2], self.exists[:, : self.length]))
+
+    assert takes_rows(lm)
+    monkeypatch.setattr(Decoder, "keep", kept)
+    prompts = [[*range(2, 90)], [5], [6], [7], [8], [9]]
+    roll(lm, None, prompts, replace(frequent_ends(0), chunk_size=2), alpha=0.0)
+    length, columns, exists = longest[-1]
+    assert length == columns < 30 and exists[:, 0].any()
+
+
+@pytest.mark.parametrize("moves", ["a cache of its own", "an error", "another law"])
+def test_a_model_whose_rows_cannot_join_decodes_in_turns(make_llama, moves, monkeypatch):
+    lm = CausalLM(make_llama())
+    if moves == "a cache of its own":
+        monkeypatch.setattr("minillm.model.decoder.LAYERS", ())
+    elif moves == "an error":
+        monkeypatch.setattr("minillm.model.decoder.STATES", ("keys",))  # values of another number of rows
+    else:
+        monkeypatch.setattr(Decoder, "_end_at", lambda self, length: setattr(self, "length", length))
+    assert not takes_rows(lm)
+
+
+KINDS = {
+    "mistral": {"sliding_window": 4},
+    "gemma3_text": {"sliding_window": 4},  # two types of layers
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "mamba2": {"num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "expand": 2},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_and_recurrent_states_are_refilled(kind):
+    """Sequences longer than the window join and are joined; a recurrent state moves with its row."""
+    lm = CausalLM(tiny(kind, **KINDS[kind]).double())
+    lm.model.config._attn_implementation = "sdpa"
+    decoding = Decoding(12, range(0, 264, 9), chunk_size=3)
+    assert takes_rows(lm)
+    prompts = [*MANY, [*range(20, 33)], [*range(5, 16)]]
+    uniforms = draw_uniforms(0, 12, len(prompts))
+    found = sample(lm, None, prompts, decoding, alpha=0.0, uniforms=uniforms)
+    for row, (prompt, response) in enumerate(zip(prompts, found.responses(), strict=True)):
+        alone = sample(lm, None, [prompt], decoding, alpha=0.0, uniforms=uniforms[:, row : row + 1])
+        assert alone.responses() == [response]
+        states = found.student_hidden[row, : len(response)]
+        torch.testing.assert_close(states, alone.student_hidden[0], rtol=1e-5, atol=1e-5)  # norms are float32
+
+
 def test_a_chunk_bounds_the_rows_decoded_at_once(pair):
-    rows = []
-    assert takes_masks(pair[0])  # tried once, which is not counted
-    pair[0].model.base_model.register_forward_hook(lambda _, __, output: rows.append(len(output.last_hidden_state)))
+    passes = reads(pair[0])
     roll(*pair, MANY, replace(SIX, chunk_size=4))
-    assert max(rows) == 4
+    assert max(rows for rows, _ in passes) == 4

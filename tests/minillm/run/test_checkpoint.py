@@ -65,8 +65,13 @@ def resume_from(files, flags, source, checkpoint_name, name):
 
 @pytest.mark.parametrize(
     "extra",
-    [[], ["--validation.every=2"], pytest.param(["--lora.rank=4"], marks=needs_adapters)],
-    ids=["plain", "selection", "lora"],
+    [
+        [],
+        ["--validation.every=2"],
+        pytest.param(["--lora.rank=4"], marks=needs_adapters),
+        ["--stages.minillm.rollout.max_new_tokens=[[0, 3], [4, 6], [8, 2]]", "--rollout.overlap=1"],
+    ],
+    ids=["plain", "selection", "lora", "limits ahead"],
 )
 def test_ten_steps_are_five_and_five_to_the_bit(files, flags, extra):
     flags = flags + extra

@@ -49,6 +49,16 @@ def test_a_rollout_keeps_no_states_that_nobody_reads(make):
     assert rollout.student_hidden is None and rollout.teacher_hidden is not None
 
 
+@pytest.mark.parametrize(("method", "lengths"), [("minillm", [2, 2, 2, 2, 4, 4]), ("gkd", [2, 2, 2, 4, 4, 4])])
+def test_the_limit_of_a_rollout_changes_with_the_steps(make, tmp_path, method, lengths):
+    """minillm samples before steps 1, 3 and 5; gkd before each."""
+    context = make(method, "--rollout.max_new_tokens=[[0, 2], [3, 4]]", "--rollout.on_policy=1", "--rollout.epochs=1",
+                   "--rollout.batch_size=8", "--data.max_response_length=2")  # fmt: skip
+    steps = METHODS[method](context, tmp_path)
+    found = [max(len(e.response) for e in steps.step(number).parts[0].examples) for number in range(1, 7)]
+    assert found == lengths
+
+
 def test_seqkd_learns_from_the_teachers_text_and_samples_it_once(make, tmp_path):
     context = make("seqkd")
     method = METHODS["seqkd"](context, tmp_path)
