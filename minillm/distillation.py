@@ -17,10 +17,14 @@ from minillm.evaluation.result import START, TEACHER, Evaluation, plain
 from minillm.model.check import check_decoding, check_same_tokenizer
 from minillm.model.head import CausalLM
 from minillm.model.load import load_student, load_teacher, load_tokenizer
+from minillm.parallel.gathered import gathered
+from minillm.parallel.shard import place_student, place_teacher
+from minillm.parallel.tensor import teacher_loader
+from minillm.parallel.whole import whole_model
 from minillm.report.summary import card, changes, run_text
 from minillm.run.directory import RunDirectory
 from minillm.run.export import check_export
-from minillm.run.workers import WorkerLost
+from minillm.run.workers import WorkerLost, resume_after_restart
 from minillm.terminal import say
 from minillm.train.context import Context
 from minillm.train.loop import train
@@ -60,7 +64,7 @@ def run_recipe(
     repeats the run. `resume` is that of `RunDirectory`. Without `doctor`, the loss is not tried on the data first. All
     that can be wrong with the recipe, the models or the data is found before the first evaluation or step.
     """
-    started = time.perf_counter()
+    started, resume = time.perf_counter(), resume_after_restart(resume)
     if with_evaluation and not recipe.run.data.eval:
         raise ConfigError("data.eval is empty: distill evaluates before and after; `minillm train` does without")
     if with_evaluation and (reserved := {START, TEACHER} & recipe.stages.keys()):
@@ -79,6 +83,7 @@ def run_recipe(
                 check_decoding(model)
     check_same_everywhere(recipe, trainings, examples)
     check_export(student.model, tokenizer)
+    place_student(student, recipe.run.parallel, next(iter(trainings.values())).compute_dtype)
     with RunDirectory(recipe, resume, command, student.model, space_needed(recipe, student.model)) as run:
         return _run(run, student, teacher, tokenizer, trainings, examples, started)
 
@@ -111,7 +116,8 @@ def _run(
     for name, training in trainings.items():
         if name not in run.stages:  # else done before the checkpoint that was resumed from
             run.stages[name] = _trained(name, training, run, step)
-            run.export(student.model, tokenizer)  # before the evaluation: what was trained is kept, whatever follows
+            # before the evaluation: what was trained is kept, whatever follows
+            run.export(whole_model(student), tokenizer)
         step += recipe.stages[name].optim.steps
         evaluate(name, student, teacher)
     if teacher is not None:
@@ -147,12 +153,15 @@ def diagnose(recipe: Recipe) -> dict[str, dict[str, Finding]]:
 
 def load_pair(run: RunConfig) -> "tuple[CausalLM, CausalLM | None, PreTrainedTokenizerBase]":
     """Student, teacher and the tokenizer that they must share."""
-    settings, base = run.model, load_teacher(run)
+    settings, base = run.model, load_teacher(run, teacher_loader(run.parallel))
     student = CausalLM(load_student(run, base), settings.head)
     tokenizer = load_tokenizer(settings.student or settings.teacher)
     if settings.student and settings.teacher:
         check_same_tokenizer(tokenizer, load_tokenizer(settings.teacher))
-    return student, None if base is None else CausalLM(base, settings.head), tokenizer
+    teacher = None if base is None else CausalLM(base, settings.head)
+    if teacher is not None:
+        place_teacher(teacher, run.parallel)
+    return student, teacher, tokenizer
 
 
 def _introduce(
@@ -193,7 +202,8 @@ def _evaluated(
         return Evaluation.from_dict(kept)
     say(f"evaluating ({name}) on {len(examples)} held-out prompts")
     parts = PARTS if teacher is not None else ("greedy",)
-    evaluation = measure(model, teacher, tokenizer, examples, run.recipe.run, parts)
+    with gathered(model, teacher):
+        evaluation = measure(model, teacher, tokenizer, examples, run.recipe.run, parts)
     run.write(file, evaluation.to_dict())
     return evaluation
 

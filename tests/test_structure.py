@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {  # a module may import from its own room and from the rooms to its left
-    "minillm": "files foreign terminal config data model run evaluation train report doctor distillation __init__ "
+    "minillm": "files foreign terminal config data model parallel run evaluation train report doctor distillation __init__ "
     "study cli __main__",
     "minillm_kernels": "_core rows arguments backends logits hidden __init__",
 }

@@ -36,6 +36,7 @@ def check_run(run: RunConfig) -> None:
     _at_least_one(run.log, "log", "every", "checkpoints_kept")
     if run.eval.prompts < 0:
         raise ConfigError(f"eval.prompts is {run.eval.prompts}; give a number, or 0 for all")
+    _check_parallel(run)
     if run.lora.rank < 0:
         raise ConfigError(f"lora.rank is {run.lora.rank}; give a rank, or 0 for no adapters")
     check_seed("seed", run.seed)
@@ -48,6 +49,35 @@ def check_run(run: RunConfig) -> None:
     ours = [key for key in run.data.chat_template_kwargs if key in OF_TEMPLATE]
     if ours:
         raise ConfigError(f"data.chat_template_kwargs.{ours[0]} is set by minillm itself: leave it out")
+
+
+def _check_parallel(run: RunConfig) -> None:
+    parallel, model = run.parallel, run.model
+    one_of("parallel.student", parallel.student, ("replicate", "shard"))
+    one_of("parallel.teacher", parallel.teacher, ("replicate", "shard", "tensor", "offload"))
+    _at_least_one(parallel, "parallel", "hosts")
+    if parallel.teacher != "replicate" and not model.teacher:
+        raise ConfigError(f"parallel.teacher is {parallel.teacher}, but there is no model.teacher: leave it out")
+    if parallel.hosts > 1 and parallel.student == parallel.teacher == "replicate":
+        raise ConfigError(
+            f"parallel.hosts is {parallel.hosts}, but nothing is sharded: leave it out, or set parallel.student or "
+            "parallel.teacher"
+        )
+    if parallel.teacher == "tensor" and parallel.hosts > 1:
+        raise ConfigError(
+            f"parallel.hosts is {parallel.hosts}, but a teacher under parallel.teacher tensor is cut over all "
+            "processes of the run: use one host, or set parallel.teacher to shard"
+        )
+    if parallel.teacher == "tensor" and model.drop_layers is not None:
+        raise ConfigError(
+            "model.drop_layers cuts the student from a whole teacher, and parallel.teacher tensor holds none: save "
+            "the cut student first and name it in model.student, or set parallel.teacher to shard"
+        )
+    if parallel.student == "shard" and model.compute_dtype == "float16":
+        raise ConfigError(
+            "parallel.student shard does not compute in float16, whose loss scaling does not know shards: set "
+            "model.compute_dtype to bfloat16 or float32"
+        )
 
 
 def check_seed(path: str, seed: int) -> None:
@@ -79,6 +109,11 @@ def check_stage(stage: StageConfig, run: RunConfig) -> None:
     model = run.model
     one_of("optim.optimizer", stage.optim.optimizer, OPTIMIZERS)
     _check_weights(stage, run)
+    if run.parallel.student == "shard" and stage.optim.optimizer != "adamw":
+        raise ConfigError(
+            f"optim.optimizer is {stage.optim.optimizer}; parallel.student shard trains by adamw alone, whose state "
+            "is sharded with the weights"
+        )
     if not model.teacher and (stage.method != "sft" or model.drop_layers is not None):
         needs = "model.drop_layers" if model.drop_layers is not None else f"method {stage.method}"
         raise ConfigError(f"{needs} needs model.teacher: a hub id, a directory or package:NAME")

@@ -49,9 +49,10 @@ class Recipe:
         return json.loads(json.dumps({**dataclasses.asdict(self.run), "stages": stages}))
 
     def digest(self) -> str:
-        """Hash of everything resolved but the output directory and logging: two runs with one digest ran the same."""
+        """Hash of everything resolved but the output directory, logging and where the models live: two runs with one
+        digest ran the same."""
         tree = self.to_dict()
-        del tree["output"], tree["log"]
+        del tree["output"], tree["log"], tree["parallel"]
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -8,6 +8,8 @@ check.py says what must hold between their values.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from minillm.config.parallel import ParallelConfig
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message says which key, what was expected and what to do."""
@@ -300,6 +302,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -92,7 +92,7 @@ def next_token(model: CausalLM, examples: Sequence[Example], settings: EvalConfi
         losses = by_sequence(-fused_linear_token_logprobs(*output, batch.targets), [len(e.response) for e in part])
         return top.cpu(), (best == batch.targets).cpu(), losses
 
-    found = over_batches(predicted, examples, max(1, settings.batch_size // 4))
+    found = over_batches(predicted, examples, max(1, settings.batch_size // 4), model)
     confidence, correct, losses = (torch.cat(column) for column in zip(*found, strict=True))
     counts = torch.tensor([len(e.response) for e in examples], dtype=torch.float64)
     return reliability(confidence, correct), Mean.of(losses, counts)
@@ -132,7 +132,7 @@ def options(
         logprobs = fused_linear_token_logprobs(*model.output(batch), batch.targets)
         return by_sequence(logprobs.double(), [len(answer) for answer in answers])
 
-    scores = torch.cat(over_batches(scored, flat, settings.batch_size))
+    scores = torch.cat(over_batches(scored, flat, settings.batch_size, model))
     confidence, correct = [], []
     for example, logits in zip(asked, scores.split([len(e.record.options) for e in asked]), strict=True):
         top = logits.softmax(0).max(0)

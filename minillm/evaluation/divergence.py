@@ -74,7 +74,7 @@ def draw(
                 table[:, : mask.shape[1]][mask.cpu()] = values.double().cpu()
         return Samples(rollout.responses(), rollout.lengths.cpu(), settings.samples, *tables)
 
-    found = over_batches(drawn, examples, max(1, settings.batch_size // settings.samples))
+    found = over_batches(drawn, examples, max(1, settings.batch_size // settings.samples), author, other)
     return Samples(
         [tokens for part in found for tokens in part.token_ids],
         torch.cat([part.lengths for part in found]),
@@ -99,7 +99,7 @@ def references(
         return torch.stack([by_sequence(values, lengths) for values in (stats.reverse_kl, stats.forward_kl)])
 
     size = max(1, settings.batch_size // 4)  # whole sequences: several times longer than a decoding step
-    reverse, forward = torch.cat(over_batches(sums, examples, size), dim=1)
+    reverse, forward = torch.cat(over_batches(sums, examples, size, student, teacher), dim=1)
     counts = torch.tensor([len(e.response) for e in examples], dtype=torch.float64)
     return Mean.of(reverse, counts), Mean.of(forward, counts)
 

@@ -187,7 +187,7 @@ def _greedy(
     def respond(start: int, part: Sequence[Example]) -> list[list[int]]:
         return greedy(student, [example.prompt for example in part], settings.greedy_tokens, len(part), ends)
 
-    return [tokens for part in over_batches(respond, examples, settings.batch_size) for tokens in part]
+    return [tokens for part in over_batches(respond, examples, settings.batch_size, student) for tokens in part]
 
 
 def _by_seed(sampled: list[str], samples: int) -> list[list[str]]:

@@ -6,19 +6,29 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from minillm.model.head import CausalLM
+from minillm.parallel.tensor import runs_together
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def over_batches(work: Callable[[int, Sequence[Item]], Result], items: Sequence[Item], size: int) -> list[Result]:
+def over_batches(
+    work: Callable[[int, Sequence[Item]], Result], items: Sequence[Item], size: int, *models: CausalLM | None
+) -> list[Result]:
     """What `work` makes of each batch of `size` items, in their order; every process does a share and knows all.
 
     Whole batches are shared, as one process would make them, so that no number depends on how many there are. `work`
-    gets the number of the batch's first item, and the batch. What it returns lives on the CPU.
+    gets the number of the batch's first item, and the batch. What it returns lives on the CPU. Every process calls it
+    equally often, for models that are sharded; what is done twice is used once. Processes that compute one of `models`
+    together do everything together.
     """
     state = PartialState()
-    starts = range(0, len(items), size)[state.process_index :: state.num_processes]
-    mine: list[Any] = [(start, work(start, items[start : start + size])) for start in starts]
-    if state.num_processes > 1:
-        mine = sorted(gather_object(mine), key=lambda found: found[0])
-    return [result for _, result in mine]
+    if state.num_processes == 1 or any(map(runs_together, models)):
+        return [work(start, items[start : start + size]) for start in range(0, len(items), size)]
+    starts = range(0, len(items), size)
+    rounds = -(-len(starts) // state.num_processes)
+    numbers = [(state.process_index + i * state.num_processes) % len(starts) for i in range(rounds)]
+    mine: list[Any] = [(starts[i], work(starts[i], items[starts[i] : starts[i] + size])) for i in numbers]
+    found = dict(reversed(gather_object(mine)))
+    return [found[start] for start in starts]

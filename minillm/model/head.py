@@ -8,7 +8,7 @@ logits`): its final states then are its logits, its head is `Head(None)`, and th
 Legend: B sequences, T positions, N positions selected over the batch, H hidden, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -54,6 +54,9 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = model
         self.fused = head == "fused"
+        _check_whole(self)
+        self.whole_head = _whole_head(model) if self.fused else None
+        self.copy_with: Callable[[Mapping[str, Tensor]], PreTrainedModel] | None = None  # of a student in shards
         self.takes_masks: bool | None = None  # minillm/model/masks.py tries it
         if self.fused:
             _check_head(self)
@@ -67,7 +70,7 @@ class CausalLM(nn.Module):
     def _head(self) -> Head:
         if not self.fused:
             return Head(None)
-        head, count = read_head(self.model), self.vocab_size
+        head, count = self.whole_head or read_head(self.model), self.vocab_size
         if head.weight is not None and count < len(head.weight):
             head = replace(head, weight=head.weight[:count], bias=None if head.bias is None else head.bias[:count])
         return head
@@ -119,8 +122,26 @@ class CausalLM(nn.Module):
             states = states.to(head.weight.dtype)  # a head that is trained whole above a base of 16 bits
         return Output(states, head)
 
+    def enter(self) -> None:
+        """Nothing: what sharding does before a forward pass can be had by it alone (minillm/parallel/shard.py)."""
+
     def forward(self, batch: Batch, loss: Callable[[Output, Batch], Sums]) -> Sums:
         return loss(self.output(batch), batch)
+
+
+def _check_whole(lm: CausalLM) -> None:
+    """Refuse shards that others have made, as of `fsdp_size` in transformers: their groups for norm and head stay
+    gathered after a forward pass, and an optimiser made then would step temporary copies of these weights."""
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    if any(isinstance(module, FSDPModule) for module in lm.model.modules()):
+        raise ConfigError(
+            f"{type(lm.model).__name__} is sharded already (DistributedConfig(fsdp_size=…) of transformers, or "
+            "fully_shard), and would be trained without its head: load it whole and set parallel.student to shard "
+            "(parallel.teacher for a teacher)"
+        )
 
 
 def read_head(model: "PreTrainedModel") -> Head:
@@ -134,6 +155,16 @@ def read_head(model: "PreTrainedModel") -> Head:
     if scale is None:
         scale = 1 / getattr(config, "logits_scaling", 1)  # Granite divides
     return Head(linear.weight, getattr(linear, "bias", None), getattr(config, "final_logit_softcapping", None), scale)
+
+
+def _whole_head(model: "PreTrainedModel") -> Head | None:
+    """A copy of the head on every process, where it is cut over several; None where it is not."""
+    linear = model.get_output_embeddings()
+    if not hasattr(getattr(linear, "weight", None), "full_tensor"):
+        return None
+    head = read_head(model)
+    weight, bias = (None if x is None else x.detach().full_tensor() for x in (head.weight, head.bias))  # type: ignore[attr-defined]
+    return replace(head, weight=weight, bias=bias)
 
 
 def common_vocabulary(*models: CausalLM) -> int:

@@ -22,17 +22,23 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_model(source: str, dtype: str = "float32", attn: str = "auto") -> "PreTrainedModel":
+def load_model(source: str, dtype: str = "float32", attn: str = "auto", distributed: Any = None) -> "PreTrainedModel":
     """An AutoModelForCausalLM from a hub id, a directory or `package:NAME`, in eval mode (no dropout). Code that comes
     with a model is never run, nor a pickle read. `dtype` "checkpoint" is the one in which it is stored.
 
-    A directory of adapters is loaded as its base model with the adapters merged.
+    A directory of adapters is loaded as its base model with the adapters merged. `distributed` is a DistributedConfig
+    of transformers, under which each process reads its part of the layers.
 
     Raises ConfigError when nothing can be loaded from `source`, or not all of it.
     """
     from transformers import AutoModelForCausalLM
 
     if adapters := _adapters(source):
+        if distributed is not None:
+            raise ConfigError(
+                f"{source!r} holds adapters, which are merged into whole weights: name the directory in which they "
+                "are merged, or set parallel.teacher to shard"
+            )
         model = load_model(adapters.base, dtype, attn)
         continue_adapters(model, adapters)
         return merge_adapters(model)
@@ -42,6 +48,7 @@ def load_model(source: str, dtype: str = "float32", attn: str = "auto") -> "PreT
     chosen = _stored_dtype(config) if dtype == "checkpoint" else getattr(torch, dtype)
     quantised = hasattr(config, "quantization_config")
     packed = 8 if quantised else 1  # weights of 16 bits in 2, at the least
+    over_processes = {} if distributed is None else {"distributed_config": distributed}
     with (
         _reading(f"no causal language model could be loaded from {source!r}", source),
         bounded(source, packed * room()),
@@ -55,6 +62,7 @@ def load_model(source: str, dtype: str = "float32", attn: str = "auto") -> "PreT
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, with their names
+                **over_processes,
             )
         except ImportError as error:
             cause = (

@@ -6,6 +6,8 @@
                           memory.safetensors      rollouts still in use
                           progress.json           stage, step, counters, and the configuration of the run
                           config.json             of the model: from_pretrained loads the directory
+                          shard-*.safetensors     of a sharded student instead: each process's part of weights and
+                                                  moments (torch.distributed.checkpoint)
                           manifest.json           size and CRC-32 of every file above
                           DONE
 
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,6 +36,8 @@ from torch import Tensor, nn
 from minillm.config.recipe import Recipe
 from minillm.config.schema import ConfigError
 from minillm.files import flatten, flush, partial_of, remove, whole_or_absent
+from minillm.parallel.whole import copy_into, whole_on_first
+from minillm.run import shards
 from minillm.run.optimizer_state import fill_state, plain_state
 from minillm.run.verify import (
     CheckpointError,
@@ -86,6 +90,7 @@ class Checkpoint(NamedTuple):
     path: Path
     progress: Progress
     groups: dict[str, dict[str, Tensor]]
+    """Of tensors in shards, names, shapes and types alone (on the device `meta`): `shards.fill` reads them."""
 
 
 def save(
@@ -96,7 +101,8 @@ def save(
     model: "PreTrainedModel",
     keep: int,
 ) -> Path:
-    """Write folder/step-N of the tensors in `groups`, then delete all but the newest `keep`.
+    """Write folder/step-N of the tensors in `groups`, then delete all but the newest `keep`. Every process must call
+    it where some of them are shards; the first one writes the rest.
 
     Raises CheckpointError when it cannot be written, FloatingPointError for weights or moments that are not finite;
     then the checkpoints before are untouched.
@@ -104,17 +110,25 @@ def save(
     target = folder / f"step-{progress.global_step}"
     before = latest(folder.parent)
     whole = f"The one before, {before}, is whole" if before else "There is none before it"
+    plain, parts = shards.split(groups)
     try:
-        _check_finite(groups)
+        _check_finite(plain)
+        shards.check_finite_everywhere(parts)
     except CheckpointError as error:
         raise FloatingPointError(
             f"{progress.stage}, step {progress.step}: {error} after the update, and no checkpoint is written of that: "
             f"lower optim.lr. {whole}"
         ) from error
     try:
+        written = shards.write(parts, folder)
+        if not PartialState().is_main_process:
+            return target
         with whole_or_absent(target) as partial:
-            partial.mkdir()
-            for name, tensors in groups.items():
+            if written:
+                os.replace(written, partial)
+            else:
+                partial.mkdir()
+            for name, tensors in plain.items():
                 if tensors:
                     save_file(_plain(tensors), partial / f"{name}.safetensors", metadata={"format": "pt"})
             model.config.save_pretrained(partial)
@@ -211,7 +225,10 @@ def load(path: Path, recipe: Recipe, student: nn.Module | None = None) -> Checkp
         names = verified_files(path)
         state = json.loads((path / "progress.json").read_text(encoding="utf-8"))
         progress, theirs = Progress(**state["progress"]), dict(flatten(state["config"]))
-        groups = {Path(name).stem: load_file(path / name) for name in names if name.endswith(".safetensors")}
+        files = [name for name in names if name.endswith(".safetensors") and not shards.is_file(name)]
+        groups = shards.described(path, names)
+        for name in files:
+            groups.setdefault(Path(name).stem, {}).update(load_file(path / name))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]})") from error
     ours = dict(flatten(recipe.to_dict()))
@@ -224,7 +241,7 @@ def load(path: Path, recipe: Recipe, student: nn.Module | None = None) -> Checkp
             f"minillm train {path.parent.parent / 'config.yaml'} --resume {path}"
         )
     try:
-        _check_finite(groups)
+        _check_finite({name: shards.with_values(tensors) for name, tensors in groups.items()})
         if student is not None:
             parameters = trained(student)
             check_progress(progress, recipe)
@@ -260,11 +277,14 @@ def state_of(model: nn.Module, optimizer: Any, accelerator: Accelerator) -> dict
 
 
 @torch.no_grad()
-def restore(model: nn.Module, optimizer: Any, accelerator: Accelerator, groups: dict[str, dict[str, Tensor]]) -> None:
-    """Put back what `state_of` gave. With another number of processes, their random states start anew."""
-    parameters = trained(model)
+def restore(model: nn.Module, optimizer: Any, accelerator: Accelerator, found: Checkpoint) -> None:
+    """Put back what `state_of` gave, into a student that is sharded or not. With another number of processes, their
+    random states start anew. Every process must call it."""
+    parameters, groups = trained(model), found.groups
     fill_state(optimizer.optimizer, parameters, groups["optimizer"])
+    moments = plain_state(optimizer.optimizer, parameters)
     restore_weights(model, groups[weights_name(model)])
+    shards.fill(found.path, {weights_name(model): parameters, "optimizer": moments}, groups)
     if len(groups["random"]["cpu"]) == accelerator.num_processes:
         torch.set_rng_state(groups["random"]["cpu"][accelerator.process_index].cpu())
         if accelerator.device.type == "cuda" and "cuda" in groups["random"]:
@@ -273,11 +293,12 @@ def restore(model: nn.Module, optimizer: Any, accelerator: Accelerator, groups: 
 
 @torch.no_grad()
 def restore_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Raises CheckpointError for weights of another model."""
+    """Raises CheckpointError for weights of another model. Those without values are left as they are."""
     parameters = trained(model)
     check_alike(weights, parameters)
     for name, parameter in parameters.items():
-        parameter.copy_(weights[name])
+        if not weights[name].is_meta:
+            copy_into(parameter, weights[name])
 
 
 def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
@@ -296,10 +317,13 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_weights(model: nn.Module, path: Path) -> None:
-    """The trained weights alone, as one file that is whole or absent. Raises CheckpointError."""
+    """The trained weights alone, as one file that is whole or absent, by the first process; every process must call
+    it. Raises CheckpointError."""
+    weights = _plain(whole_on_first(trained(model)))
+    if not PartialState().is_main_process:
+        return
     try:
         with whole_or_absent(path) as partial:
-            weights = {name: value.cpu() for name, value in _plain(trained(model)).items()}
             save_file(weights, partial, metadata={"format": "pt", "crc32": crc32_of(weights)})
             flush(partial)
     except (OSError, SafetensorError) as error:
@@ -326,4 +350,4 @@ def _whole(folder: Path) -> Iterator[Path]:
 
 def _immaterial(key: str) -> bool:
     """Keys that change nothing of what is computed."""
-    return key == "output" or key.startswith("log.")
+    return key == "output" or key.startswith(("log.", "parallel."))

@@ -137,8 +137,8 @@ class RunDirectory:
         model: "PreTrainedModel",
         keep: int,
     ) -> None:
-        """Write checkpoints/step-N. Raises CheckpointError, which says how to go on from the one before, and
-        FloatingPointError."""
+        """Write checkpoints/step-N; every process must call it. Raises CheckpointError, which says how to go on from
+        the one before, and FloatingPointError."""
         try:
             checkpoint.save(self.path / "checkpoints", self.recipe, progress, groups, model, keep)
         except checkpoint.CheckpointError as error:
@@ -152,9 +152,10 @@ class RunDirectory:
         command = self.command or f"minillm train {self.path / 'config.yaml'}"
         return f"Resume with: {command} --resume {shlex.quote(str(newest))}"
 
-    def export(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Write model/, or replace the one of the stage before; adapters merged, and alone in model/adapter/."""
-        if self.main:
+    def export(self, model: "PreTrainedModel | None", tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Write model/, or replace the one of the stage before; adapters merged, and alone in model/adapter/. The
+        first process has the model."""
+        if self.main and model is not None:
             try:
                 write_model(model, tokenizer, self.path / "model")
             except checkpoint.CheckpointError as error:

@@ -18,7 +18,7 @@ from minillm.files import flush, whole_or_absent
 from minillm.model.adapters import merge_adapters, save_adapters
 from minillm.model.head import VOCABULARY
 from minillm.model.load import load_student, load_teacher, load_tokenizer, skeleton
-from minillm.run import checkpoint
+from minillm.run import checkpoint, shards
 from minillm.run.verify import CheckpointError, check_alike, check_finite
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def export(run: Path, source: Path | None, output: Path) -> Path:
     if VOCABULARY in saved:  # of the pair: the teacher is not here to tell
         setattr(student.config, VOCABULARY, saved[VOCABULARY])
     checkpoint.restore_weights(student, found.groups[checkpoint.weights_name(student)])
+    shards.fill(source, {checkpoint.weights_name(student): checkpoint.trained(student)}, found.groups)
     write_model(student, load_tokenizer(settings.student or settings.teacher), output)
     return source
 

@@ -26,6 +26,12 @@ class WorkerLost(RuntimeError):
         return cls(f"another process of this run has ended ({_first_line(error)}); its own output says why. {go_on}")
 
 
+def resume_after_restart(asked: str) -> str:
+    """What a run resumes from: as asked, and from its newest checkpoint where torchrun has started it again, by the
+    command of the first time."""
+    return "auto" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 else asked
+
+
 def _first_line(error: RuntimeError) -> str:
     return str(error).strip().partition("\n")[0][:200]
 

@@ -27,6 +27,8 @@ from minillm.data.sources import DataError
 from minillm.files import read_lines, write_atomically
 from minillm.model.head import Output, Sums
 from minillm.model.sampling import draw_uniforms
+from minillm.parallel.gathered import gathered
+from minillm.parallel.tensor import runs_together
 from minillm.terminal import say
 from minillm.train.context import Context, Loss, Part, Step, chunks
 from minillm_kernels import fused_linear_distill_loss, fused_linear_divergence_loss
@@ -200,14 +202,16 @@ def with_teacher_responses(context: Context, folder: Path) -> list[Example]:
 def sample_teacher(context: Context) -> list[list[int]]:
     """One response of the teacher per example; the processes share the work."""
     assert context.teacher is not None
-    rollout, numbers = context.config.rollout, context.mine(list(range(len(context.examples))))
+    rollout, everything = context.config.rollout, list(range(len(context.examples)))
+    numbers = context.to_sample(everything, context.teacher)
     uniforms = draw_uniforms(context.run.seed, rollout.max_new_tokens, len(context.examples))
     size = max(1, rollout.batch_size // context.accelerator.num_processes)
     mine: list[tuple[int, list[int]]] = []
-    for part in chunks(numbers, size):
-        prompts = [context.examples[i].prompt for i in part]
-        samples = context.sample_responses(context.teacher, None, prompts, uniforms[:, part], alpha=0.0)
-        mine += zip(part, samples.responses(), strict=True)
-        if context.accelerator.is_main_process:
-            say(f"teacher answers  {len(mine)}/{len(numbers)}")
-    return [response for _, response in sorted(gather_object(mine))]
+    with gathered(context.teacher):
+        for part in chunks(numbers, size):
+            prompts = [context.examples[i].prompt for i in part]
+            samples = context.sample_responses(context.teacher, None, prompts, uniforms[:, part], alpha=0.0)
+            mine += zip(part, samples.responses(), strict=True)
+            if context.accelerator.is_main_process:
+                say(f"teacher answers  {len(mine)}/{len(numbers)}")
+    return [response for _, response in sorted(mine if runs_together(context.teacher) else gather_object(mine))]

@@ -16,6 +16,9 @@ from minillm.model.head import CausalLM, Output, Sums, share_vocabulary
 from minillm.model.load import end_tokens, packs_in_one_row
 from minillm.model.rollout import Rollout, gather_processes, rescore
 from minillm.model.sampling import Decoding, draw_uniforms, sample
+from minillm.parallel.gathered import gathered
+from minillm.parallel.shard import is_sharded
+from minillm.parallel.tensor import output_of, runs_together
 from minillm.run.clock import Clock
 
 if TYPE_CHECKING:
@@ -102,14 +105,21 @@ class Context:
 
     def autocast(self) -> torch.autocast:
         """The student's forward passes in `compute_dtype`. The weights that are trained are cast once per context;
-        what is frozen, a teacher or the base below adapters, is in its own dtype already."""
+        what is frozen, a teacher or the base below adapters, is in its own dtype already, and a sharded student is
+        gathered in `compute_dtype`."""
         device, dtype = self.accelerator.device.type, self.compute_dtype
+        if is_sharded(self.student):
+            return torch.autocast(device, enabled=False)
         trained = {parameter.dtype for parameter in self.student.model.parameters() if parameter.requires_grad}
         return torch.autocast(device, dtype, enabled=dtype != torch.float32 and trained != {dtype})
 
     def mine(self, items: list) -> list:
         """This process's share of what all processes draw alike."""
         return items[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def to_sample(self, items: list, *models: CausalLM | None) -> list:
+        """This process's share of what these models sample: all of it where processes compute one of them together."""
+        return items if any(map(runs_together, models)) else self.mine(items)
 
     def sample_responses(
         self, student: CausalLM, teacher: CausalLM | None, prompts: list[list[int]], uniforms: Tensor, alpha: float
@@ -138,7 +148,7 @@ class Context:
 
     def roll_out(self, iteration: int, examples: list[Example], teacher: CausalLM | None, alpha: float) -> Rollout:
         """The student's responses, or the mixture's, to these prompts: the processes share the work, and all of them
-        know the result.
+        know the result. Those that compute a teacher together sample all of them together.
         """
         seed = self.run.seed * 1_000_003 + iteration
         uniforms, coins = (
@@ -147,20 +157,21 @@ class Context:
         )
         if coins != "row":
             uniforms = share_coins(uniforms, coins)
-        mine = uniforms[:, self.accelerator.process_index :: self.accelerator.num_processes]
-        prompts = [example.prompt for example in self.mine(examples)]
-        with self.clock("rollout"), self.autocast():
-            rollout = self.sample_responses(self.student, teacher, prompts, mine, alpha)
+        rows = self.to_sample(list(range(len(examples))), teacher)
+        prompts = [examples[row].prompt for row in rows]
+        mixed_in = teacher if alpha > 0 else None  # else it reads the responses: as often on every process
+        with self.clock("rollout"), self.autocast(), gathered(self.student, mixed_in):
+            rollout = self.sample_responses(self.student, teacher, prompts, uniforms[:, rows], alpha)
             if teacher is not None and self.compute_dtype != torch.float32:
                 rollout = rescore(rollout, self.student, teacher, alpha, self.vocab_size, self.row_length)
-            return gather_processes(rollout, self.accelerator)
+            return rollout if runs_together(teacher) else gather_processes(rollout, self.accelerator)
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Output:
         """The teacher's output on a batch."""
         assert self.teacher is not None
         with self.clock("score"):
-            return self.teacher.output(batch)
+            return output_of(self.teacher, batch)
 
 
 def compute_dtype(run: RunConfig, accelerator: Accelerator) -> torch.dtype:

@@ -24,6 +24,9 @@ from torch import Tensor
 from minillm.config.schema import OptimConfig
 from minillm.data.examples import Batch
 from minillm.model.head import Sums
+from minillm.parallel import student as parallel
+from minillm.parallel.gathered import gathered
+from minillm.parallel.whole import whole
 from minillm.run import checkpoint
 from minillm.run.checkpoint import Checkpoint, Progress
 from minillm.run.directory import RunDirectory
@@ -66,13 +69,13 @@ def train(
     config, accelerator, clock = context.config, context.accelerator, context.clock
     optim, log, model = config.optim, context.run.log, context.student.model
     folder = directory.path / "stages" / stage
-    optimizer: torch.optim.Optimizer = make_optimizer(optim, checkpoint.trained(model).values())
-    predictor, optimizer = accelerator.prepare(context.student, optimizer)
+    optimizer: torch.optim.Optimizer = make_optimizer(optim, parallel.to_step(context.student))
+    predictor, optimizer = parallel.prepare(context.student, optimizer, accelerator)
     method = METHODS[config.method](context, folder)
     progress = Progress(stage, first_step=first_step, stages=dict(directory.stages))
     if resumed is not None:
         progress = resumed.progress
-        checkpoint.restore(model, optimizer, accelerator, resumed.groups)
+        checkpoint.restore(model, optimizer, accelerator, resumed)
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(progress.scaler)
         memory = {name: value.to(accelerator.device) for name, value in resumed.groups.get("memory", {}).items()}
@@ -83,8 +86,8 @@ def train(
     def save() -> None:
         groups = {**checkpoint.state_of(model, optimizer, accelerator), "memory": method.memory}
         progress.scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+        directory.checkpoint(progress, groups, model, log.checkpoints_kept)
         if accelerator.is_main_process:
-            directory.checkpoint(progress, groups, model, log.checkpoints_kept)
             selection.forget(checkpoint.best_steps(directory.path, stage) | {progress.best.get("step", 0)})
         accelerator.wait_for_everyone()
 
@@ -107,7 +110,7 @@ def train(
 
             # ---- loss and gradient
             sums = backward(context, predictor, micros)
-            grad_norm = accelerator.clip_grad_norm_(checkpoint.trained(model).values(), optim.max_grad_norm)
+            grad_norm = whole(accelerator.clip_grad_norm_(checkpoint.trained(model).values(), optim.max_grad_norm))
             seen = sum(len(example.prompt) + len(example.response) for part in parts for example in part.examples)
             (tokens,) = over_processes(accelerator, [seen])
             metrics = read({**known, **sums, "grad_norm": grad_norm, "tokens": tokens})
@@ -172,8 +175,8 @@ def backward(context: Context, predictor: torch.nn.Module, micros: list[Micro]) 
         with nullcontext() if last else accelerator.no_sync(predictor):
             with context.autocast():
                 sums = predictor(batch, micro.part.loss)
-            # gradients are averaged over processes, the token count is global: undo the average
-            accelerator.backward(sums["loss"] * accelerator.num_processes / tokens[kind])
+            # the token count is global: where gradients are averaged over processes, undo that
+            accelerator.backward(sums["loss"] * parallel.averaged_over(predictor, accelerator) / tokens[kind])
         for name, value in sums.items():
             share = value.detach().float() / tokens[kind]
             metrics[name] = metrics[name] + share if name in metrics else share
@@ -187,20 +190,19 @@ def read(values: Sums) -> dict[str, float]:
 
 
 def blame(context: Context, parts: list[Part]) -> str:
-    """The first example, in words, whose own loss or gradient is not finite; tried one by one."""
+    """The first example, in words, whose own loss or gradient is not finite; tried one by one, as many on every
+    process: their teacher may be sharded."""
     found: list[str] = []
-    parameters = checkpoint.trained(context.student.model).values()
-    candidates = ((part, example) for part in parts for example in part.examples)
-    for part, example in candidates:
-        if found:
-            break
-        batch = part.batch([example]).to(context.accelerator.device)
-        with context.autocast():
-            value = part.loss(context.student.output(batch), batch)["loss"]
-        gradients = torch.autograd.grad(value, list(parameters), allow_unused=True)
-        if not all(torch.isfinite(x).all() for x in (value, *gradients) if x is not None):
-            found.append(f"{example.record.where} ({part.kind})")
-    found = gather_object(found)
+    with gathered(context.student):
+        parameters = list(checkpoint.trained(context.student.model).values())
+        for part, example in [(each, example) for each in parts for example in each.examples]:
+            batch = part.batch([example]).to(context.accelerator.device)
+            with context.autocast():
+                value = part.loss(context.student.output(batch), batch)["loss"]
+            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+            if not all(torch.isfinite(x).all() for x in (value, *gradients) if x is not None):
+                found.append(f"{example.record.where} ({part.kind})")
+    found = gather_object(found[:1])
     return f"the first sample at fault is {found[0]}" if found else "no sample alone gives that: lower optim.lr"
 
 

@@ -24,6 +24,8 @@ from minillm.model.check import (
 )
 from minillm.model.head import CausalLM
 from minillm.model.load import end_tokens
+from minillm.parallel.mesh import processes_of_a_host, refuse_wrappers
+from minillm.parallel.shard import is_sharded
 from minillm.run.trackers import check_trackers
 from minillm.train.context import Context, compute_dtype
 from minillm.train.optimizers import find_optimizer
@@ -41,13 +43,20 @@ def prepare(
     tokenizer: "PreTrainedTokenizerBase",
 ) -> Context:
     """Read the data and check it against the models, before any work that could be lost."""
+    refuse_wrappers()
     accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1)
     )  # not the environment's
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise ConfigError(
-            f"{accelerator.distributed_type} shards the student, which checkpoints and gradients here do not follow "
-            "yet: use one process or data parallelism (accelerate launch --num_processes N)"
+            f"{accelerator.distributed_type} of accelerate shards the student, which its losses do not survive: "
+            "launch without it (accelerate launch --num_processes N, or torchrun), and set parallel.student to shard"
+        )
+    processes_of_a_host(run.parallel)
+    if run.parallel.student == "shard" and compute_dtype(run, accelerator) == torch.float16:
+        raise ConfigError(
+            "parallel.student shard does not compute in float16, whose loss scaling does not know shards: launch "
+            "without --mixed_precision fp16, or set model.compute_dtype to bfloat16"
         )
     check_trackers(run.log.trackers)
     find_optimizer(config.optim)
@@ -82,7 +91,8 @@ def prepare(
         if model is not None:
             check_context(model.model, longest(config, validates=bool(validation)))
             check_ids(model.model, largest, config.data.train)
-            model.to(accelerator.device)
+            if not is_sharded(model):
+                model.to(accelerator.device)
             check_forward(model.model)
             if config.data.packing:
                 check_packing(model.model)
@@ -120,7 +130,7 @@ def check_same_everywhere(recipe: Recipe, trainings: Mapping[str, Context], eval
     accelerators = [training.accelerator for training in trainings.values()]
     if accelerators[0].num_processes == 1:
         return
-    given = {"recipe": f"{recipe.digest()} {recipe.run.log}", "data.eval": _digest(evaluated)}
+    given = {"recipe": f"{recipe.digest()} {recipe.run.log} {recipe.run.parallel}", "data.eval": _digest(evaluated)}
     given |= {
         f"data of {name}": _digest(each.examples, each.validation, each.text) for name, each in trainings.items()
     }

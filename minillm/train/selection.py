@@ -18,6 +18,7 @@ from minillm.data.examples import Encoded, Example, encode, read_records
 from minillm.evaluation.share import over_batches
 from minillm.evaluation.text import rouge_l
 from minillm.model.sampling import greedy_responses
+from minillm.parallel.gathered import gathered
 from minillm.run.checkpoint import CheckpointError, Progress, read_weights, restore_weights, write_weights
 from minillm.train.baselines import Given, Gkd
 from minillm.train.context import Context
@@ -79,7 +80,7 @@ class Selection:
     def validate(self, progress: Progress) -> dict[str, float]:
         """The metric at this step; the weights are kept when none before was better."""
         context, method = self.context, self.method
-        with context.clock("validation"), torch.no_grad():
+        with context.clock("validation"), torch.no_grad(), gathered(context.student):
             if isinstance(method, MiniLLM):
                 name, score, better = "validation/rouge_l", self._rouge(), 1
             else:
@@ -88,8 +89,7 @@ class Selection:
                     method.validated(score)
         if math.isfinite(score) and (not progress.best or better * (score - progress.best["score"]) >= 0):
             progress.best = {"step": progress.step, "score": score}
-            if context.accelerator.is_main_process:
-                write_weights(context.student.model, self.path(progress.step))
+            write_weights(context.student.model, self.path(progress.step))
         return {name: score}
 
     def forget(self, steps: Collection[float]) -> None:

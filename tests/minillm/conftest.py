@@ -85,6 +85,12 @@ def make_tokenizer():
     return byte_tokenizer
 
 
+@pytest.fixture(scope="session")
+def module_tokenizer():
+    """One for a whole module."""
+    return byte_tokenizer()
+
+
 @pytest.fixture
 def tokenizer():
     return byte_tokenizer()

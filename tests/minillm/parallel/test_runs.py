@@ -1,0 +1,149 @@
+"""Whole runs with sharded models under torchrun, beside one process; and what is refused before the first step."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from minillm.cli import main
+from minillm.config.recipe import load_recipe
+from minillm.config.schema import ConfigError
+from minillm.distillation import load_pair, run_recipe
+from minillm.parallel.mesh import check_torch
+from minillm.run.workers import resume_after_restart
+from minillm.train.preflight import prepare
+
+
+def unavailable() -> str:
+    try:
+        check_torch()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+needs_shards = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
+COMPARED = {"loss", "grad_norm", "kl/reverse", "reward/mean", "loss/pt", "validation/loss", "validation/rouge_l"}
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_training(one, two):
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert a.keys() & COMPARED == b.keys() & COMPARED
+        for name in a.keys() & COMPARED:
+            assert b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5), (name, a["step"])
+    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (two, one))
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-3)
+
+
+@needs_shards
+def test_a_sharded_run_is_that_of_one_process_and_goes_on_as_one(files, monkeypatch):
+    """Doctor, validation, evaluation, export and checkpoints of two processes; the last stage again by one, whose
+    models are whole, as torchrun starts it anew: by the same command."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    flags = ["--validation.every=2", "--log.checkpoint_every=3"]
+    recipe, one, two = str(files / "recipe.yaml"), files / "one", files / "two"
+    shards = ["--parallel.student=shard", "--parallel.teacher=shard", f"--output={two}"]
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port,
+         "-m", "minillm", "distill", recipe, *flags, *shards],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
+    assert main(["distill", recipe, *flags, f"--output={one}"]) == 0
+    same_training(one, two)
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (one, two)]
+    means = [summary["evaluations"]["minillm"]["reverse_kl"]["own_samples"]["mean"] for summary in summaries]
+    assert means[1] == pytest.approx(means[0], rel=5e-3)
+    names = {path.name for path in (two / "checkpoints" / "step-6").iterdir()}
+    assert "model.safetensors" not in names and len({name for name in names if name.startswith("shard-")}) == 2
+
+    assert main(["export", str(two), "--checkpoint", str(two / "checkpoints" / "step-8")]) == 0
+    exported = load_file(two / "export" / "model.safetensors")
+    assert exported.keys() == load_file(two / "model" / "model.safetensors").keys()
+
+    shutil.rmtree(two / "checkpoints" / "step-8")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main(["distill", recipe, *flags, f"--output={two}"]) == 0
+    same_training(one, two)
+
+
+def test_a_run_that_torchrun_starts_again_resumes_its_newest_checkpoint(monkeypatch):
+    assert resume_after_restart("run/checkpoints/step-5") == "run/checkpoints/step-5"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert resume_after_restart("") == ""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert resume_after_restart("") == resume_after_restart("run/checkpoints/step-5") == "auto"
+
+
+@needs_shards
+@pytest.mark.parametrize("method", ["kd", "minillm"])
+def test_one_process_offloads_its_teacher(files, method):
+    """Layer by layer, or gathered for a rollout that mixes it in; the same losses."""
+    tree = yaml.safe_load((files / "recipe.yaml").read_text())
+    (name,) = (name for name, stage in tree["stages"].items() if stage["method"] == method)
+    tree["stages"] = {name: tree["stages"][name]}
+    (files / "recipe.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    code = "import sys; from minillm.cli import main; sys.exit(main(sys.argv[1:]))"
+    for where in ("offload", "replicate"):  # in a process of its own, since it starts a process group
+        command = ["train", str(files / "recipe.yaml"), f"--parallel.teacher={where}", f"--output={files / where}"]
+        done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    same_training(files / "replicate", files / "offload")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--parallel.student=fsdp"], "value of parallel.student: 'fsdp'"),
+        (["--parallel.teacher=pipeline"], "value of parallel.teacher: 'pipeline'"),
+        (["--parallel.hosts=0"], "parallel.hosts is 0"),
+        (["--parallel.hosts=2"], "nothing is sharded"),
+        (["--parallel.hosts=2", "--parallel.teacher=tensor"], "cut over all processes"),
+        (["--parallel.student=shard", "--model.compute_dtype=float16"], "does not compute in float16"),
+        (["--parallel.student=shard", "--optim.optimizer=adamw_8bit"], "trains by adamw alone"),
+        (["--parallel.teacher=tensor", "--model.student=", "--model.drop_layers=[1,2]"], "save the cut student first"),
+        (["--parallel.teacher=shard", "--model.teacher=", "--stages.warm-up.method=sft"], "there is no model.teacher"),
+        (["--stages.minillm.parallel.student=shard"], "cannot differ between stages"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(files, flags, told):
+    with pytest.raises(ConfigError, match="parallel") as error:
+        load_recipe(files / "recipe.yaml", flags)
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"])
+def test_accelerate_launched_to_shard_is_refused(files, monkeypatch, name):
+    """On a CPU accelerate would go on without sharding, and say nothing."""
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(ConfigError, match=r"set parallel\.student to shard"):
+        run_recipe(load_recipe(files / "recipe.yaml"))
+    assert not (files / "run").exists()
+
+
+def test_loss_scaling_of_the_launcher_is_refused_with_shards(files, monkeypatch):
+    monkeypatch.setattr("minillm.train.preflight.compute_dtype", lambda run, accelerator: torch.float16)
+    recipe = load_recipe(files / "recipe.yaml", ["--parallel.student=shard"])
+    with pytest.raises(ConfigError, match=r"parallel\.student shard does not compute in float16"):
+        prepare(recipe.run, recipe.stages["warm-up"], *load_pair(recipe.run))
+
+
+def test_hosts_that_do_not_divide_the_processes_are_refused(files):
+    recipe = load_recipe(files / "recipe.yaml", ["--parallel.student=shard", "--parallel.hosts=2"])
+    with pytest.raises(ConfigError, match=r"parallel\.hosts is 2, which does not divide the 1 processes"):
+        prepare(recipe.run, recipe.stages["warm-up"], *load_pair(recipe.run))
