@@ -4,12 +4,16 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from datetime import timedelta
 
 from minillm.terminal import say, unbroken_output
 
 START_SECONDS = 180
 """How long the processes of a run wait for each other at the start. They are launched together, and all that comes
 before is imports."""
+PEER_SECONDS = "MINILLM_PEER_SECONDS"
+"""Environment variable: how long a process waits for another one whose host does not answer; torch's own default, of
+ten or thirty minutes, where it is not set."""
 
 
 class WorkerLost(RuntimeError):
@@ -18,7 +22,7 @@ class WorkerLost(RuntimeError):
     @staticmethod
     def caused(error: RuntimeError) -> bool:
         """Gloo and NCCL have no exception of their own for it."""
-        words = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe")
+        words = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe", "Timed out")
         return any(word in str(error) for word in words)
 
     @classmethod
@@ -49,7 +53,10 @@ def first_process_tells() -> Iterator[None]:
     try:
         with _limited(START_SECONDS):
             # without cpu=True, several processes on a machine without accelerator would be as many runs of their own
-            state = PartialState(cpu=not torch.accelerator.is_available())
+            limits = (
+                {"timeout": timedelta(seconds=float(os.environ[PEER_SECONDS]))} if PEER_SECONDS in os.environ else {}
+            )
+            state = PartialState(cpu=not torch.accelerator.is_available(), **limits)
     except torch.distributed.DistError as error:
         raise WorkerLost(f"the processes of this run have not found each other: {_first_line(error)}") from error
     with (
