@@ -345,7 +345,20 @@ def trl_table() -> str:
     return markdown(header, rows) + "\n\n" + note
 
 
+def mesh_table() -> str:
+    """What `minillm estimate --gpus` computes; nothing of it was measured."""
+    lines = []
+    for row in load("mesh.json")["rows"]:
+        placement = row.get("placement")
+        where = f"{placement['student']}, {placement['teacher']}" if placement else "nothing fits"
+        numbers = [f"{row[key]:.{digits}f}" if placement else "" for key, digits in
+                   (("gigabytes", 0), ("seconds", 2), ("decoding", 2))]  # fmt: skip
+        lines.append([f"{row['teacher']} → {row['student']}", row["stage"], row["mesh"], where, *numbers])
+    return markdown(["pair", "method", "GPUs", "student, teacher", "GB a GPU", "s a step", "of it decoding"], lines)
+
+
 TABLES = {
+    "mesh": mesh_table,
     "headline": headline_table,
     "demo": demo_table,
     "recipes": recipes_table,

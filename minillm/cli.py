@@ -222,6 +222,11 @@ def estimate(options: argparse.Namespace, flags: list[str]) -> int:
 
     recipe = load_recipe(options.config, flags, smoke=options.smoke)
     quiet_libraries()
+    if options.gpus:
+        from minillm.model.forecast import describe_mesh
+
+        say(describe_mesh(recipe, options.gpus))
+        return 0
     from minillm.model.cost import describe
 
     say(describe(recipe))
@@ -324,6 +329,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("config", help="YAML file")
     sub.add_argument("--smoke", action="store_true", help="of the short form of the recipe")
+    sub.add_argument(
+        "--gpus", metavar="8xh100", help="forecast memory and time per step there, for each placement of the models"
+    )
     sub = command("doctor", doctor, "check in a minute that the loss of a recipe is the one that is meant", override)
     sub.add_argument("recipe", help="YAML file, such as recipes/smollm2-cpu.yaml")
     sub.add_argument("--smoke", action="store_true", help="of the short form of the recipe")

@@ -1,4 +1,4 @@
-"""What a run will need, before anything is loaded: the memory and the work of each stage, in one process.
+"""What a run will need, before anything is loaded: the memory and the work of each stage, of one process.
 
 The models are built without weights and run once on tensors without storage, at the longest sequences that the limits
 of `data` and `rollout` allow: what autograd saves, what the caches hold and the floating-point operations are counted
@@ -103,22 +103,28 @@ class Cost:
         return sum(self.held.values()) + max(sum(self.rollout.values()), sum(self.update.values()))
 
 
-def cost(run: RunConfig, stage: StageConfig) -> Cost:
-    """Count what one stage needs; raises what loading its models would."""
+def skeletons(run: RunConfig) -> "tuple[PreTrainedModel, PreTrainedModel | None]":
+    """Student and teacher without their weights."""
     with torch.device("meta"):
         teacher = load_teacher(run, load=skeleton)
         student = load_student(run, teacher, load=skeleton)
         others = [load_frozen(route.model, run, load=skeleton) for route in routes(run).values()]
-    own, separate = own_weights(run), teacher is not None
-    if own:
+    if own_weights(run):
         teacher = student  # the same work
     teacher = teacher or max(others, key=lambda model: model.num_parameters(), default=None)
     if run.model.compute_dtype != "auto":
         keep_base_in(student, getattr(torch, run.model.compute_dtype))
+    return student, teacher
+
+
+def cost(run: RunConfig, stage: StageConfig, processes: int = 1) -> Cost:
+    """Count what one stage needs in each of so many processes, which share its batches; raises what loading its models
+    would."""
+    (student, teacher), own = skeletons(run), own_weights(run)
     method, steps, new = stage.method, stage.optim.steps, stage.rollout.longest
     samples = method in ("minillm", "seqkd", "gkd")
     answer = max(new * samples, stage.data.max_response_length * (method in ("sft", "kd", "gkd")))
-    tokens, batch = stage.data.max_prompt_length + answer, stage.optim.batch_size
+    tokens, batch = stage.data.max_prompt_length + answer, -(-stage.optim.batch_size // processes)
     micro = min(stage.optim.micro_batch_size, batch)
 
     trained = sum(p.nbytes for p in student.parameters() if p.requires_grad)
@@ -127,7 +133,7 @@ def cost(run: RunConfig, stage: StageConfig) -> Cost:
     if others:
         held["teachers"] = sum(held_bytes(model, run.teacher.quantize) for model in others)
     elif teacher is not None:
-        held["teacher"] = held_bytes(teacher, run.teacher.quantize) if separate else trained * (own == "ema")
+        held["teacher"] = held_bytes(teacher, run.teacher.quantize) if not own else trained * (own == "ema")
 
     # ---- update: a micro-batch of answers or of text, whichever keeps more
     inputs = len(layers_of(student)[1]) * _state_bytes(student) if run.model.recompute else 0  # kept, of a token
@@ -142,7 +148,7 @@ def cost(run: RunConfig, stage: StageConfig) -> Cost:
         work["score"] = steps * batch * trial(teacher, 1, tokens).work
     seen = steps * batch * tokens
     if method == "minillm" and stage.objective.pt_weight > 0:
-        size, length = stage.objective.pt_batch_size, stage.objective.pt_length
+        size, length = -(-stage.objective.pt_batch_size // processes), stage.objective.pt_length
         micro = min(stage.optim.micro_batch_size, size)
         text, heads = trial(student, micro, length, train=True), 3 * head
         update["activations"] = max(update["activations"], text.kept + micro * length * inputs)
@@ -155,7 +161,7 @@ def cost(run: RunConfig, stage: StageConfig) -> Cost:
     # ---- rollout: caches of what decodes, final states kept
     rollout: dict[str, int] = {}
     if samples:
-        at_once = batch if method == "gkd" else stage.rollout.batch_size
+        at_once = batch if method == "gkd" else -(-stage.rollout.batch_size // processes)
         decoding = {"minillm": (student, teacher), "gkd": (student,), "seqkd": (teacher,)}[method]
         models = [model for model in decoding if model is not None]
         passes = [trial(model, at_once, stage.data.max_prompt_length + new) for model in models]
@@ -166,6 +172,7 @@ def cost(run: RunConfig, stage: StageConfig) -> Cost:
         }
         work["rollout"] = (
             _sequences(stage)
+            / processes
             / at_once
             * sum(done.work + at_once * new * _head(model) for done, model in zip(passes, models, strict=True))
         )

@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from datetime import timedelta
 from typing import Any
 
 from minillm.terminal import say, unbroken_output
@@ -11,6 +12,9 @@ from minillm.terminal import say, unbroken_output
 START_SECONDS = 180
 """How long the processes of a run wait for each other at the start. They are launched together, and all that comes
 before is imports."""
+PEER_SECONDS = "MINILLM_PEER_SECONDS"
+"""Environment variable: how long a process waits for another one whose host does not answer; torch's own default, of
+ten or thirty minutes, where it is not set."""
 
 
 class WorkerLost(RuntimeError):
@@ -19,7 +23,7 @@ class WorkerLost(RuntimeError):
     @staticmethod
     def caused(error: RuntimeError) -> bool:
         """Gloo and NCCL have no exception of their own for it."""
-        words = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe")
+        words = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe", "Timed out")
         return any(word in str(error) for word in words)
 
     @classmethod
@@ -66,7 +70,10 @@ def first_process_tells() -> Iterator[None]:
     try:
         with _limited(START_SECONDS):
             # without cpu=True, several processes on a machine without accelerator would be as many runs of their own
-            state = PartialState(cpu=not torch.accelerator.is_available(), **_store_of_this_start())
+            limits: dict[str, Any] = _store_of_this_start()
+            if PEER_SECONDS in os.environ:
+                limits["timeout"] = timedelta(seconds=float(os.environ[PEER_SECONDS]))
+            state = PartialState(cpu=not torch.accelerator.is_available(), **limits)
     except torch.distributed.DistError as error:
         raise WorkerLost(f"the processes of this run have not found each other: {_first_line(error)}") from error
     with (

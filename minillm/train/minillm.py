@@ -193,7 +193,7 @@ class MiniLLM:
         with self.context.clock("rollout"):
             drawn = self.ahead.take()
             if drawn is not None:
-                self.next = gather_processes(drawn, self.context.accelerator)
+                self.next = self.context.of_all(drawn, self.context.teacher)
         return self.next is not None
 
     def prompted(self, iteration: int) -> list[Example]:
