@@ -103,24 +103,24 @@ class Cost:
         return sum(self.held.values()) + max(sum(self.rollout.values()), sum(self.update.values()))
 
 
-def skeletons(run: RunConfig) -> "tuple[PreTrainedModel, PreTrainedModel | None]":
-    """Student and teacher without their weights."""
+def skeletons(run: RunConfig) -> "tuple[PreTrainedModel, list[PreTrainedModel]]":
+    """Student and teachers without their weights, the largest teacher first; the student itself where it teaches."""
     with torch.device("meta"):
-        teacher = load_teacher(run, load=skeleton)
-        student = load_student(run, teacher, load=skeleton)
-        others = [load_frozen(route.model, run, load=skeleton) for route in routes(run).values()]
-    if own_weights(run):
-        teacher = student  # the same work
-    teacher = teacher or max(others, key=lambda model: model.num_parameters(), default=None)
+        loaded = load_teacher(run, load=skeleton)
+        student = load_student(run, loaded, load=skeleton)
+        teachers = [load_frozen(route.model, run, load=skeleton) for route in routes(run).values()]
+    if loaded is not None or own_weights(run):
+        teachers.append(loaded or student)
     if run.model.compute_dtype != "auto":
         keep_base_in(student, getattr(torch, run.model.compute_dtype))
-    return student, teacher
+    return student, sorted(teachers, key=lambda model: -model.num_parameters())
 
 
 def cost(run: RunConfig, stage: StageConfig, processes: int = 1) -> Cost:
     """Count what one stage needs in each of so many processes, which share its batches; raises what loading its models
     would."""
-    (student, teacher), own = skeletons(run), own_weights(run)
+    (student, teachers), own = skeletons(run), own_weights(run)
+    teacher = teachers[0] if teachers else None
     method, steps, new = stage.method, stage.optim.steps, stage.rollout.longest
     samples = method in ("minillm", "seqkd", "gkd")
     answer = max(new * samples, stage.data.max_response_length * (method in ("sft", "kd", "gkd")))
@@ -130,10 +130,11 @@ def cost(run: RunConfig, stage: StageConfig, processes: int = 1) -> Cost:
     trained = sum(p.nbytes for p in student.parameters() if p.requires_grad)
     held = {"student": held_bytes(student, run.model.quantize), "gradients": trained}
     held["AdamW"] = _moments(student, stage.optim.optimizer)
-    if others:
-        held["teachers"] = sum(held_bytes(model, run.teacher.quantize) for model in others)
-    elif teacher is not None:
-        held["teacher"] = held_bytes(teacher, run.teacher.quantize) if not own else trained * (own == "ema")
+    if own:
+        held["teacher"] = trained * (own == "ema")
+    elif teachers:
+        name = "teachers" if len(teachers) > 1 else "teacher"
+        held[name] = sum(held_bytes(model, run.teacher.quantize) for model in teachers)
 
     # ---- update: a micro-batch of answers or of text, whichever keeps more
     inputs = len(layers_of(student)[1]) * _state_bytes(student) if run.model.recompute else 0  # kept, of a token

@@ -145,10 +145,10 @@ def gather_seconds(mesh: Mesh, weights: float) -> float:
 
 def forecasts(mesh: Mesh, run: RunConfig, stage: StageConfig) -> list[Forecast]:
     """Of every placement that the stage can run with, the simplest first."""
-    models, found = skeletons(run), cost(run, stage, mesh.gpus)
+    (own, teachers), found = skeletons(run), cost(run, stage, mesh.gpus)
     itemsize = 2 if run.model.compute_dtype in ("auto", "bfloat16", "float16") else 4
-    student = Model.of(models[0], itemsize)
-    teacher = None if models[1] is None else Model.of(models[1], models[1].dtype.itemsize)
+    student = Model.of(own, itemsize)
+    teacher = Model.of(teachers[0], teachers[0].dtype.itemsize) if teachers else None
     draws = stage.method == "seqkd" or (stage.method == "minillm" and stage.rollout.alpha > 0)
     of_teacher = ["replicate", "tensor"] if draws else ["replicate", "shard", "tensor", "offload"]
     of_student = ["replicate", "shard"]
@@ -166,9 +166,8 @@ def _forecast(
     held = dict(found.held)
     if sharded:  # weights, gradient and moments; whole are the largest layer while it computes, all for a rollout
         held |= {name: held[name] // size for name in ("student", "gradients", "AdamW")}
-    if teacher is not None:
+    if teacher is not None and placement.teacher != "replicate":
         held["teacher"] = {
-            "replicate": found.held["teacher"],
             "shard": teacher.weights // size + 2 * teacher.layer + teacher.head,
             "tensor": teacher.weights // size,
             "offload": 2 * teacher.layer + teacher.head,
