@@ -8,8 +8,8 @@ them and from the rates below, which are those of data sheets and of what collec
              + LATENCY for each of them; launches of kernels are not counted
 
 A collective over the GPUs of one host goes over their links, over several hosts over one network card a GPU. Sharded
-weights are gathered once per rollout (student), once per forward pass (teacher that reads what was sampled) or, where
-the teacher draws tokens too, for every token. A tensor-parallel teacher sums its states twice a layer and token.
+weights are gathered once per rollout, those of a teacher that reads what was sampled once per forward pass. A
+tensor-parallel teacher, which spans the GPUs of one host, sums its states twice a layer and token.
 """
 
 from itertools import product
@@ -123,7 +123,7 @@ def parse_mesh(text: str) -> Mesh:
 
 
 def token_seconds(mesh: Mesh, student: Model, teacher: Model | None, placement: Placement, rows: int) -> float:
-    """Of one decoded token of `rows` sequences a GPU, both models side by side; the student is gathered."""
+    """Of one decoded token of `rows` sequences a GPU, both models side by side; what is in shards is gathered."""
     seconds = student.weights / mesh.gpu.bandwidth
     if teacher is None:
         return seconds
@@ -133,8 +133,6 @@ def token_seconds(mesh: Mesh, student: Model, teacher: Model | None, placement: 
         sums = 2 * teacher.layers
         moved = 2 * (mesh.size - 1) / mesh.size * sums * rows * mesh.size * teacher.hidden  # of all ranks' rows
         seconds += moved / mesh.gpu.link + sums * LATENCY
-    if placement.teacher == "shard":
-        seconds += gather_seconds(mesh, teacher.weights)
     return seconds
 
 
@@ -149,8 +147,7 @@ def forecasts(mesh: Mesh, run: RunConfig, stage: StageConfig) -> list[Forecast]:
     itemsize = 2 if run.model.compute_dtype in ("auto", "bfloat16", "float16") else 4
     student = Model.of(own, itemsize)
     teacher = Model.of(teachers[0], teachers[0].dtype.itemsize) if teachers else None
-    draws = stage.method == "seqkd" or (stage.method == "minillm" and stage.rollout.alpha > 0)
-    of_teacher = ["replicate", "tensor"] if draws else ["replicate", "shard", "tensor", "offload"]
+    of_teacher = ["replicate", "shard", *(["tensor"] if mesh.hosts == 1 else []), "offload"]
     of_student = ["replicate", "shard"]
     if own_weights(run) or run.teachers or run.teacher.quantize or run.model.quantize:
         of_student, of_teacher = ["replicate"], ["replicate"]  # of whole models alone
@@ -175,6 +172,10 @@ def _forecast(
     rollout, update = sum(found.rollout.values()), sum(found.update.values())
     if sharded:
         rollout, update = rollout + student.weights, update + 2 * student.layer
+    draws = method == "seqkd" or (method == "minillm" and stage.rollout.alpha > 0)
+    in_parts = placement.teacher in ("shard", "offload")
+    if teacher is not None and draws and in_parts:
+        rollout += teacher.weights
     memory = sum(held.values()) + max(rollout if found.rollout else 0, update)
 
     operations = sum(value for phase, value in found.work.items() if phase != "rollout") / stage.optim.steps
@@ -185,19 +186,22 @@ def _forecast(
         gradient = gradient // size
     ranks, rate = (mesh.hosts, NETWORK) if sharded else (mesh.gpus, NETWORK if mesh.hosts > 1 else gpu.link)
     seconds += 2 * gradient * (ranks - 1) / ranks / rate
-    if teacher is not None and placement.teacher in ("shard", "offload") and method in ("kd", "gkd", "minillm"):
+    if teacher is not None and in_parts and not draws and method in ("kd", "gkd", "minillm"):
         moved = gather_seconds(mesh, teacher.weights) if placement.teacher == "shard" else teacher.weights / BUS
         seconds += max(0.0, moved - operations / (gpu.flops * MATMUL_SHARE))  # behind the work, where there is enough
 
     decode = 0.0
     if method in ("minillm", "gkd"):
         rows = -(-(stage.optim.batch_size if method == "gkd" else stage.rollout.batch_size) // mesh.gpus)
-        reads = method == "minillm" and stage.rollout.alpha > 0
-        token = token_seconds(mesh, student, teacher if reads else None, placement, rows)
+        token = token_seconds(mesh, student, teacher if draws else None, placement, rows)
         passes = stage.rollout.on_policy
         if method == "minillm":
             passes = stage.optim.batch_size / (stage.rollout.epochs * stage.rollout.batch_size)
         gathered = gather_seconds(mesh, student.weights) if sharded else 0.0
+        if teacher is not None and draws and in_parts:
+            gathered += (
+                gather_seconds(mesh, teacher.weights) if placement.teacher == "shard" else teacher.weights / BUS
+            )
         decode = passes * (stage.rollout.longest * token + gathered)
         decode += found.work["rollout"] / stage.optim.steps / (gpu.flops * MATMUL_SHARE)
     return Forecast(placement, memory, seconds, decode)

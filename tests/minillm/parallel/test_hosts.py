@@ -69,6 +69,7 @@ def start(files, names, i):
         "--optim.steps=60", "--optim.batch_size=6", "--log.checkpoint_every=1", f"--output={files / 'run'}",
     ]  # fmt: skip
     environment = {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "MINILLM_PEER_SECONDS": str(PEER_SECONDS)}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with (files / f"host{i}.log").open("w") as log:
         return subprocess.Popen(
             ["ip", "netns", "exec", names[i], *command],
