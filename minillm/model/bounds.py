@@ -21,7 +21,8 @@ from minillm.config.schema import ConfigError
 LAYERS = 10_000
 """More than any model has; configurations make lists that long."""
 SECONDS = 30
-"""The longest that building a model without its weights takes."""
+"""The longest that building a model without its weights takes, of the thread's own time: a busy machine is no
+damage."""
 
 
 def check_layers(config: dict[str, Any], source: str) -> None:
@@ -39,7 +40,7 @@ def check_layers(config: dict[str, Any], source: str) -> None:
 def bounded(source: str, room: float = math.inf) -> Iterator[None]:
     """Models built here on the meta device, before they get memory, may have no more than `room` bytes, and may take
     no more than SECONDS to build."""
-    size, end, thread = 0, time.monotonic() + SECONDS, threading.get_ident()
+    size, end, thread = 0, time.thread_time() + SECONDS, threading.get_ident()
 
     def count(module: nn.Module, name: str, tensor: Tensor) -> None:
         nonlocal size
@@ -51,7 +52,7 @@ def bounded(source: str, room: float = math.inf) -> Iterator[None]:
                 f"the configuration of {source!r} describes a model of more than {size / 2**30:,.0f} GiB, which "
                 "cannot be loaded here: it is damaged, or the model needs a larger machine or a smaller dtype"
             )
-        if time.monotonic() > end:
+        if time.thread_time() > end:
             raise ConfigError(
                 f"the configuration of {source!r} describes a model that is not built after {SECONDS} seconds: it is "
                 "damaged, or describes no model"
