@@ -212,7 +212,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(files):
 @pytest.mark.parametrize(
     ("kind", "processes", "message"),
     [
-        ("FSDP", 2, "FSDP shards the student.*use one process or data parallelism"),
+        ("FSDP", 2, "FSDP of accelerate shards the student.*set parallel.student to shard"),
         ("DEEPSPEED", 2, "shards the student"),
         ("MULTI_GPU", 3, "optim.batch_size is 4, which 3 processes cannot share equally"),
     ],
