@@ -68,7 +68,8 @@ def start(files, names, i):
         "--local-addr", f"10.77.0.{10 + i}",
         "--max-restarts", "5", "-m", "minillm", "train", str(files / "recipe.yaml"), "--method=kd",
         f"--optim.steps={STEPS}", "--optim.batch_size=6",
-        "--rollout.batch_size=6", "--objective.pt_batch_size=6", "--log.checkpoint_every=1", f"--output={files / 'run'}",
+        "--rollout.batch_size=6", "--objective.pt_batch_size=6", "--log.checkpoint_every=1",
+        f"--output={files / 'run'}",
     ]  # fmt: skip
     environment = {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "MINILLM_PEER_SECONDS": str(PEER_SECONDS)}
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
