@@ -10,9 +10,10 @@ import time
 from contextlib import suppress
 
 import pytest
+from filelock import FileLock
 
 BRIDGE, HOSTS, PORT = "minillm0", 3, 29713
-PEER_SECONDS = 20
+PEER_SECONDS = 30
 STEPS, STAGES = 40, 2
 
 
@@ -42,6 +43,8 @@ def network():
             ip("link", "del", f"mllm{i}", check=False)
         ip("link", "del", BRIDGE, check=False)
 
+    lock = FileLock(f"/tmp/{BRIDGE}.lock")  # one network of these names at a time
+    lock.acquire()
     clear()
     ip("link", "add", BRIDGE, "type", "bridge")
     ip("link", "set", BRIDGE, "up")
@@ -57,6 +60,7 @@ def network():
             ip("-n", name, *words)
     yield names
     clear()
+    lock.release()
 
 
 def start(files, names, i):
