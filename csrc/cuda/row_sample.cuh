@@ -7,8 +7,7 @@
 //              the masses again. Masses are added as integers (weights in fixed point, 2^45 for 151936 columns), so that
 //              atomics add them in any order to the same bits
 //     argmax   temperature 0: the largest alpha p + (1 - alpha) q of a part of a row; one more read of each
-//     draw     a warp a row: the normalisers from the masses, the tile by a scan of them, the token by a scan of its tile.
-//              Sums over tiles, and over the tokens of the tile, in double and in vocabulary order
+//     draw     a warp a row: the normalisers from the masses, then tile and token by scans in double, in vocabulary order
 #pragma once
 
 #include "../rowmath/sampling.h"

@@ -9,122 +9,43 @@ found is a line of JSON; tests/minillm/parallel/ says what it must be.
 """
 
 import dataclasses
-import errno
 import json
 import os
-import signal
 import sys
 import traceback
-from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
+from sharded_checkpoints import full, killed, left, resumed, saved, straight
+from sharded_models import (
+    BATCH,
+    FOLDER,
+    HSDP,
+    SHARDED,
+    build,
+    llama,
+    micros_of,
+    optimizer_of,
+    train,
+)
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from minillm.config.parallel import ParallelConfig
-from minillm.config.recipe import Recipe, stage_from
-from minillm.config.schema import ConfigError, LoraConfig, RunConfig
-from minillm.data.examples import Example, Record
-from minillm.files import remove_partials
-from minillm.model.adapters import add_adapters, keep_base_in
+from minillm.config.schema import ConfigError
+from minillm.model.adapters import keep_base_in
 from minillm.model.head import CausalLM
-from minillm.model.layers import recompute_layers
-from minillm.model.load import load_model, load_tokenizer
+from minillm.model.load import load_model
 from minillm.model.sampling import draw_uniforms
 from minillm.parallel import student as parallel
 from minillm.parallel.gathered import gathered
-from minillm.parallel.shard import is_sharded, place_student, place_teacher, read_teacher
+from minillm.parallel.shard import is_sharded, place_student, read_teacher
 from minillm.parallel.tensor import teacher_loader
 from minillm.parallel.whole import whole, whole_model
 from minillm.run import checkpoint
-from minillm.run.checkpoint import CheckpointError, Progress
 from minillm.train import loop
-from minillm.train.context import Context, chunks
-from minillm.train.loop import METHODS, Micro
-from minillm.train.optimizers import make_optimizer
-
-FOLDER, TOKENIZER = Path(sys.argv[1]), sys.argv[2]
-V, BATCH = 257, 12
-SHARDED = ParallelConfig(student="shard", teacher="shard")
-HSDP = ParallelConfig(student="shard", teacher="shard", hosts=2)
-
-
-def llama(layers: int, seed: int, tied: bool = False, hidden: int = 32) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=V, hidden_size=hidden, intermediate_size=3 * hidden // 2, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3,
-        tie_word_embeddings=tied, bos_token_id=None, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval().double()
-
-
-def build(
-    method: str, where: ParallelConfig, tied=False, packing=False, recompute=False, rank=0, **sections
-) -> Context:
-    """A stage with its models in place."""
-    config = stage_from(
-        {
-            "method": method,
-            "data": {"train": "x", "packing": packing, "max_prompt_length": 16, "max_response_length": 16},
-            "rollout": {"batch_size": BATCH, "max_new_tokens": 6, "epochs": 3, "alpha": 0.3, "on_policy": 0.6},
-            "objective": {"pt_batch_size": BATCH, "pt_length": 5, "pt_teacher": 0.5},
-            "optim": {"batch_size": BATCH, "micro_batch_size": 2, "lr": 1e-2, "max_grad_norm": 0.5, "steps": 4},
-            "validation": {"every": 0},
-            **sections,
-        }
-    )
-    student, teacher = llama(3, 1, tied), llama(4, 2).requires_grad_(False)
-    if rank:
-        add_adapters(student, LoraConfig(rank=rank), 0)
-        student.double()
-    if recompute:
-        recompute_layers(student)
-    pair = CausalLM(student), CausalLM(teacher)
-    tokenizer = load_tokenizer(TOKENIZER)
-    drawn = torch.Generator().manual_seed(3)
-    prompts = [torch.randint(1, V, (2 + i % 5,), generator=drawn).tolist() for i in range(24)]
-    examples = [Example(Record([], None, f"row {i}"), p, [*p[::-1], 0]) for i, p in enumerate(prompts)]
-    text = [torch.randint(1, V, (5,), generator=drawn).tolist() for _ in range(24)]
-    run = RunConfig(parallel=where)
-    context = Context(run, config, Accelerator(cpu=True), *pair, tokenizer, examples, examples[:5], text)
-    place_teacher(pair[1], where)
-    place_student(pair[0], where, torch.float32)
-    return context
-
-
-def micros_of(context: Context, method, number: int) -> list[Micro]:
-    return [
-        Micro(part, part.batch(examples))
-        for part in method.step(number).parts
-        for examples in chunks(part.examples, context.config.optim.micro_batch_size)
-    ]
-
-
-def train(context: Context, optimizer, steps: range, folder: Path) -> dict[str, torch.Tensor]:
-    """Metrics and gradients of each step, and the weights after the last."""
-    predictor, wrapped = parallel.prepare(context.student, optimizer, context.accelerator)
-    method, model, found = METHODS[context.config.method](context, folder), context.student.model, {}
-    for number in steps:
-        sums = loop.backward(context, predictor, micros_of(context, method, number))
-        found |= {f"{number} metric {name}": value.double() for name, value in sums.items()}
-        for name, parameter in checkpoint.trained(model).items():
-            found[f"{number} gradient {name}"] = whole(parameter.grad).clone()
-        norm = context.accelerator.clip_grad_norm_(checkpoint.trained(model).values(), 0.5)
-        found[f"{number} metric norm"] = whole(norm).double()
-        wrapped.step()
-        wrapped.zero_grad()
-        parallel.to_step(context.student)  # shards after every step
-    return found | {f"weight {name}": whole(p.detach()).clone() for name, p in model.named_parameters()}
-
-
-def optimizer_of(context: Context) -> torch.optim.Optimizer:
-    return make_optimizer(context.config.optim, parallel.to_step(context.student))
-
+from minillm.train.loop import METHODS
 
 CASES = {  # the settings of `build`
     "sft": {"method": "sft"},
@@ -246,89 +167,6 @@ def exported() -> dict:
     return found
 
 
-def saved() -> dict:
-    """Two steps of four, and a checkpoint."""
-    context = build("sft", SHARDED)
-    optimizer = optimizer_of(context)
-    train(context, optimizer, range(1, 3), FOLDER)
-    state = checkpoint.state_of(context.student.model, context.accelerator.prepare(optimizer), context.accelerator)
-    folder = FOLDER / "run" / "checkpoints"
-    path = checkpoint.save(folder, recipe(context), Progress("sft", 2), state, context.student.model, 2)
-    PartialState().wait_for_everyone()
-    return {"files": sorted(each.name for each in path.iterdir())}
-
-
-def straight() -> dict:
-    """A run of four steps that nothing interrupts."""
-    context = build("sft", ParallelConfig())
-    torch.save(train(context, optimizer_of(context), range(1, 5), FOLDER), FOLDER / "straight.pt")
-    return {}
-
-
-def resumed(where: ParallelConfig) -> dict:
-    """The other two, beside those of a run that was not interrupted."""
-    context = build("sft", where)
-    optimizer = optimizer_of(context)
-    found = checkpoint.load(FOLDER / "run" / "checkpoints" / "step-2", recipe(context), context.student.model)
-    checkpoint.restore(context.student.model, context.accelerator.prepare(optimizer), context.accelerator, found)
-    weights = train(context, optimizer, range(3, 5), FOLDER)
-    expected = torch.load(FOLDER / "straight.pt")
-    compared = [key for key in weights if " metric " not in key]
-    return {"apart": max(float((weights[key] - expected[key]).abs().max()) for key in compared)}
-
-
-def killed(rank: int) -> dict:
-    """A save during which a process dies by signal 9: one that writes its shards, or the first, before the end."""
-    context = build("sft", SHARDED)
-    optimizer = optimizer_of(context)
-    train(context, optimizer, range(1, 2), FOLDER)
-    state = checkpoint.state_of(context.student.model, context.accelerator.prepare(optimizer), context.accelerator)
-
-    def die(*arguments) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    if PartialState().process_index == rank:
-        if rank:
-            dcp.HuggingFaceStorageWriter.write_data = die
-        else:
-            checkpoint.write_manifest = die
-    folder = FOLDER / "run" / "checkpoints"
-    checkpoint.save(folder, recipe(context), Progress("sft", 3), state, context.student.model, 2)
-    PartialState().wait_for_everyone()
-    return {}
-
-
-def full() -> dict:
-    """A save during which one process finds no room: all are told, and the checkpoint before stays."""
-    context = build("sft", SHARDED)
-    optimizer = optimizer_of(context)
-    train(context, optimizer, range(1, 2), FOLDER)
-    state = checkpoint.state_of(context.student.model, context.accelerator.prepare(optimizer), context.accelerator)
-
-    def no_room(*arguments) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    real, folder = dcp.HuggingFaceStorageWriter.write_data, FOLDER / "run" / "checkpoints"
-    if PartialState().process_index == 1:
-        dcp.HuggingFaceStorageWriter.write_data = no_room
-    try:
-        checkpoint.save(folder, recipe(context), Progress("sft", 3), state, context.student.model, 2)
-        told = ""
-    except CheckpointError as error:
-        told = str(error)
-    dcp.HuggingFaceStorageWriter.write_data = real
-    PartialState().wait_for_everyone()
-    return {"told": told, "there": sorted(path.name for path in folder.iterdir())}
-
-
-def left() -> dict:
-    """What such saves left: the checkpoint before, and what the next start clears away."""
-    folder = FOLDER / "run" / "checkpoints"
-    found = {"whole": sorted(path.name for path in folder.glob("step-*")), "hidden": len(list(folder.glob(".*")))}
-    remove_partials(folder)
-    return found | {"cleared": sorted(path.name for path in folder.iterdir())}
-
-
 class Held(TorchDispatchMode):
     """The most bytes that were held at once by tensors that an operator has read or made inside."""
 
@@ -420,10 +258,6 @@ def refused() -> dict:
     except ConfigError as error:
         return {"told": str(error)}
     return {"told": ""}
-
-
-def recipe(context: Context) -> Recipe:
-    return Recipe("sharded", context.run, {"sft": context.config})
 
 
 def together() -> dict:
