@@ -1,11 +1,13 @@
 """Prompts that the teacher alone reads."""
 
+from concurrent.futures import Future
+
 import pytest
 import torch
 
 from minillm.config.schema import DataConfig, EvalDataConfig
-from minillm.data.examples import Batch, encode
-from minillm.data.records import to_record
+from minillm.data.examples import Batch, Example, encode
+from minillm.data.records import Record, to_record
 from minillm.data.sources import DataError
 
 ROW = {"prompt": "2+2?", "completion": "4", "hint": "even"}
@@ -75,3 +77,12 @@ def test_records_that_cannot_be(tokenizer, row, data, message):
     row = {key: value for key, value in {**ROW, **row}.items() if value is not None}
     with pytest.raises(DataError, match=message):
         encoded([row], tokenizer, **data)
+
+
+def test_what_was_asked_ahead_goes_with_the_batch_that_the_teacher_reads():
+    """An answer that is lost here would be asked for again, about the prompts of the student."""
+    answer: Future = Future()
+    batch = Batch.of([Example(Record([], None, "x"), [1, 2], [3, 4], teacher_prompt=[5, 6, 7])])._replace(asked=answer)
+    assert batch.for_teacher.asked is answer
+    assert batch.for_teacher.input_ids.tolist() == [[5, 6, 7, 3, 4]]
+    assert batch.for_teacher.targets.tolist() == batch.targets.tolist() == [3, 4]
