@@ -163,14 +163,15 @@ def table(study: Study, records: Records) -> str:
     lines = [["", "seeds", "response tokens", "minutes", *(endpoint.title for endpoint in found)]]
     for name in (TEACHER, START, *study.methods, *study.ablations, *study.variations):
         if rows := list(of(records, name).values()):
-            tokens, seconds = (fmean(r["training"][key] for r in rows) for key in ("response_tokens", "seconds"))
+            tokens, seconds = (fmean(r["training"][key] for r in rows) for key in ("response_tokens", "cpu_time"))
             columns = [endpoint.text(rows) for endpoint in found]
             lines.append([name, str(len(rows)), f"{tokens:,.0f}", f"{seconds / 60:.0f}", *columns])
     if len(lines) == 1:
         return ""
     return _markdown(lines) + (
         "\n\nMeans over the seeds ± their standard deviation. Answers are sampled at temperature 1; KL in nats per "
-        "token. Response tokens: those that the loss was on, each pass counted. Minutes: of training."
+        "token. Response tokens: those that the loss was on, each pass counted. Minutes: of a processor, in "
+        "training."
     )
 
 

@@ -126,7 +126,7 @@ def train(
         while progress.step < optim.steps:
             # ---- what this step learns from (MiniLLM samples here when the last rollout is used up)
             step = progress.step + 1
-            step_started = time.perf_counter()
+            step_started, computed = time.perf_counter(), time.process_time()
             set_lr(optimizer, optim.lr * lr_factor(step, optim))
             with saved_when_lost():
                 (parts, known), micros = following or plan(step)
@@ -165,10 +165,11 @@ def train(
             metrics |= {
                 "learning_rate": optim.lr * lr_factor(step, optim),
                 "step_time": elapsed,
+                "cpu_time": time.process_time() - computed,
                 "tokens_per_second": now / elapsed,
                 **phases,
             }
-            for name in ("step_time", *(name for name in phases if name.startswith("time/"))):
+            for name in ("step_time", "cpu_time", *(name for name in phases if name.startswith("time/"))):
                 progress.totals[name] = progress.totals.get(name, 0.0) + metrics[name]
             progress.history.append(metrics)
             if step % log.every == 0 or step == optim.steps:

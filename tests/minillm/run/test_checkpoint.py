@@ -33,7 +33,7 @@ def rows(path):
 
 def results(run):
     """What must not depend on having been interrupted: everything but clocks."""
-    timed = ("time", "memory/", "step_time", "tokens_per_second")
+    timed = ("time", "memory/", "step_time", "cpu_time", "tokens_per_second")
     metrics = [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows(run / "metrics.jsonl")]
     return metrics, load_file(run / "model" / "model.safetensors")
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 TOOLS = Path(__file__).parents[2] / "tools"
 KILLS = int(os.environ.get("MINILLM_KILLS", "4"))
-TIMED = ("time", "memory/", "step_time", "tokens_per_second", "seconds")
+TIMED = ("time", "memory/", "step_time", "cpu_time", "tokens_per_second", "seconds")
 
 
 def left_behind(run):

@@ -21,7 +21,8 @@ from minillm.train.loop import METHODS
 from minillm.train.preflight import prepare
 
 METRICS = {
-    "stage", "step", "loss", "grad_norm", "learning_rate", "num_tokens", "step_time", "tokens_per_second",
+    "stage", "step", "loss", "grad_norm", "learning_rate", "num_tokens", "step_time", "cpu_time",
+    "tokens_per_second",
     "loss/policy", "loss/single_step", "loss/pt", "kl/reverse", "entropy", "clip_fraction", "reward/mean",
     "rollout/from_teacher", "completions/mean_length", "time/rollout", "time/score", "time/update",
     "memory/rollout", "memory/update",
