@@ -20,7 +20,6 @@ from minillm.model.head import CausalLM
 from minillm.model.load import load_frozen, load_student, load_teacher, load_tokenizer, own_weights
 from minillm.parallel.gathered import gathered
 from minillm.parallel.shard import place_student, place_teacher, read_teacher
-from minillm.parallel.tensor import teacher_loader
 from minillm.parallel.whole import whole_model
 from minillm.report.summary import card, changes, run_text
 from minillm.run.directory import RunDirectory
@@ -177,7 +176,7 @@ def load_pair(run: RunConfig) -> "tuple[CausalLM, Teacher | Routed | None, PreTr
     """Student, teacher or teachers, and the tokenizer that they must share."""
     settings, own, named = run.model, own_weights(run), routes(run)
     placed = read_teacher(run) if settings.drop_layers is None and not own else None  # which cuts from a whole one
-    loaded = load_teacher(run, teacher_loader(run.parallel)) if placed is None else None
+    loaded = load_teacher(run) if placed is None else None
     student = CausalLM(load_student(run, loaded), settings.head)
     tokenizer = load_tokenizer(settings.student or settings.teacher)
     if own:

@@ -75,15 +75,10 @@ def _check_parallel(run: RunConfig) -> None:
             f"parallel.hosts is {parallel.hosts}, but nothing is sharded: leave it out, or set parallel.student or "
             "parallel.teacher"
         )
-    if parallel.teacher == "tensor" and parallel.hosts > 1:
+    if parallel.teacher == "tensor" and model.head == "logits":
         raise ConfigError(
-            f"parallel.hosts is {parallel.hosts}, but a teacher under parallel.teacher tensor is cut over all "
-            "processes of the run: use one host, or set parallel.teacher to shard"
-        )
-    if parallel.teacher == "tensor" and model.drop_layers is not None:
-        raise ConfigError(
-            "model.drop_layers cuts the student from a whole teacher, and parallel.teacher tensor holds none: save "
-            "the cut student first and name it in model.student, or set parallel.teacher to shard"
+            "model.head logits forms whole rows of logits, and under parallel.teacher tensor the teacher's head is "
+            "split over processes: set model.head to fused, or parallel.teacher to shard"
         )
     own = run.teachers or run.teacher.source != "checkpoint" or run.teacher.quantize or model.quantize
     if own and (parallel.student, parallel.teacher) != ("replicate", "replicate"):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from minillm.doctor.patient import TOKENS, Finding, Patient, judged
 from minillm.model.head import CausalLM, Output
 from minillm.teacher.stored import StoredTeacher
-from minillm.train.baselines import cross_entropy, divergence_from_teacher
+from minillm.train.baselines import cross_entropy, label_loss, on_policy_loss
 from minillm.train.loop import METHODS
 from minillm_kernels import fused_divergence_loss, use_backend
 
@@ -26,13 +27,14 @@ def teacher_into_itself(patient: Patient) -> Finding:
     context = replace(context, student=teacher, examples=examples)
     loss, gradient, tokens = 0.0, 0.0, 0
     for part in METHODS[context.config.method](context, Path()).step(1).parts:
-        batch = part.batch(part.examples).to(context.accelerator.device)
+        batch = part.batch(patient.tried(part.examples)).to(context.accelerator.device)
         with torch.no_grad():
             output = teacher.output(batch)
         states = output.states.detach().requires_grad_()
         value = part.loss(Output(states, output.head), batch)["loss"]
         (slope,) = torch.autograd.grad(value, states)
-        plain = torch.autograd.grad(cross_entropy(context, Output(states, output.head), batch), states)[0]
+        label = context.beside_teacher(partial(label_loss, context))(Output(states, output.head), batch)["loss"]
+        (plain,) = torch.autograd.grad(label, states)
         loss, tokens = loss + abs(float(value.detach())), tokens + len(batch.targets)
         gradient = max(gradient, float(slope.detach().float().norm() / plain.detach().float().norm().clamp(min=1e-30)))
     bound = patient.rounding(teacher, exact=1e-3, half=0.1)
@@ -57,7 +59,8 @@ def formula(patient: Patient) -> Finding:
             if context.config.method == "minillm":
                 settings = replace(settings, divergence="reverse_kl", temperature=1.0)
             context = replace(context, config=replace(context.config, loss=settings))
-            what, found = settings.divergence, float(divergence_from_teacher(context, output, batch))
+            loss = context.beside_teacher(partial(on_policy_loss, context))
+            what, found = settings.divergence, float(loss(output, batch)["loss/distill"])
             logits = patient.logits(student, batch), patient.logits(teacher, batch)
             options = {"beta": settings.beta, "temperature": settings.temperature, "reduction": "sum"}
             if settings.support == "top_k":
@@ -83,7 +86,7 @@ def slope(patient: Patient) -> Finding:
     if isinstance(context.teacher, CausalLM) and context.teacher.model is context.student.model:
         return Finding("skipped", "the teacher is the student itself, and finite differences would move both")
     part = METHODS[context.config.method](context, Path()).step(1).parts[0]
-    batch = part.batch(part.examples).to(context.accelerator.device)
+    batch = part.batch(patient.tried(part.examples)).to(context.accelerator.device)
     trained = [p for p in context.student.parameters() if p.requires_grad and p.dim() > 1]
     chosen = [trained[i] for i in sorted({0, len(trained) // 2, len(trained) - 1})]
 

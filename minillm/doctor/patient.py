@@ -9,12 +9,15 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from minillm.data.examples import Batch, Example
 from minillm.model.head import CausalLM, Scorer
 from minillm.model.rollout import Rollout
 from minillm.model.sampling import Decoding, draw_uniforms, sample
+from minillm.parallel.shard import is_sharded
+from minillm.parallel.tensor import runs_together
 from minillm.teacher.stored import StoredTeacher
 from minillm.train.context import Context
 
@@ -95,6 +98,11 @@ class Patient:
         if not any(e.response for e in given):
             return self.batch(self.samples)
         return Batch.of([e for e in given if e.response]).to(self.context.accelerator.device)
+
+    def tried(self, examples: list[Example]) -> list[Example]:
+        """These of all processes, where they hold the teacher in parts: then all ask it the same, equally often."""
+        in_parts = runs_together(self.context.teacher) or is_sharded(self.context.teacher)
+        return gather_object(examples) if in_parts else examples
 
     def batch(self, rollout: Rollout) -> Batch:
         pairs = zip(rollout.prompts, rollout.responses(), strict=True)

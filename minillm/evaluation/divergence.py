@@ -23,6 +23,7 @@ from minillm.evaluation.share import over_batches
 from minillm.model.head import CausalLM, Scorer, common_vocabulary
 from minillm.model.rollout import Rollout
 from minillm.model.sampling import Decoding, draw_uniforms, sample
+from minillm.model.split import split_alike
 from minillm_kernels import fused_linear_distill_stats
 
 
@@ -97,7 +98,7 @@ def draw(
         if other is not None:
             assert rollout.student_hidden is not None and rollout.teacher_hidden is not None
             models = (rollout.student_hidden[mask], author.head, rollout.teacher_hidden[mask], other.head)
-            stats = fused_linear_distill_stats(*models, rollout.token_ids[mask], vocab_size=vocab_size)
+            stats = fused_linear_distill_stats(*split_alike(*models), rollout.token_ids[mask], vocab_size=vocab_size)
             for table, values in zip(tables, (stats.reverse_kl, stats.forward_kl), strict=True):
                 table[:, : mask.shape[1]][mask.cpu()] = values.double().cpu()
         return Samples(rollout.responses(), rollout.lengths.cpu(), settings.samples, *tables)
@@ -122,7 +123,7 @@ def references(
     def sums(start: int, part: Sequence[Example]) -> Tensor:
         batch = collate([e.prompt for e in part], [e.response for e in part]).to(student.device)
         models = (*student.output(batch), *teacher.output(batch))
-        stats = fused_linear_distill_stats(*models, batch.targets, vocab_size=vocab_size)
+        stats = fused_linear_distill_stats(*split_alike(*models), batch.targets, vocab_size=vocab_size)
         lengths = [len(e.response) for e in part]
         return torch.stack([by_sequence(values, lengths) for values in (stats.reverse_kl, stats.forward_kl)])
 

@@ -7,7 +7,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from minillm.model.head import Scorer
-from minillm.parallel.tensor import runs_together
+from minillm.parallel.tensor import share_of_work
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -21,14 +21,13 @@ def over_batches(
     Whole batches are shared, as one process would make them, so that no number depends on how many there are. `work`
     gets the number of the batch's first item, and the batch. What it returns lives on the CPU. Every process calls it
     equally often, for models that are sharded; what is done twice is used once. Processes that compute one of `models`
-    together do everything together.
+    together do their host's share together.
     """
-    state = PartialState()
-    if state.num_processes == 1 or any(map(runs_together, models)):
+    if PartialState().num_processes == 1:
         return [work(start, items[start : start + size]) for start in range(0, len(items), size)]
-    starts = range(0, len(items), size)
-    rounds = -(-len(starts) // state.num_processes)
-    numbers = [(state.process_index + i * state.num_processes) % len(starts) for i in range(rounds)]
+    starts, (share, shares) = range(0, len(items), size), share_of_work(*models)
+    rounds = -(-len(starts) // shares)
+    numbers = [(share + i * shares) % len(starts) for i in range(rounds)]
     mine: list[Any] = [(starts[i], work(starts[i], items[starts[i] : starts[i] + size])) for i in numbers]
     found = dict(reversed(gather_object(mine)))
     return [found[start] for start in starts]

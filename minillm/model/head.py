@@ -20,10 +20,13 @@ from minillm.config.schema import ConfigError
 from minillm.data.examples import Batch
 from minillm.model.load import cached
 from minillm.model.masks import Masks, of_batch
+from minillm.model.split import is_split, split, split_logits
 from minillm.model.trial import trying
 from minillm_kernels import Head
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
 VOCABULARY = "common_vocab_size"
@@ -77,7 +80,9 @@ class CausalLM(nn.Module):
         self.constant = constant  # a teacher, even where its weights are those that are trained
         self.fused = head == "fused"
         _check_whole(self)
-        self.whole_head = _whole_head(model) if self.fused else None
+        self.split_over: DeviceMesh | None = None  # those that compute it together (minillm/parallel/tensor.py)
+        self.copies: ProcessGroup | None = None  # those of all hosts that compute the same part of it
+        self.split_head: Head | None = None
         self.copy_with: Callable[[Mapping[str, Tensor]], PreTrainedModel] | None = None  # of a student in shards
         self.takes_masks: bool | None = None  # minillm/model/masks.py tries it
         self.takes_rows: bool | None = None  # minillm/model/decoder.py tries it
@@ -98,7 +103,11 @@ class CausalLM(nn.Module):
     def _head(self) -> Head:
         if not self.fused:
             return Head(None)
-        head, count = self.whole_head or read_head(self.model), self.vocab_size
+        head, count = read_head(self.model), self.vocab_size
+        if self.split_over is not None:
+            if self.split_head is None or len(self.split_head.weight) != count:  # type: ignore[arg-type]
+                self.split_head = split(head, count, self.split_over)
+            return self.split_head
         if head.weight is not None and count < len(head.weight):
             head = replace(head, weight=head.weight[:count], bias=None if head.bias is None else head.bias[:count])
         return head
@@ -142,7 +151,8 @@ class CausalLM(nn.Module):
     def logits(self, states: Tensor) -> Tensor:
         """[..., V] of states [..., H], without a gradient."""
         with torch.no_grad(), self.own_dtype():
-            return self._head().logits(states)  # of the parameters themselves, whose casts autocast remembers
+            head = self._head()  # of the parameters themselves, whose casts autocast remembers
+            return split_logits(head, states) if is_split(head) else head.logits(states)
 
     def output(self, batch: Batch) -> Output:
         states, head = self.states(**of_batch(self, batch)).flatten(0, 1)[batch.positions], self.head
@@ -186,16 +196,6 @@ def read_head(model: "PreTrainedModel") -> Head:
     if scale is None:
         scale = 1 / getattr(config, "logits_scaling", 1)  # Granite divides
     return Head(linear.weight, getattr(linear, "bias", None), getattr(config, "final_logit_softcapping", None), scale)
-
-
-def _whole_head(model: "PreTrainedModel") -> Head | None:
-    """A copy of the head on every process, where it is cut over several; None where it is not."""
-    linear = model.get_output_embeddings()
-    if not hasattr(getattr(linear, "weight", None), "full_tensor"):
-        return None
-    head = read_head(model)
-    weight, bias = (None if x is None else x.detach().full_tensor() for x in (head.weight, head.bias))  # type: ignore[attr-defined]
-    return replace(head, weight=weight, bias=bias)
 
 
 def common_vocabulary(*models: Scorer) -> int:

@@ -29,25 +29,18 @@ def load_model(
     dtype: str = "float32",
     attn: str = "auto",
     quantization_config: Any = None,
-    distributed: Any = None,
 ) -> "PreTrainedModel":
     """An AutoModelForCausalLM from a hub id, a directory or `package:NAME`, in eval mode (no dropout). Code that comes
     with a model is never run, nor a pickle read. `dtype` "checkpoint" is the one in which it is stored. Under a
     `quantization_config` of transformers (minillm/model/quantised.py) its matrices are rounded as they are read.
 
-    A directory of adapters is loaded as its base model with the adapters merged. `distributed` is a DistributedConfig
-    of transformers, under which each process reads its part of the layers.
+    A directory of adapters is loaded as its base model with the adapters merged.
 
     Raises ConfigError when nothing can be loaded from `source`, or not all of it.
     """
     from transformers import AutoModelForCausalLM
 
     if adapters := _adapters(source):
-        if distributed is not None:
-            raise ConfigError(
-                f"{source!r} holds adapters, which are merged into whole weights: name the directory in which they "
-                "are merged, or set parallel.teacher to shard"
-            )
         if quantization_config is not None:
             raise ConfigError(f"{source!r} holds adapters, to be merged before anything is rounded: export it merged")
         model = load_model(adapters.base, dtype, attn)
@@ -62,7 +55,6 @@ def load_model(
         raise ConfigError(f"{source!r} is stored in fewer bits already: leave quantize out")
     more = {} if quantization_config is None else {"quantization_config": quantization_config}
     packed = 8 if quantised or more else 1  # weights of 16 bits in 2, at the least
-    more |= {} if distributed is None else {"distributed_config": distributed}
     with (
         _reading(f"no causal language model could be loaded from {source!r}", source),
         bounded(source, packed * room()),

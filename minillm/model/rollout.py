@@ -5,17 +5,20 @@ Legend: B sequences, T longest response, H hidden.
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch import Tensor
+from accelerate import PartialState
+from torch import Tensor, distributed
 
 from minillm.data.examples import collate
 from minillm.model.head import CausalLM, Scorer
 from minillm_kernels import fused_linear_token_logprobs
+from minillm_kernels.parallel.collectives import gather
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Rollout(NamedTuple):
@@ -172,20 +175,24 @@ def in_order(parts: Sequence[Rollout], rows: Sequence[int]) -> Rollout:
     return Rollout(*map(joined, zip(*parts, strict=True)))
 
 
-def gather_processes(rollout: Rollout, accelerator: Accelerator) -> Rollout:
-    """The responses of all processes, known to each: row i of process r becomes row i · processes + r."""
-    if accelerator.num_processes == 1:
+def gather_processes(rollout: Rollout, group: "ProcessGroup | None" = None) -> Rollout:
+    """The responses of all processes, or of those of a group, known to each: row i of process r becomes row
+    i · processes + r."""
+    processes = distributed.get_world_size(group) if PartialState().num_processes > 1 else 1
+    if processes == 1:
         return rollout
+    everyone: list[Any] = [None] * processes
+    told = list(zip(rollout.prompts, rollout.responses(), strict=True)), rollout.token_ids.shape[1]
+    distributed.all_gather_object(everyone, told, group=group)
+    shares, widths = zip(*everyone, strict=True)
 
     def interleave(values: Tensor | None) -> Tensor | None:
         if values is None:
             return None
         if values.dim() > 1:
-            values = accelerator.pad_across_processes(values, dim=1)
-        everyone = accelerator.gather(values.contiguous())
-        return everyone.unflatten(0, (accelerator.num_processes, -1)).transpose(0, 1).flatten(0, 1).contiguous()
+            values = F.pad(values, (0, 0) * (values.dim() - 2) + (0, max(widths) - values.shape[1]))
+        return gather(values, group).transpose(0, 1).flatten(0, 1)
 
-    shares = gather_object([list(zip(rollout.prompts, rollout.responses(), strict=True))])
     prompts, known = zip(*(pair for row in zip(*shares, strict=True) for pair in row), strict=True)
     tensors: dict[str, Any] = {
         name: interleave(value) for name, value in rollout._asdict().items() if name not in ("prompts", "known")

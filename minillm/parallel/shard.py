@@ -17,7 +17,8 @@ from minillm.config.schema import RunConfig
 from minillm.model.head import CausalLM
 from minillm.model.layers import layers_of
 from minillm.model.load import own_tensors, unread_model
-from minillm.parallel.mesh import sharding_mesh
+from minillm.parallel.mesh import check_torch, sharding_mesh
+from minillm.parallel.tensor import split_teacher, splits_teacher
 from minillm.parallel.whole import keep_skeleton
 
 if TYPE_CHECKING:
@@ -60,10 +61,16 @@ def place_student(lm: CausalLM, parallel: ParallelConfig, compute_dtype: torch.d
 
 
 def place_teacher(lm: CausalLM, parallel: ParallelConfig) -> None:
-    """The same of the teacher; one process offloads, too."""
-    if shards_teacher(parallel):
+    """The same of the teacher, which may be split, too; one process offloads."""
+    _give_parts(lm, parallel)
+    lm.enter()  # or of shards the first layer that runs would be the root
+
+
+def _give_parts(lm: CausalLM, parallel: ParallelConfig) -> None:
+    if splits_teacher(parallel):
+        split_teacher(lm, parallel)
+    elif shards_teacher(parallel):
         shard_teacher(lm, sharding_mesh(parallel), parallel.teacher == "offload")
-        lm.enter()  # or the first layer that runs would be the root
 
 
 def shards_teacher(parallel: ParallelConfig) -> bool:
@@ -72,11 +79,12 @@ def shards_teacher(parallel: ParallelConfig) -> bool:
 
 @torch.no_grad()
 def read_teacher(run: RunConfig) -> CausalLM | None:
-    """The teacher read into its shards, so that no process ever holds it whole; None where it is not to be sharded, or
-    its files do not hold it by its own names (`unread_model`). Every process must call it."""
-    if not shards_teacher(run.parallel):
+    """The teacher read into its parts, so that no process ever holds it whole; None where it has none, or its files do
+    not hold it by its own names (`unread_model`). Every process must call it."""
+    if not (shards_teacher(run.parallel) or splits_teacher(run.parallel)):
         return None
-    mesh, offload = sharding_mesh(run.parallel), run.parallel.teacher == "offload"
+    check_torch()
+    offload = run.parallel.teacher == "offload"
     found = unread_model(run.model.teacher, run.teacher.dtype, run.model.attn)
     if found is None:
         return None
@@ -85,7 +93,7 @@ def read_teacher(run: RunConfig) -> CausalLM | None:
     model, folder = found
     lm, device = CausalLM(model.requires_grad_(False), run.model.head, tried=False), PartialState().device
     names, buffers = own_tensors(model), {name: x.clone() for name, x in model.named_buffers()}
-    shard_teacher(lm, mesh, offload)
+    _give_parts(lm, run.parallel)
     lm.to_empty(device="cpu" if offload else device)
     model.tie_weights()
     tensors = model.state_dict(keep_vars=True)

@@ -31,12 +31,11 @@ from minillm.files import read_lines, write_atomically
 from minillm.model.head import CausalLM, Output, Sums
 from minillm.model.sampling import draw_uniforms
 from minillm.parallel.gathered import gathered
-from minillm.parallel.tensor import runs_together
 from minillm.teacher.served import ServedTeacher
 from minillm.teacher.stored import StoredTeacher
 from minillm.teacher.top_k import top_k_divergence
 from minillm.terminal import say
-from minillm.train.context import Context, Part, Step, chunks
+from minillm.train.context import Context, Loss, Part, Step, chunks
 from minillm_kernels import fused_linear_distill_loss, fused_linear_divergence_loss
 
 LossOf = Callable[[Context, Output, Batch], Sums]
@@ -77,10 +76,13 @@ class Given:
 
     def parts(self, examples: list[Example], loss: "LossOf | None" = None) -> list[Part]:
         """Examples with the loss of this method, those of each teacher apart; also those of the validation."""
-        return [
-            Part("responses", chosen, partial(loss or self.loss, each), self.context.row_length, self.asks_teacher)
-            for each, chosen in self.context.by_teacher(examples)
-        ]
+        found = []
+        for each, chosen in self.context.by_teacher(examples):
+            own: Loss = partial(loss or self.loss, each)
+            if self.asks_teacher:
+                own = each.beside_teacher(own)
+            found.append(Part("responses", chosen, own, self.context.row_length, self.asks_teacher))
+        return found
 
     def validated(self, loss: float) -> None:
         """Called with each validation loss, which changes nothing here."""
@@ -244,7 +246,7 @@ def sample_teacher(context: Context, path: Path) -> None:
                         prompts, context.decoding(0.0, rollout.longest), uniforms[:, mine], context.vocab_size
                     )
             answers = list(zip(mine, sampled, strict=True))
-            numbered = sorted(answers if runs_together(teacher) else gather_object(answers))
+            numbered = sorted(dict(gather_object(answers)).items())  # of a host that samples together, once
             if process.is_main_process:
                 with unfinished.open("a", encoding="utf-8") as file:
                     for i, response in numbered:

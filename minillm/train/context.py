@@ -22,7 +22,7 @@ from minillm.model.rollout import Rollout, add_teacher, gather_processes, rescor
 from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm.parallel.gathered import gathered
 from minillm.parallel.shard import is_sharded
-from minillm.parallel.tensor import output_of, runs_together
+from minillm.parallel.tensor import joined, share_of_work
 from minillm.run.clock import Clock
 from minillm.teacher import Teacher
 from minillm.teacher.choose import Elsewhere, ends_of
@@ -173,8 +173,9 @@ class Context:
         return items[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def to_sample(self, items: list, *models: Teacher | None) -> list:
-        """This process's share of what these models sample: all of it where processes compute one of them together."""
-        return items if any(map(runs_together, models)) else self.mine(items)
+        """Of what these models sample, the share of this process, or of its host where that computes one together."""
+        share, shares = share_of_work(*models)
+        return items[share::shares]
 
     def decoding(self, alpha: float, limit: int) -> Decoding:
         """How the section `rollout` says that responses of a mixture are drawn, of at most `limit` tokens."""
@@ -253,7 +254,7 @@ class Context:
         alpha: float,
         done: int,
     ) -> Rollout:
-        """This process's share of a rollout of `student`; all of it where processes compute the teacher together."""
+        """This process's share of a rollout of `student`; its host's where processes compute the teacher together."""
         seed, coins = self.run.seed * 1_000_003 + iteration, self.config.rollout.coins
         uniforms = draw_uniforms(seed, self.config.rollout.limit(done), len(examples))
         if coins != "row":
@@ -274,8 +275,8 @@ class Context:
             return rollout
 
     def of_all(self, rollout: Rollout, teacher: Teacher | None) -> Rollout:
-        """The rollout of all processes. Those that compute a teacher together have sampled all of it together."""
-        return rollout if runs_together(teacher) else gather_processes(rollout, self.accelerator)
+        """The rollout of all processes. Those that compute a teacher together have sampled their host's together."""
+        return gather_processes(rollout, getattr(teacher, "copies", None))
 
     def ask_ahead(self, micros: list[Micro], following: list[Micro]) -> Iterator[Micro]:
         """The micro-batches, one by one. A teacher that is not here has by then been asked about each, and about
@@ -294,8 +295,14 @@ class Context:
     def score(self, batch: Batch) -> Output:
         """The teacher's output on a batch."""
         assert self.teacher is not None
+        if batch.teacher_states is not None:
+            return Output(batch.teacher_states, self.teacher.head)
         with self.clock("score"):
-            return output_of(self.teacher, batch.for_teacher)
+            return self.teacher.output(batch.for_teacher)
+
+    def beside_teacher(self, loss: Loss) -> Loss:
+        """A loss that reads the teacher's head, which several processes may hold together."""
+        return joined(loss, self.teacher, self.score)
 
 
 def compute_dtype(run: RunConfig, accelerator: Accelerator) -> torch.dtype:

@@ -25,6 +25,7 @@ from minillm.engine import EngineLost
 from minillm.model.head import Sums
 from minillm.parallel import student as parallel
 from minillm.parallel.gathered import gathered
+from minillm.parallel.tensor import runs_together
 from minillm.parallel.whole import whole
 from minillm.run import checkpoint
 from minillm.run.checkpoint import Checkpoint, Progress
@@ -222,11 +223,16 @@ def read(values: Sums) -> dict[str, float]:
 
 def blame(context: Context, parts: list[Part]) -> str:
     """The first example, in words, whose own loss or gradient is not finite; tried one by one, as many on every
-    process: their teacher may be sharded."""
+    process: their teacher may be sharded. Where their losses are joined, all processes try one example at a time."""
     found: list[str] = []
+    together = runs_together(context.teacher)
     with gathered(context.student):
         parameters = list(checkpoint.trained(context.student.model).values())
-        for part, example in [(each, example) for each in parts for example in each.examples]:
+        for part, example in [
+            (each, example)
+            for each in parts
+            for example in (gather_object(each.examples) if together else each.examples)
+        ]:
             batch = part.batch([example]).to(context.accelerator.device)
             with context.autocast():
                 value = part.loss(context.student.output(batch), batch)["loss"]

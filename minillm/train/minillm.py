@@ -102,14 +102,17 @@ class MiniLLM:
         if config.objective.whiten:
             fixed = whiten([example.policy for example in minibatch if example.policy is not None])
             minibatch = [example._replace(policy=each) for example, each in zip(minibatch, fixed, strict=True)]
-        parts = [Part("responses", context.mine(minibatch), self.policy_loss, context.row_length)]
+        parts = [
+            Part("responses", context.mine(minibatch), context.beside_teacher(self.policy_loss), context.row_length)
+        ]
 
         # ---- d, plain text
         if config.objective.pt_weight > 0:
             size = config.objective.pt_batch_size
             text = [self.passage(i) for i in self.text.take(done * size, size)]
             asks = config.objective.pt_teacher > 0
-            parts.append(Part("text", context.mine(text), self.text_loss, asks_teacher=asks))
+            loss = context.beside_teacher(self.text_loss) if asks else self.text_loss
+            parts.append(Part("text", context.mine(text), loss, asks_teacher=asks))
         return Step(parts, self.metrics)
 
     def learn_from(self, rollout: Rollout, examples: list[Example]) -> None:

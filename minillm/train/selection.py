@@ -17,6 +17,7 @@ from minillm.config.schema import ConfigError, RunConfig, StageConfig
 from minillm.data.examples import Encoded, Example, encode, read_records
 from minillm.evaluation.share import over_batches
 from minillm.evaluation.text import rouge_l
+from minillm.model.head import Scorer
 from minillm.model.sampling import greedy_responses
 from minillm.parallel.gathered import gathered
 from minillm.run.checkpoint import CheckpointError, Progress, read_weights, restore_weights, write_weights
@@ -130,7 +131,7 @@ class Selection:
                 targets += len(batch.targets)
             return total, targets
 
-        return self._mean(summed, context.config.optim.micro_batch_size)
+        return self._mean(summed, context.config.optim.micro_batch_size, context.teacher)
 
     def _rouge(self) -> float:
         """Mean ROUGE-L of greedy responses against the references."""
@@ -147,7 +148,9 @@ class Selection:
 
         return self._mean(scored, context.run.eval.batch_size)
 
-    def _mean(self, work: Callable[[int, Sequence[Example]], tuple[float, int]], size: int) -> float:
-        """Of sums and counts, one of each batch."""
-        sums, counts = zip(*over_batches(work, self.context.validation, size), strict=True)
+    def _mean(
+        self, work: Callable[[int, Sequence[Example]], tuple[float, int]], size: int, *models: Scorer | None
+    ) -> float:
+        """Of sums and counts, one of each batch, that `work` asks these models for."""
+        sums, counts = zip(*over_batches(work, self.context.validation, size, *models), strict=True)
         return sum(sums) / sum(counts)

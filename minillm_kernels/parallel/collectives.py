@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def gather(x: Tensor, group: ProcessGroup) -> Tensor:
+def gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """[P, ...] of x [...] of each rank, in rank order: whoever adds them up adds in one order, to the same bits."""
     out = x.new_empty((dist.get_world_size(group), *x.shape))
     dist.all_gather(list(out.unbind(0)), x.contiguous(), group=group)

@@ -12,96 +12,55 @@ import dataclasses
 import json
 import os
 import sys
+import time
 import traceback
+from collections.abc import Callable, Iterable
+from unittest import mock
 
 import torch
 from accelerate import PartialState
 from sharded_checkpoints import full, killed, left, resumed, saved, straight
-from sharded_models import (
-    BATCH,
-    FOLDER,
-    HSDP,
-    SHARDED,
-    build,
-    llama,
-    micros_of,
-    optimizer_of,
-    train,
-)
+from sharded_models import BATCH, FOLDER, HSDP, SHARDED, TENSOR, Pair, build, llama, micros_of, optimizer_of
+from sharded_tensor import COPIES, blamed_together, examined, joined, measured
+from sharded_training import CASES, COPIED, SHARDABLE, TAUGHT, compared
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import LlamaForCausalLM
 
 from minillm.config.parallel import ParallelConfig
 from minillm.config.schema import ConfigError
+from minillm.data.examples import Batch
 from minillm.model.adapters import keep_base_in
 from minillm.model.head import CausalLM
-from minillm.model.load import load_model
 from minillm.model.sampling import draw_uniforms
 from minillm.parallel import student as parallel
 from minillm.parallel.gathered import gathered
-from minillm.parallel.shard import is_sharded, place_student, read_teacher
-from minillm.parallel.tensor import teacher_loader
+from minillm.parallel.shard import place_student, read_teacher
 from minillm.parallel.whole import whole, whole_model
 from minillm.run import checkpoint
 from minillm.train import loop
+from minillm.train.context import Context
 from minillm.train.loop import METHODS
 
-CASES = {  # the settings of `build`
-    "sft": {"method": "sft"},
-    "sft tied": {"method": "sft", "tied": True},
-    "sft packing": {"method": "sft", "packing": True},
-    "sft recompute": {"method": "sft", "recompute": True},
-    "sft adapters": {"method": "sft", "rank": 2},
-    "kd": {"method": "kd"},
-    "seqkd": {"method": "seqkd"},
-    "gkd": {"method": "gkd"},
-    "minillm": {"method": "minillm"},
-    "minillm tied": {"method": "minillm", "tied": True},
-    "minillm alpha 0": {"method": "minillm", "rollout": {"batch_size": BATCH, "max_new_tokens": 6, "alpha": 0.0}},
-}
-FEW = ("sft tied", "kd", "minillm")
 
-
-def compared(world: int, name: str, where: ParallelConfig, label: str = "") -> dict:
-    """Largest error of each kind, relative to the largest number of its tensor in one process."""
-    context, folder = build(where=where, **CASES[name]), FOLDER / f"{name} {world}{label}".replace(" ", "-")
-    before = {n: whole(p.detach()).clone() for n, p in context.student.model.named_parameters()}
-    found = train(context, optimizer_of(context), range(1, 4), folder)
-    file = FOLDER / f"{name}.pt"
-    if world == 1:
-        torch.save(found, file)
-        return {}
-    expected, worst = torch.load(file), {}
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        kind = key.split()[0] if key.startswith("weight") else key.split()[1]
-        apart = float((found[key] - value).abs().max() / value.abs().max().clamp(min=1e-3))
-        worst[kind] = max(worst.get(kind, 0.0), apart)
-    ends = [n for n in before if n.endswith(("model.norm.weight", "embed_tokens.weight", "lm_head.weight"))]
-    moved = min(float((found[f"weight {n}"] - before[n]).abs().max()) for n in ends) if "adapters" not in name else 1.0
-    return {**worst, "moved": moved, "sharded": is_sharded(context.student) and is_sharded(context.teacher)}
-
-
-# ---- other subjects
-
-
-def counted() -> dict:
+def counted(where: ParallelConfig) -> dict:
     """All-gathers of a rollout, of a few and of many tokens; responses end at different lengths on the ranks."""
     import torch.distributed.fsdp._fully_shard._fsdp_collectives as collectives
 
     calls, real = [], collectives.DefaultAllGather.__call__
     collectives.DefaultAllGather.__call__ = lambda self, *a, **k: calls.append(1) or real(self, *a, **k)
-    found, lengths = {}, []
-    for tokens in (2, 12):
-        context = build("minillm", SHARDED, rollout={"batch_size": BATCH, "max_new_tokens": tokens})
-        calls.clear()
-        rollout = context.roll_out(0, context.examples[:BATCH], context.teacher, 0.3)
-        found[str(tokens)] = len(calls)
-        lengths = [int(rollout.lengths[rank::2].max()) for rank in range(2)]
+    found: dict[str, int] = {}
+    with mock.patch.object(Context, "ends", tuple(range(60))):
+        for tokens in (2, 12):
+            context = build("minillm", where, rollout={"max_new_tokens": tokens})
+            calls.clear()
+            rollout = context.roll_out(0, context.examples[:BATCH], context.teacher, 0.3)
+            found[str(tokens)] = len(calls)
     collectives.DefaultAllGather.__call__ = real
     groups = len(list(context.student.model.model.layers)) + 1 + len(list(context.teacher.model.model.layers))
-    return {"all-gathers": found, "groups": groups, "lengths": lengths}
+    lengths = [int(rollout.lengths[rank::2].max()) for rank in range(2)]
+    return {"all-gathers": found, "groups": groups, "lengths": lengths, "responses": rollout.responses()}
 
 
 def halves(rank: int = 0) -> dict:
@@ -109,7 +68,7 @@ def halves(rank: int = 0) -> dict:
     gradient's distance from that of float32."""
     grads = {}
     for name in ("float32", "bfloat16"):
-        context = build("sft", ParallelConfig(), rank=rank)
+        context = build("sft", ParallelConfig(), Pair(rank=rank))
         context.student.float()
         run = context.run
         context.run = dataclasses.replace(run, model=dataclasses.replace(run.model, compute_dtype=name))
@@ -158,7 +117,7 @@ def optimised() -> dict:
 
 def exported() -> dict:
     """The copy that is saved, beside the model before it was sharded."""
-    original, context = llama(3, 1), build("sft", SHARDED)
+    original, context = llama(2, 1), build("sft", SHARDED)
     copy = whole_model(context.student)
     found = {"first": copy is not None}
     if copy is not None:
@@ -216,9 +175,9 @@ def read() -> dict:
             model.save_pretrained(folder, max_shard_size="500KB")
         PartialState().wait_for_everyone()
         context = build("kd", ParallelConfig())
-        batch = micros_of(context, METHODS["kd"](context, FOLDER), 1)[0].batch
+        batch = Batch.of(context.examples[:4])
         expected = CausalLM(model.requires_grad_(False)).output(batch)
-        for where in ("shard", "offload"):
+        for where in ("shard", "offload", "tensor"):
             run = dataclasses.replace(
                 context.run,
                 model=dataclasses.replace(context.run.model, teacher=str(folder)),
@@ -226,16 +185,17 @@ def read() -> dict:
             )
             with Held() as held:
                 lm = read_teacher(run)
-            states, head = lm.output(batch)
+            states = lm.output(batch).states
             found["apart"] = max(
                 found["apart"],
                 float((states - expected.states).abs().max()),
-                float((head.logits(states) - expected.head.logits(expected.states)).abs().max()),
+                float((lm.logits(states) - expected.head.logits(expected.states)).abs().max()),
             )
             sampled = []
             for each in (lm, CausalLM(model)):
                 with gathered(each):
-                    prompts = [example.prompt for example in context.examples[: 2 + PartialState().process_index]]
+                    unequal = 0 if where == "tensor" else PartialState().process_index
+                    prompts = [example.prompt for example in context.examples[: 2 + unequal]]
                     uniforms = draw_uniforms(1, 6, len(prompts))
                     sampled.append(context.sample_responses(each, None, prompts, uniforms, 0.0).responses())
             found[f"{where} samples alike"] = sampled[0] == sampled[1]
@@ -252,7 +212,9 @@ def refused() -> dict:
     if PartialState().is_main_process:
         llama(2, 2).save_pretrained(FOLDER / "student")
     PartialState().wait_for_everyone()
-    model = load_model(str(FOLDER / "student"), distributed=DistributedConfig(fsdp_size=PartialState().num_processes))
+    model = LlamaForCausalLM.from_pretrained(
+        FOLDER / "student", distributed_config=DistributedConfig(fsdp_size=PartialState().num_processes)
+    )
     try:
         CausalLM(model)
     except ConfigError as error:
@@ -260,63 +222,52 @@ def refused() -> dict:
     return {"told": ""}
 
 
-def together() -> dict:
-    """A tensor-parallel teacher: its states and a step of MiniLLM, beside one that is whole."""
-    if PartialState().is_main_process:
-        llama(4, 2).save_pretrained(FOLDER / "teacher")
-    PartialState().wait_for_everyone()
-    where, found = ParallelConfig(student="shard", teacher="tensor"), {}
-    for method in ("minillm", "kd"):
-        context = build(method, ParallelConfig(student="shard"))
-        model = teacher_loader(where)(str(FOLDER / "teacher"), "checkpoint", "auto").requires_grad_(False)
-        context.teacher, context.run = CausalLM(model), dataclasses.replace(context.run, parallel=where)
-        steps = train(context, optimizer_of(context), range(1, 4), FOLDER / "together")
-        expected = torch.load(FOLDER / f"{method}.pt")
-        found[method] = max(
-            float((steps[k] - v).abs().max() / v.abs().max().clamp(min=1e-3))
-            for k, v in expected.items()
-            if " metric " not in k
-        )
-        found["held"] = sum(whole_or_part(p).numel() for p in model.parameters())
-        found["all"] = sum(p.numel() for p in model.parameters())
-    return found
-
-
 def whole_or_part(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
-WORLDS = [  # one after the other: processes, what is run
-    (1, [*((name, lambda name=name: compared(1, name, ParallelConfig())) for name in CASES), ("halves", halves),
-         ("half adapters", lambda: halves(2)), ("straight", straight)]),
+ONE = ParallelConfig()
+OFFLOADED = ParallelConfig(student="shard", teacher="offload")
+
+
+def in_world(world: int, where: ParallelConfig, names: Iterable[str], label: str = "") -> list[tuple[str, Callable]]:
+    return [(f"{name}{label}", lambda name=name: compared(world, name, where, label)) for name in names]
+
+
+WORLDS: list[tuple[int, list[tuple[str, Callable]]]] = [  # one after the other: processes, what is run
+    (1, [*in_world(1, ONE, CASES), ("counted", lambda: counted(ONE)),
+         ("examined", lambda: examined(ONE)), ("measured", lambda: measured(ONE)),
+         ("halves", halves), ("half adapters", lambda: halves(2)),
+         ("straight", straight)]),
     (
         2,
         [
-            *((name, lambda name=name: compared(2, name, SHARDED)) for name in CASES),
-            ("offload", lambda: compared(2, "kd", ParallelConfig(student="shard", teacher="offload"), "o")),
-            ("counted", counted), ("halves", halves), ("half adapters", lambda: halves(2)),
+            *in_world(2, SHARDED, SHARDABLE),
+            *in_world(2, OFFLOADED, ["kd"], " offload"),
+            *in_world(2, TENSOR, TAUGHT, " tensor"),
+            *in_world(2, COPIES, ["minillm", "kd half"], " tensor copies"),
+            *in_world(2, ONE, COPIED, " copies"),
+            ("counted", lambda: counted(SHARDED)), ("halves", halves), ("half adapters", lambda: halves(2)),
             ("blamed", blamed), ("gathered", optimised),
             ("exported", exported), ("peak", peak),
-            ("tensor", together), ("saved", saved), ("refused", refused), ("read", read),
+            ("joined", joined), ("blamed together", blamed_together), ("measured", lambda: measured(COPIES)),
+            ("examined", lambda: examined(COPIES)),
+            ("examined shards", lambda: examined(ParallelConfig(teacher="shard"))),
+            ("saved", saved), ("refused", refused), ("read", read),
         ],
     ),
     (2, [("resumed", lambda: resumed(SHARDED)), ("full", full)]),
     (2, [("killed", lambda: killed(1))]),
     (2, [("killed", lambda: killed(0))]),
     (1, [("left", left)]),
-    (1, [("resumed", lambda: resumed(ParallelConfig()))]),
-    (
-        3,
-        [
-            *((name, lambda name=name: compared(3, name, SHARDED)) for name in FEW),
-            ("resumed", lambda: resumed(SHARDED)),
-        ],
-    ),
+    (1, [("resumed", lambda: resumed(ONE))]),
+    (3, [*in_world(3, SHARDED, SHARDABLE), ("resumed", lambda: resumed(SHARDED))]),
     (
         4,
         [
-            *((name, lambda name=name: compared(4, name, SHARDED)) for name in FEW),
-            *((f"{name} 2 x 2", lambda name=name: compared(4, name, HSDP, "h")) for name in FEW),
+            *in_world(4, SHARDED, SHARDABLE),
+            *in_world(4, HSDP, SHARDABLE, " 2 x 2"),
+            *in_world(4, dataclasses.replace(TENSOR, hosts=2), TAUGHT, " tensor 2 x 2"),
             ("resumed", lambda: resumed(HSDP)), ("peak", peak),
         ],
     ),
@@ -330,13 +281,15 @@ def rank_of_world(rank: int, world: int, cases) -> int:
     for name, run in cases:
         if only and name not in only.split(","):
             continue
+        begun = time.process_time()
         try:
             found = run()
         except BaseException:
             traceback.print_exc()
             return 1
         if rank in (0, world - 1):
-            os.write(1, (json.dumps({"world": world, "rank": rank, "case": name, **found}) + "\n").encode())
+            about = {"world": world, "rank": rank, "case": name, "cpu": round(time.process_time() - begun, 1)}
+            os.write(1, (json.dumps(about | found) + "\n").encode())
     if world > 1:
         torch.distributed.destroy_process_group()
     return 0
