@@ -13,7 +13,7 @@ class ParallelConfig:
     teacher: str = "replicate"
     """`replicate`; `shard`: each process holds a part of each layer, and layers are gathered as they run, or once for
     a rollout that mixes the teacher in; `offload`: the same parts, in the CPU's memory between uses; `tensor`: the
-    processes compute each layer together (tensor parallelism of transformers), for teachers that fit no device and are
-    mixed into rollouts."""
+    processes of a host compute each layer together (tensor parallelism of transformers), and hold a part of the head
+    each, for teachers that fit no device and are mixed into rollouts."""
     hosts: int = 1
-    """Hosts of the run: what is sharded is sharded over the processes of a host and replicated over hosts."""
+    """Hosts of the run: what is in parts is so over the processes of a host, and hosts hold copies."""

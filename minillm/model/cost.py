@@ -166,17 +166,15 @@ def cost(run: RunConfig, stage: StageConfig, processes: int = 1) -> Cost:
         decoding = {"minillm": (student, teacher), "gkd": (student,), "seqkd": (teacher,)}[method]
         models = [model for model in decoding if model is not None]
         passes = [trial(model, at_once, stage.data.max_prompt_length + new) for model in models]
+        of = ["" if model is student else " of the teacher" for model in models]
         rollout = {
-            "caches": sum(done.kept for done in passes),
+            **{f"caches{whose}": done.kept for whose, done in zip(of, passes, strict=True)},
             "final states": at_once * new * sum(_state_bytes(model) for model in models),
             "logits": sum(at_once * _logit_bytes(model) for model in models),
         }
-        work["rollout"] = (
-            _sequences(stage)
-            / processes
-            / at_once
-            * sum(done.work + at_once * new * _head(model) for done, model in zip(passes, models, strict=True))
-        )
+        for whose, done, model in zip(of, passes, models, strict=True):
+            each = done.work + at_once * new * _head(model)
+            work[f"rollout{whose}"] = _sequences(stage) / processes / at_once * each
         if method == "minillm" and teacher is not None:
             update["rollouts"] = stage.rollout.batch_size * new * _state_bytes(teacher)
     return Cost(held, rollout, update, work, seen)

@@ -9,7 +9,8 @@ them and from the rates below, which are those of data sheets and of what collec
 
 A collective over the GPUs of one host goes over their links, over several hosts over one network card a GPU. Sharded
 weights are gathered once per rollout, those of a teacher that reads what was sampled once per forward pass. A
-tensor-parallel teacher, which spans the GPUs of one host, sums its states twice a layer and token.
+tensor-parallel teacher, which spans the GPUs of a host, sums its states twice a layer and token, and gathers its
+logits; where it draws, each GPU of a host decodes all sequences of the host.
 """
 
 from itertools import product
@@ -20,6 +21,7 @@ from minillm.config.schema import ConfigError, RunConfig, StageConfig
 from minillm.model.cost import Cost, cost, skeletons
 from minillm.model.layers import layers_of
 from minillm.model.load import own_weights
+from minillm.model.split import shares_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,6 +34,8 @@ SPARE = 0.9
 """Of a GPU's memory, what weights, activations and caches may take: allocator and libraries need the rest."""
 BUS = 50e9
 """Bytes per second from the host's memory."""
+OF_TEACHER = ("caches of the teacher", "rollout of the teacher")
+"""Memory and work that processes share which compute a teacher together, whatever they decode."""
 NETWORK = 45e9
 """Bytes per second between hosts, for each GPU (400 Gb/s)."""
 
@@ -88,15 +92,19 @@ class Model(NamedTuple):
     head: int
     hidden: int
     """Bytes of one state."""
+    logits: int
+    """Bytes of one row."""
 
     @classmethod
     def of(cls, model: "PreTrainedModel", itemsize: int) -> "Model":
         _, layers = layers_of(model)
         largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
-        head = model.get_output_embeddings().weight.numel()
+        rows, columns = model.get_output_embeddings().weight.shape
         whole = sum(p.numel() for p in model.parameters())
         hidden = model.config.get_text_config().hidden_size
-        return cls(whole * itemsize, len(layers), largest * itemsize, head * itemsize, hidden * itemsize)
+        sizes = whole, largest, rows * columns, hidden, rows
+        weights, layer, head, state, logits = (size * itemsize for size in sizes)
+        return cls(weights, len(layers), layer, head, state, logits)
 
 
 class Forecast(NamedTuple):
@@ -131,8 +139,9 @@ def token_seconds(mesh: Mesh, student: Model, teacher: Model | None, placement: 
     seconds += teacher.weights / share / mesh.gpu.bandwidth
     if placement.teacher == "tensor":
         sums = 2 * teacher.layers
-        moved = 2 * (mesh.size - 1) / mesh.size * sums * rows * mesh.size * teacher.hidden  # of all ranks' rows
-        seconds += moved / mesh.gpu.link + sums * LATENCY
+        row = 2 * sums * teacher.hidden + teacher.logits
+        moved = (mesh.size - 1) / mesh.size * rows * mesh.size * row  # of all ranks' rows
+        seconds += moved / mesh.gpu.link + (sums + 1) * LATENCY
     return seconds
 
 
@@ -147,7 +156,8 @@ def forecasts(mesh: Mesh, run: RunConfig, stage: StageConfig) -> list[Forecast]:
     itemsize = 2 if run.model.compute_dtype in ("auto", "bfloat16", "float16") else 4
     student = Model.of(own, itemsize)
     teacher = Model.of(teachers[0], teachers[0].dtype.itemsize) if teachers else None
-    of_teacher = ["replicate", "shard", *(["tensor"] if mesh.hosts == 1 else []), "offload"]
+    splits = bool(teachers) and shares_heads(teachers[0], mesh.size)
+    of_teacher = ["replicate", "shard", *(["tensor"] if splits else []), "offload"]
     of_student = ["replicate", "shard"]
     if own_weights(run) or run.teachers or run.teacher.quantize or run.model.quantize:
         of_student, of_teacher = ["replicate"], ["replicate"]  # of whole models alone
@@ -169,16 +179,20 @@ def _forecast(
             "tensor": teacher.weights // size,
             "offload": 2 * teacher.layer + teacher.head,
         }[placement.teacher]
-    rollout, update = sum(found.rollout.values()), sum(found.update.values())
+    draws = method == "seqkd" or (method == "minillm" and stage.rollout.alpha > 0)
+    together = size if draws and placement.teacher == "tensor" else 1  # each with its heads of the teacher's caches
+    rollout = sum(x if name == OF_TEACHER[0] else x * together for name, x in found.rollout.items())
+    update = sum(found.update.values())
     if sharded:
         rollout, update = rollout + student.weights, update + 2 * student.layer
-    draws = method == "seqkd" or (method == "minillm" and stage.rollout.alpha > 0)
     in_parts = placement.teacher in ("shard", "offload")
     if teacher is not None and draws and in_parts:
         rollout += teacher.weights
     memory = sum(held.values()) + max(rollout if found.rollout else 0, update)
 
-    operations = sum(value for phase, value in found.work.items() if phase != "rollout") / stage.optim.steps
+    operations = (
+        sum(value for phase, value in found.work.items() if not phase.startswith("rollout")) / stage.optim.steps
+    )
     seconds = operations / (gpu.flops * MATMUL_SHARE)
     gradient = found.held["gradients"]
     if sharded:  # gathered for the forward and the backward pass; the gradient scattered; hosts sum their shards
@@ -203,7 +217,8 @@ def _forecast(
                 gather_seconds(mesh, teacher.weights) if placement.teacher == "shard" else teacher.weights / BUS
             )
         decode = passes * (stage.rollout.longest * token + gathered)
-        decode += found.work["rollout"] / stage.optim.steps / (gpu.flops * MATMUL_SHARE)
+        work = found.work["rollout"] * together + found.work.get(OF_TEACHER[1], 0)
+        decode += work / stage.optim.steps / (gpu.flops * MATMUL_SHARE)
     return Forecast(placement, memory, seconds, decode)
 
 

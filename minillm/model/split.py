@@ -1,7 +1,8 @@
-"""A vocabulary head whose rows lie on several processes, each with those that follow the ones before.
+"""What of a model several processes compute together: whether they can, and its vocabulary head.
 
-The losses of minillm_kernels take such heads as they are, DTensors: each process reads the same states and forms the
-logits of its own rows, and what they tell each other is a few numbers a state. No process holds the head whole.
+The rows of a head lie on several processes, each with those that follow the ones before. The losses of
+minillm_kernels take such heads as they are, DTensors: each process reads the same states and forms the logits of its
+own rows, and what they tell each other is a few numbers a state. No process holds the head whole.
 
 Legend: V vocabulary, H hidden, P processes, ... any states.
 """
@@ -16,6 +17,14 @@ from minillm_kernels import Head
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
+
+
+def shares_heads(model: "PreTrainedModel", processes: int) -> bool:
+    """Whether each process can compute as many heads of a model's attention."""
+    config = model.config.get_text_config()
+    counts = [getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value")]
+    return all(count % processes == 0 for count in counts if count is not None)
 
 
 def split(head: Head, count: int, mesh: "DeviceMesh") -> Head:

@@ -20,7 +20,7 @@ from minillm.config.parallel import ParallelConfig
 from minillm.config.schema import ConfigError
 from minillm.data.examples import Batch, PolicyConstants
 from minillm.model.head import CausalLM, Output, Scorer, Sums
-from minillm.model.split import rows_here
+from minillm.model.split import rows_here, shares_heads
 from minillm.parallel.mesh import processes_of_a_host
 from minillm_kernels.parallel.collectives import gather
 
@@ -40,12 +40,12 @@ def split_teacher(lm: CausalLM, parallel: ParallelConfig) -> None:
 
     Raises ConfigError where transformers is too old, or has no plan for it, or its heads cannot be shared out.
     """
-    processes, model, config = processes_of_a_host(parallel), lm.model, lm.model.config.get_text_config()
-    heads = {getattr(config, f"num_{kind}_heads", None) or processes for kind in ("attention", "key_value")}
-    if any(count % processes for count in heads):
+    processes, model = processes_of_a_host(parallel), lm.model
+    if not shares_heads(model, processes):
         raise ConfigError(
-            f"parallel.teacher is tensor, and {processes} processes of a host cannot share the {min(heads)} "
-            "heads of its attention equally: start as many as divide them, or set parallel.teacher to shard"
+            f"parallel.teacher is tensor, and the {processes} processes of a host cannot share the heads of the "
+            f"attention of {type(model).__name__} equally (num_attention_heads, num_key_value_heads in its "
+            "config.json): start as many as divide both, or set parallel.teacher to shard"
         )
     mesh: Any = None
     try:

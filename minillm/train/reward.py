@@ -49,9 +49,10 @@ def rewards_of(
 ) -> list[float]:
     """One number for each response; the processes share the calls, and all of them know the result.
 
-    Raises ConfigError for a function that fails or returns anything else.
+    Raises ConfigError, in every process, for a function that fails or returns anything else.
     """
     name, numbers = context.config.objective.reward, context.mine(list(range(len(examples))))
+    values, wrong = [], ""
     try:
         found: Any = reward(
             prompts=[examples[i].record.prompt for i in numbers],
@@ -59,14 +60,17 @@ def rewards_of(
             records=[examples[i].record for i in numbers],
         )
         values = [float(value) for value in found]
-    except Exception as error:
-        raise ConfigError(
+    except Exception as error:  # the others must not wait for this process
+        wrong = (
             f"objective.reward {name} failed ({type(error).__name__}: {error}): it is called with prompts, "
             "responses and records, lists of one length, and returns a number for each response"
-        ) from error
-    if len(values) != len(numbers) or not all(map(math.isfinite, values)):
-        raise ConfigError(
+        )
+    if not wrong and (len(values) != len(numbers) or not all(map(math.isfinite, values))):
+        wrong = (
             f"objective.reward {name} returned {values[:5]} for {len(numbers)} responses; expected a finite number "
             "for each of them"
         )
-    return [value for _, value in sorted(gather_object(list(zip(numbers, values, strict=True))))]
+    shares = gather_object([(wrong, list(zip(numbers, values, strict=False)))])
+    if told := next((found for found, _ in shares if found), ""):
+        raise ConfigError(told)
+    return [value for _, value in sorted(pair for _, pairs in shares for pair in pairs)]

@@ -22,7 +22,7 @@ from accelerate import PartialState
 from sharded_checkpoints import full, killed, left, resumed, saved, straight
 from sharded_models import BATCH, FOLDER, HSDP, SHARDED, TENSOR, Pair, build, llama, micros_of, optimizer_of
 from sharded_tensor import COPIES, blamed_together, examined, joined, measured
-from sharded_training import CASES, COPIED, SHARDABLE, TAUGHT, compared
+from sharded_training import CASES, COPIED, ON_HOSTS, SHARDABLE, TAUGHT, compared, failing_reward
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -248,7 +248,7 @@ WORLDS: list[tuple[int, list[tuple[str, Callable]]]] = [  # one after the other:
             *in_world(2, COPIES, ["minillm", "kd half"], " tensor copies"),
             *in_world(2, ONE, COPIED, " copies"),
             ("counted", lambda: counted(SHARDED)), ("halves", halves), ("half adapters", lambda: halves(2)),
-            ("blamed", blamed), ("gathered", optimised),
+            ("blamed", blamed), ("failing reward", failing_reward), ("gathered", optimised),
             ("exported", exported), ("peak", peak),
             ("joined", joined), ("blamed together", blamed_together), ("measured", lambda: measured(COPIES)),
             ("examined", lambda: examined(COPIES)),
@@ -267,7 +267,7 @@ WORLDS: list[tuple[int, list[tuple[str, Callable]]]] = [  # one after the other:
         [
             *in_world(4, SHARDED, SHARDABLE),
             *in_world(4, HSDP, SHARDABLE, " 2 x 2"),
-            *in_world(4, dataclasses.replace(TENSOR, hosts=2), TAUGHT, " tensor 2 x 2"),
+            *in_world(4, dataclasses.replace(TENSOR, hosts=2), ON_HOSTS, " tensor 2 x 2"),
             ("resumed", lambda: resumed(HSDP)), ("peak", peak),
         ],
     ),

@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from sharded_models import FOLDER, Pair, build, optimizer_of, train
 
 from minillm.config.parallel import ParallelConfig
+from minillm.config.schema import ConfigError
 from minillm.model.head import CausalLM
 from minillm.parallel.shard import is_sharded
 from minillm.parallel.tensor import runs_together
 from minillm.parallel.whole import whole
+from minillm.train.loop import METHODS
 
 WIDE = {"rows": 263, "tied": True}
 CASES: dict[str, dict[str, Any]] = {  # the settings of `build`
@@ -38,12 +41,29 @@ CASES: dict[str, dict[str, Any]] = {  # the settings of `build`
 COPIED = [name for name in CASES if "several" in name or "overlap" in name or "half" in name]
 """What needs a student that is whole on every process: in 16 bits to be computed as one process does."""
 TAUGHT = [name for name in CASES if not (name in COPIED or name.startswith("sft"))]
+ON_HOSTS = ["kd", "seqkd", "gkd", "minillm", "minillm alpha 0"]
 SHARDABLE = [name for name in CASES if name not in (*COPIED, "minillm coins", "kd wide teacher")]
 
 
 def shorter(prompts: Sequence, responses: Sequence[str], records: Sequence) -> list[float]:
     """A reward of a task."""
     return [1.0 / (1 + len(response)) for response in responses]
+
+
+def fails_elsewhere(prompts: Sequence, responses: Sequence[str], records: Sequence) -> list[float]:
+    """One that the last process cannot compute."""
+    state = PartialState()
+    return [1.0 / (state.num_processes - 1 - state.process_index) for _ in responses]
+
+
+def failing_reward() -> dict:
+    """What each process says of a reward that fails on one of them."""
+    context = build("minillm", ParallelConfig(), objective={"reward": "sharded_training:fails_elsewhere"})
+    try:
+        METHODS["minillm"](context, FOLDER).step(1)
+    except ConfigError as error:
+        return {"told": str(error)}
+    return {"told": ""}
 
 
 def compared(world: int, name: str, where: ParallelConfig, label: str = "") -> dict:

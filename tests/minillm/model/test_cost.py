@@ -74,9 +74,9 @@ def test_the_work_grows_with_what_is_done(files):
     assert {method: set(found.work) for method, found in whole.items()} == {
         "sft": {"update"},
         "kd": {"update", "score"},
-        "seqkd": {"update", "rollout"},
+        "seqkd": {"update", "rollout of the teacher"},
         "gkd": {"update", "score", "rollout"},
-        "minillm": {"update", "rollout"},  # scored while it samples
+        "minillm": {"update", "rollout", "rollout of the teacher"},  # scored while it samples
     }
     twice = cost(*config_of(files, "minillm", "--stages.minillm.optim.steps=8"))
     once = cost(*config_of(files, "minillm", "--stages.minillm.optim.steps=4"))  # one rollout lasts four steps

@@ -1,5 +1,6 @@
 """Whole runs with sharded models under torchrun, beside one process; and what is refused before the first step."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -33,6 +34,9 @@ def unavailable() -> str:
 
 
 needs_shards = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
+needs_tensor_parallelism = pytest.mark.skipif(
+    importlib.util.find_spec("transformers.distributed") is None, reason="this transformers has no tensor parallelism"
+)
 COMPARED = {"loss", "grad_norm", "kl/reverse", "reward/mean", "loss/pt", "validation/loss", "validation/rouge_l"}
 
 
@@ -51,22 +55,27 @@ def same_training(one, two):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-3)
 
 
+def two_processes(*words):
+    """By torchrun."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port,
+         "-m", "minillm", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
+
+
 @needs_shards
 def test_a_sharded_run_is_that_of_one_process_and_goes_on_as_one(files, monkeypatch):
     """Doctor, validation, evaluation, export and checkpoints of two processes; the last stage again by one, whose
     models are whole, as torchrun starts it anew: by the same command."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
     flags = ["--validation.every=2", "--log.checkpoint_every=3"]
     recipe, one, two = str(files / "recipe.yaml"), files / "one", files / "two"
     shards = ["--parallel.student=shard", "--parallel.teacher=shard", f"--output={two}"]
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port,
-         "-m", "minillm", "distill", recipe, *flags, *shards],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
+    two_processes("distill", recipe, *flags, *shards)
     assert main(["distill", recipe, *flags, f"--output={one}"]) == 0
     same_training(one, two)
     summaries = [json.loads((path / "summary.json").read_text()) for path in (one, two)]
@@ -83,6 +92,21 @@ def test_a_sharded_run_is_that_of_one_process_and_goes_on_as_one(files, monkeypa
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert main(["distill", recipe, *flags, f"--output={two}"]) == 0
     same_training(one, two)
+
+
+@needs_shards
+@needs_tensor_parallelism
+def test_a_run_beside_a_tensor_parallel_teacher_is_that_of_one_process(files):
+    """Doctor, rollouts and validation; the student is cut from the teacher while that is whole."""
+    tree = yaml.safe_load((files / "recipe.yaml").read_text())
+    tree["stages"] = {name: stage for name, stage in tree["stages"].items() if stage["method"] == "minillm"}
+    tree["model"] = {"teacher": tree["model"]["teacher"], "drop_layers": [1, 2]}
+    tree["smoke"]["stages"] = {}
+    (files / "recipe.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    command = ["train", str(files / "recipe.yaml"), "--validation.every=2"]
+    two_processes(*command, "--parallel.teacher=tensor", f"--output={files / 'two'}")
+    assert main([*command, f"--output={files / 'one'}"]) == 0
+    same_training(files / "one", files / "two")
 
 
 def test_a_run_that_torchrun_starts_again_resumes_its_newest_checkpoint(monkeypatch):
