@@ -13,6 +13,7 @@ from minillm.config.schema import ConfigError, RunConfig
 from minillm.data.examples import Example, show
 from minillm.doctor import examine, refuse
 from minillm.doctor.patient import Finding
+from minillm.evaluation.divergence import Author
 from minillm.evaluation.measure import check_measurable, evaluation_set, measure
 from minillm.evaluation.result import START, TEACHER, Evaluation, plain
 from minillm.model.check import check_decoding, check_same_tokenizer
@@ -123,11 +124,18 @@ def _run(
 
     evaluations: dict[str, Evaluation] = {}
 
-    def evaluate(name: str, model: CausalLM, against: Teacher | None) -> None:
+    def evaluate(name: str, model: Author, against: Teacher | None) -> None:
         if examples:
             evaluations[name] = _evaluated(name, run, model, against, tokenizer, examples)
             run.write("samples.jsonl", _samples(evaluations))
 
+    if examples and isinstance(teacher, StoredTeacher):
+        say(
+            "the divergences are not measured: the teacher is stored, and was asked about nothing but what is learnt "
+            f"from. Those along the references can be measured afterwards: minillm teach {teacher.plan.model} "
+            f"--data {recipe.run.data.eval} --out DIR, then minillm evaluate {run.path / 'model'} --data "
+            f"{recipe.run.data.eval} --teacher DIR"
+        )
     evaluate(START, student, judge(teacher))
     step = 0
     for name, training in trainings.items():
@@ -137,7 +145,7 @@ def _run(
             run.export(whole_model(student), tokenizer)
         step += recipe.stages[name].optim.steps
         evaluate(name, student, judge(teacher))
-    if isinstance(teacher, CausalLM):
+    if isinstance(teacher, Author):
         evaluate(TEACHER, teacher, None)
 
     seconds |= _seconds(run.stages, evaluations)
@@ -232,7 +240,7 @@ def _introduce(
 def _evaluated(
     name: str,
     run: RunDirectory,
-    model: CausalLM,
+    model: Author,
     teacher: Teacher | None,
     tokenizer: "PreTrainedTokenizerBase",
     examples: Sequence[Example],

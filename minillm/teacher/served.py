@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from minillm.config.teacher import TOKEN
 from minillm.data.examples import Batch
 from minillm.data.packages import cache_directory
 from minillm.files import sha256, whole_or_absent
-from minillm.model.head import Output
+from minillm.model.head import Output, first_columns
 from minillm.model.sampling import Decoding
 from minillm.teacher import TeacherLost
 from minillm.teacher.sessions import Gone, RemoteDecoder
@@ -42,7 +43,7 @@ from minillm_kernels import Head
 
 ABOUT = {
     "model", "fingerprint", "dtype", "hidden_size", "vocab_size", "embeddings", "ends", "tokenizer", "head", "longest",
-    "reads_blocks",
+    "reads_blocks", "request_tokens",
 }  # fmt: skip
 """What a server says of its model."""
 START_SECONDS, CONNECT_SECONDS, REST_SECONDS = 30, 10, 30
@@ -91,6 +92,10 @@ class ServedTeacher:
         assert self.head.weight is not None
         self.device, self.head = device, Head(self.head.weight.to(device), bias, self.head.softcap, self.head.scale)
 
+    def keep_columns(self, count: int) -> None:
+        """Have the first columns of the head alone from here on."""
+        self.vocab_size, self.head = count, first_columns(self.head, count)
+
     def check(self, tokens: int, largest: int, takes_turns: bool = False) -> None:
         """Raises ConfigError for sequences or ids beyond what the model reads, and for turns that it cannot take."""
         if takes_turns and not self.about["reads_blocks"]:
@@ -121,7 +126,13 @@ class ServedTeacher:
     def sample(
         self, prompts: Sequence[Sequence[int]], decoding: Decoding, uniforms: Tensor, vocab_size: int
     ) -> list[list[int]]:
-        """The teacher's own answers, the same as `minillm.model.sampling.sample` draws from these uniforms."""
+        """The teacher's own answers, the same as `minillm.model.sampling.sample` draws from these uniforms
+        [T, B, 2]; as many at once as one question may have."""
+        at_once = max(1, self.about["request_tokens"] // (max(map(len, prompts), default=0) + decoding.max_new_tokens))
+        if len(prompts) > at_once:
+            starts = range(0, len(prompts), at_once)
+            parts = [(prompts[i : i + at_once], uniforms[:, i : i + at_once]) for i in starts]
+            return [answer for some, drawn in parts for answer in self.sample(some, decoding, drawn, vocab_size)]
         flat = [token for prompt in prompts for token in prompt]
         body = write_tensors(
             {
@@ -172,10 +183,14 @@ class ServedTeacher:
         shape = (len(question.positions), self.about["hidden_size"])
         if not shape[0]:
             return torch.zeros(shape, dtype=self.dtype)
-        body = write_tensors(question._asdict())
-        compress = self.settings.compress
-        read = lambda answer: unpack_states(answer, self.wire, self.dtype, shape, compress)
-        return self._call("POST", f"/states?wire={self.wire_name}&compress={int(compress)}", read, body)
+        found, compress = [], self.settings.compress
+        for part in question.parts(self.about["request_tokens"]):
+            if len(part.positions):
+                expected = (len(part.positions), shape[1])
+                read = partial(unpack_states, wire=self.wire, dtype=self.dtype, shape=expected, compressed=compress)
+                path = f"/states?wire={self.wire_name}&compress={int(compress)}"
+                found.append(self._call("POST", path, read, write_tensors(part._asdict())))
+        return torch.cat(found)
 
     def _agreed(self) -> dict[str, Any]:
         """What all servers say of themselves. One that is not there yet is waited for."""

@@ -131,13 +131,21 @@ def test_a_token_is_wanted_where_one_is_set(serve, ask, monkeypatch):
     ask(server).output(batch())
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [({"request_tokens": 15}, "22 tokens at once"), ({"request_tokens": 10}, "reads at most 10")],
-)
-def test_what_is_too_large_is_refused_with_the_limit(serve, ask, settings, words):
-    with pytest.raises(ConfigError, match=words):
-        ask(serve(**settings)).output(batch())
+def test_what_is_too_large_for_one_question_travels_in_several(serve, ask, local, make_llama):
+    server = serve(request_tokens=13)  # of the longest prompt and its answer, by one
+    teacher, uniforms, decoding = ask(server), draw_uniforms(3, 6, len(PROMPTS)), Decoding(6, ends=(0, 9))
+    torch.testing.assert_close(teacher.output(batch()).states, local(batch()).states, rtol=1e-5, atol=1e-5)
+    expected = sample(CausalLM(make_llama(4)), None, PROMPTS, decoding, alpha=0.0, uniforms=uniforms).responses()
+    assert teacher.sample(PROMPTS, decoding, uniforms, 257) == expected
+
+
+def test_what_is_too_large_is_refused_with_the_limit(serve, ask):
+    server = serve(request_tokens=15)
+    body = write_tensors(Question.of(batch())._asdict())
+    answer = urllib3.request("POST", f"{server.url}/states?wire=float32", body=body, retries=False)
+    assert answer.status == 413 and "22 tokens at once, of at most 15" in answer.json()["error"]
+    with pytest.raises(ConfigError, match="reads at most 10"):
+        ask(serve(request_tokens=10)).output(batch())
 
 
 def test_another_server_takes_over(serve, ask, local):
