@@ -228,6 +228,8 @@ def evaluate(
         check_forward(found)
         return CausalLM(found, config.model.head)
 
+    if served and config.teacher.provider != "minillm":
+        raise ConfigError(f"{source} is to be evaluated itself, which needs a server of `minillm teach`")
     with _no_progress_bars(), first_process_tells():
         tokens = load_tokenizer(named or source)
         if against and not is_elsewhere(against):

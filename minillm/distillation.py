@@ -32,6 +32,7 @@ from minillm.teacher.choose import choose_teacher
 from minillm.teacher.own_base import own_teacher
 from minillm.teacher.routed import Routed
 from minillm.teacher.stored import StoredTeacher
+from minillm.teacher.vllm_server import VllmTeacher
 from minillm.terminal import say
 from minillm.train.context import Context
 from minillm.train.loop import train
@@ -136,6 +137,8 @@ def _run(
             f"--data {recipe.run.data.eval} --out DIR, then minillm evaluate {run.path / 'model'} --data "
             f"{recipe.run.data.eval} --teacher DIR"
         )
+    if examples and isinstance(teacher, VllmTeacher):
+        say("the teacher's own answers are not evaluated: vLLM gives its hidden states, and draws nothing here")
     evaluate(START, student, judge(teacher))
     step = 0
     for name, training in trainings.items():

@@ -30,6 +30,7 @@ from minillm.model.sampling import Decoding, decode, greedy
 from minillm.teacher.choose import ends_of
 from minillm.teacher.served import ServedTeacher
 from minillm.teacher.stored import StoredTeacher
+from minillm.teacher.vllm_server import VllmTeacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -182,13 +183,21 @@ def generation(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[
 
 def left_out(teacher: Scorer | None, parts: Sequence[str]) -> str:
     """What of these parts this teacher cannot say, in words; empty where it can say all."""
-    if not isinstance(teacher, StoredTeacher) or not {"samples", "teacher_samples"} & set(parts):
-        return ""
-    return (
-        f"not measured: the reverse KL on the student's own samples, the forward KL on the teacher's, and exposure "
-        f"bias. {teacher.folder} holds what the teacher said of given texts: name the model itself, or a server of "
-        "`minillm teach`, for these"
+    own, taught = (
+        "the reverse KL on the student's own samples",
+        "the forward KL on the teacher's samples, exposure bias",
     )
+    if isinstance(teacher, StoredTeacher) and {"samples", "teacher_samples"} & set(parts):
+        return (
+            f"not measured: {own}, {taught}. {teacher.folder} holds what the teacher said of given texts: name the "
+            "model itself for these, or a server of `minillm teach`"
+        )
+    if isinstance(teacher, VllmTeacher) and "teacher_samples" in parts:
+        return (
+            f"not measured: {taught}. vLLM gives the teacher's hidden states and draws nothing here: name the model "
+            "itself for these, or a server of `minillm teach`"
+        )
+    return ""
 
 
 def check_measurable(student: Author, teacher: Scorer | None, examples: Sequence[Example], config: RunConfig) -> None:
@@ -202,7 +211,7 @@ def check_measurable(student: Author, teacher: Scorer | None, examples: Sequence
     for model in (student, teacher):
         if isinstance(model, CausalLM):
             check_context(model.model, tokens)
-        elif isinstance(model, ServedTeacher):
+        elif isinstance(model, ServedTeacher | VllmTeacher):
             model.check(tokens, max(max(example.prompt + example.response) for example in examples))
         elif isinstance(model, StoredTeacher):
             assert model.head  # or it says what it holds instead

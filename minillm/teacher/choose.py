@@ -14,12 +14,13 @@ from minillm.model.load import end_tokens, load_tokenizer
 from minillm.teacher import Teacher
 from minillm.teacher.served import ServedTeacher
 from minillm.teacher.stored import StoredTeacher
+from minillm.teacher.vllm_server import VllmTeacher
 from minillm.teacher.wire import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Elsewhere = ServedTeacher | StoredTeacher
+Elsewhere = ServedTeacher | StoredTeacher | VllmTeacher
 """Teachers that are not in this process."""
 
 
@@ -61,6 +62,9 @@ def elsewhere(
     if is_stored(source):
         teacher = StoredTeacher(Path(source), device)
         theirs = teacher.plan.tokenizer
+    elif settings.provider == "vllm":
+        teacher = VllmTeacher(addresses(source), settings, device)
+        theirs = teacher.tokenizer
     else:
         teacher = ServedTeacher(addresses(source), settings, device)
         theirs = teacher.about["tokenizer"]
