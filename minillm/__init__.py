@@ -60,8 +60,8 @@ def distill(
             found before any work that could be lost.
         CheckpointError: a checkpoint that cannot be used, or something that could not be written; the message says
             how to go on.
-        EngineLost: a server that samples no longer answers; everything up to that step is saved, and the message says
-            how to go on.
+        ServerLost: a server that samples or teaches no longer answers; everything up to that step is saved, and the
+            message says how to go on.
         FileNotFoundError: no such recipe, or nothing to resume from.
         FloatingPointError: the loss is not finite.
         Interrupted: a signal asked to stop (SIGTERM, Ctrl-C); everything up to that step is saved, and the message
@@ -176,7 +176,7 @@ def evaluate(
 
     Raises:
         ConfigError, DataError, PackageError: a setting, a source or a package that cannot be used.
-        TeacherLost: a server that no longer answers.
+        ServerLost: a server that no longer answers.
 
     Examples:
         >>> import minillm

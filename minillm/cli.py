@@ -351,12 +351,10 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from minillm.config.schema import ConfigError
     from minillm.data.packages import PackageError
     from minillm.data.sources import DataError
-    from minillm.engine import EngineLost
+    from minillm.lost import ServerLost
     from minillm.run.checkpoint import CheckpointError
-    from minillm.teacher import TeacherLost
 
-    lost = EngineLost, TeacherLost
-    return ConfigError, DataError, PackageError, CheckpointError, *lost, FileNotFoundError, FloatingPointError
+    return ConfigError, DataError, PackageError, CheckpointError, ServerLost, FileNotFoundError, FloatingPointError
 
 
 def _prompts(given: str | None) -> Iterable[tuple[str, str]]:

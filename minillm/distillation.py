@@ -16,6 +16,7 @@ from minillm.doctor.patient import Finding
 from minillm.evaluation.divergence import Author
 from minillm.evaluation.measure import check_measurable, evaluation_set, measure
 from minillm.evaluation.result import START, TEACHER, Evaluation, plain
+from minillm.lost import ServerLost
 from minillm.model.check import check_decoding, check_same_tokenizer
 from minillm.model.head import CausalLM
 from minillm.model.load import load_frozen, load_student, load_teacher, load_tokenizer, own_weights
@@ -27,7 +28,7 @@ from minillm.report.summary import card, changes, run_text
 from minillm.run.directory import RunDirectory
 from minillm.run.export import check_export
 from minillm.run.workers import WorkerLost, resume_after_restart
-from minillm.teacher import Teacher, TeacherLost
+from minillm.teacher import Teacher
 from minillm.teacher.choose import choose_teacher
 from minillm.teacher.own_base import own_teacher
 from minillm.teacher.routed import Routed
@@ -100,8 +101,8 @@ def run_recipe(
     with RunDirectory(recipe, resume, command, student.model, space_needed(recipe, student.model)) as run:
         try:
             return _run(run, student, teacher, tokenizer, trainings, examples, started)
-        except TeacherLost as lost:
-            raise TeacherLost(f"{lost}. {run.how_to_resume()}") from lost
+        except ServerLost as lost:
+            raise ServerLost(f"{lost}. {run.how_to_resume()}", lost.everywhere) from lost
         finally:
             if teacher is not None:
                 teacher.close()

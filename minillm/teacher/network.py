@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from minillm.config.schema import ConfigError, TeacherConfig
 from minillm.config.teacher import TOKEN
-from minillm.teacher import TeacherLost
+from minillm.lost import ServerLost
 from minillm.teacher.sessions import Gone
 
 START_SECONDS, CONNECT_SECONDS, REST_SECONDS = 30, 10, 30
@@ -61,7 +61,7 @@ class Servers:
         """What `read` makes of the answer of a server: of `only` that one, or of whichever gives one first, beginning
         with number `start`, or by turns. `read` raises ValueError for what was not asked.
 
-        Raises Gone for a session that is not there; ConfigError for what no server will ever answer; TeacherLost.
+        Raises Gone for a session that is not there; ConfigError for what no server will ever answer; ServerLost.
         """
         patience = self.settings.patience if self.started else min(self.settings.patience, START_SECONDS)
         give_up, pause, trouble = time.monotonic() + patience, 0.1, ""
@@ -88,7 +88,7 @@ class Servers:
                         continue
                 self.failed[url] = time.monotonic()
             if time.monotonic() + pause > give_up or self.stopped.wait(pause):
-                raise TeacherLost(f"the teacher has not answered for {patience:g} s (teacher.patience): {trouble}")
+                raise ServerLost(f"the teacher has not answered for {patience:g} s (teacher.patience): {trouble}")
             pause = min(2 * pause, 5.0)
 
     def _order(self, start: int | None) -> list[str]:

@@ -1,7 +1,7 @@
 """The client of `minillm teach`: a teacher on one server, or on several that serve the same model.
 
 Questions about the next micro-batches travel while the current one is learnt from. A server that is busy, slow or gone
-is asked again, or the next one is; when none has answered for `teacher.patience` seconds, TeacherLost ends the run.
+is asked again, or the next one is; when none has answered for `teacher.patience` seconds, ServerLost ends the run.
 """
 
 import json
@@ -20,9 +20,9 @@ from minillm.config.schema import ConfigError, TeacherConfig
 from minillm.data.examples import Batch
 from minillm.data.packages import cache_directory
 from minillm.files import sha256, whole_or_absent
+from minillm.lost import ServerLost
 from minillm.model.head import Output, first_columns
 from minillm.model.sampling import Decoding
-from minillm.teacher import TeacherLost
 from minillm.teacher.network import Answer, Servers
 from minillm.teacher.sessions import RemoteDecoder
 from minillm.teacher.wire import (
@@ -47,7 +47,7 @@ ABOUT = {
 class ServedTeacher:
     """A teacher behind HTTP. `head` is fetched once and kept in the cache directory, by its digest.
 
-    Raises ConfigError where servers serve different models, or something that is no teacher; TeacherLost.
+    Raises ConfigError where servers serve different models, or something that is no teacher; ServerLost.
     """
 
     def __init__(self, urls: Sequence[str], settings: TeacherConfig, device: torch.device) -> None:
@@ -197,7 +197,7 @@ class ServedTeacher:
     def _call(self, path: str, read: Callable[[bytes], Any], body: bytes, start: int | None = None) -> Any:
         def of_this_model(answer: Answer) -> Any:
             if answer.headers.get(MODEL_HEADER, "") != self.fingerprint:
-                raise TeacherLost(
+                raise ServerLost(
                     f"{answer.url} serves another model than at the start of this run: start the teacher again"
                 )
             return read(answer.body)

@@ -36,7 +36,7 @@ AT_ONCE = 16384
 class VllmTeacher:
     """A teacher behind servers of vLLM that serve the same model. It scores what is given, and draws nothing.
 
-    Raises ConfigError where a server serves something else, or where the head cannot be read; TeacherLost.
+    Raises ConfigError where a server serves something else, or where the head cannot be read; ServerLost.
     """
 
     def __init__(self, urls: Sequence[str], settings: TeacherConfig, device: torch.device) -> None:

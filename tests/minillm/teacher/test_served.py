@@ -9,9 +9,9 @@ import torch
 
 from minillm.config.schema import ConfigError, TeacherConfig
 from minillm.data.examples import collate
+from minillm.lost import ServerLost
 from minillm.model.head import CausalLM
 from minillm.model.sampling import Decoding, draw_uniforms, sample
-from minillm.teacher import TeacherLost
 from minillm.teacher.wire import Question, pack_states, write_tensors
 
 urllib3 = pytest.importorskip("urllib3", reason="the extra `teach`")
@@ -160,7 +160,7 @@ def test_a_teacher_that_is_gone_is_lost_after_the_patience(serve, ask):
     server = serve()
     teacher = ask(server)
     server.kill()
-    with pytest.raises(TeacherLost, match=r"has not answered for 1 s \(teacher.patience\): http://127.0.0.1"):
+    with pytest.raises(ServerLost, match=r"has not answered for 1 s \(teacher.patience\): http://127.0.0.1"):
         teacher.output(batch())
 
 
@@ -178,7 +178,7 @@ def test_another_model_at_the_same_address_is_not_listened_to(serve, ask, make_l
     teacher = ask(server)
     server.kill()
     serve(make_llama(4, seed=7), port=int(server.url.rpartition(":")[2]))
-    with pytest.raises(TeacherLost, match="serves another model"):
+    with pytest.raises(ServerLost, match="serves another model"):
         teacher.output(batch())
     with pytest.raises(ConfigError, match="serve different models"):
         ask(serve(), serve(make_llama(3)))
@@ -189,7 +189,7 @@ def test_a_model_that_fails_fails_this_answer_alone(serve, ask, local):
     teacher, lm = ask(server), server.teacher.lm
     output = lm.output
     lm.output = lambda asked: 1 / 0
-    with pytest.raises(TeacherLost, match="500: the model failed: division by zero"):
+    with pytest.raises(ServerLost, match="500: the model failed: division by zero"):
         teacher.output(batch())
     lm.output = output
     assert torch.equal(teacher.output(batch()).states, local(batch()).states)
@@ -216,5 +216,5 @@ def test_closing_waits_for_nobody(serve, ask):
     server.kill()
     asked = teacher.ask(batch())
     teacher.close()
-    with pytest.raises(TeacherLost):
+    with pytest.raises(ServerLost):
         asked.result(10)

@@ -1,5 +1,5 @@
-"""A teacher whose states a server of vLLM gives, played by a server of the standard library; on vLLM itself, the test is
-in tests/minillm/engine/test_vllm.py."""
+"""A teacher whose states a server of vLLM gives, played by a server of the standard library; vLLM itself is in
+tests/minillm/engine/test_vllm.py."""
 
 import json
 from dataclasses import replace
@@ -12,9 +12,9 @@ from minillm.cli import main
 from minillm.config.schema import ConfigError, TeacherConfig
 from minillm.data.examples import collate
 from minillm.evaluation.measure import left_out
+from minillm.lost import ServerLost
 from minillm.model.head import CausalLM
 from minillm.model.load import load_model
-from minillm.teacher import TeacherLost
 from minillm.teacher.vllm_server import VllmTeacher, head_of
 
 pytest.importorskip("urllib3", reason="the extra `teach`")
@@ -70,7 +70,7 @@ def test_states_travel_in_bfloat16_where_that_is_asked(service, connect, files):
     torch.testing.assert_close(found, expected, rtol=2**-8, atol=1e-5)
 
 
-def test_a_head_in_shards_with_a_bias_or_tied_is_found_in_the_files(make_llama, make_gpt2, tmp_path):
+def test_a_head_in_shards_tied_or_not_is_found_in_the_files(make_llama, make_gpt2, tmp_path):
     for name, model in (
         ("tied", make_llama(1, tie_word_embeddings=True)),
         ("gpt2", make_gpt2()),
@@ -144,17 +144,17 @@ def test_another_server_takes_over_and_one_that_is_gone_is_lost(service, connect
     for _ in range(3):
         assert torch.equal(teacher.output(batch).states, expected)
     other.close()
-    with pytest.raises(TeacherLost, match=r"has not answered for 0.5 s"):
+    with pytest.raises(ServerLost, match=r"has not answered for 0.5 s"):
         teacher.output(batch)
 
 
 def test_what_is_no_such_server_is_refused(service, connect, files, make_llama):
-    with pytest.raises(ConfigError, match="name a copy of its files, or its hub id, in teacher.files"):
+    with pytest.raises(ConfigError, match=r"name a copy of its files, or its hub id, in teacher\.files"):
         connect(service(root="/nowhere"))
     assert connect(service(root="/nowhere"), settings=replace(VLLM, files=str(files / "teacher"))).hidden_size == 32
     with pytest.raises(ConfigError, match="serve different models"):
         connect(service(), service(root="/elsewhere"))
-    with pytest.raises(TeacherLost, match=r"not 32 numbers of torch.float32 .* Start it by vllm serve"):
+    with pytest.raises(ServerLost, match=r"not 32 numbers of torch.float32 .* Start it by vllm serve"):
         connect(service(CausalLM(make_llama(2, hidden_size=64))))
     with pytest.raises(ConfigError, match="reads 10: start it with a higher --max-model-len"):
         connect(service(longest=10)).check(11, 5)
