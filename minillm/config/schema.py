@@ -21,8 +21,8 @@ class ConfigError(ValueError):
 class ModelConfig:
     teacher: str = ""
     """Hub id, local directory, or `package:NAME` (minillm/data/packages.py lists the names). Or a teacher that the run
-    does not load: `http://HOST:PORT` of `minillm teach MODEL`, several with commas between them, or the directory that
-    `minillm teach MODEL --data D --out DIR` wrote."""
+    does not load: `http://HOST:PORT` of `minillm teach MODEL` or of vLLM (teacher.provider), several with commas
+    between them, or the directory that `minillm teach MODEL --data D --out DIR` wrote."""
     student: str = ""
     """The same; empty: cut from the teacher by `drop_layers`."""
     drop_layers: tuple[int, int] | None = None
