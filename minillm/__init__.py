@@ -194,7 +194,7 @@ def evaluate(
 
     from minillm.config.recipe import merged, nested, run_from
     from minillm.config.schema import ConfigError
-    from minillm.config.teacher import addresses
+    from minillm.config.teacher import addresses, wrong_address
     from minillm.data.examples import read_records
     from minillm.evaluation.measure import DEFAULTS, PARTS, evaluation_set, generation, left_out, measure
     from minillm.model.check import check_decoding, check_forward, check_same_tokenizer
@@ -228,8 +228,14 @@ def evaluate(
         check_forward(found)
         return CausalLM(found, config.model.head)
 
-    if served and config.teacher.provider != "minillm":
+    for name, address in (("the model", source), ("the teacher", against or "")):
+        if wrong := wrong_address(address):
+            raise ConfigError(f"{name} is {wrong}")
+    in_vllm = config.teacher.provider == "vllm"
+    if served and in_vllm:
         raise ConfigError(f"{source} is to be evaluated itself, which needs a server of `minillm teach`")
+    if (in_vllm or config.teacher.files) and not (in_vllm and addresses(against or "")):
+        raise ConfigError("teacher.provider vllm and teacher.files are for a teacher that is the address of vLLM")
     with _no_progress_bars(), first_process_tells():
         tokens = load_tokenizer(named or source)
         if against and not is_elsewhere(against):

@@ -62,16 +62,32 @@ def is_stored(source: str) -> bool:
     return bool(source) and (Path(source) / STORE).is_file()
 
 
-def wrong_teacher(stage: "StageConfig", run: "RunConfig") -> str:
-    """What a stage asks of a teacher that is not here, and cannot have; empty where all is well."""
-    source, teacher, rollout = run.model.teacher, run.teacher, stage.rollout
-    served, stored = addresses(source), is_stored(source)
+def wrong_address(source: str) -> str:
+    """The first of the servers that is no address, and what was expected; empty where all are."""
+    for url in addresses(source):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
+            return f"{url!r}; expected http://HOST:PORT, several of them separated by commas"
+    return ""
+
+
+def wrong_settings(teacher: TeacherConfig) -> str:
+    """What of how servers are asked cannot be; empty where all is well."""
     if teacher.wire not in WIRES:
         return f"teacher.wire is {teacher.wire!r}; expected one of {', '.join(WIRES)}"
     if teacher.provider not in PROVIDERS:
         return f"teacher.provider is {teacher.provider!r}; expected one of {', '.join(PROVIDERS)}"
     if teacher.timeout <= 0 or teacher.patience < 0 or teacher.prefetch < 1:
         return "teacher.timeout must be above 0, teacher.patience at least 0 and teacher.prefetch at least 1"
+    if teacher.provider == "vllm" and (teacher.wire == "float8" or teacher.compress):
+        return "teacher.provider is vllm, which sends neither scaled float8 nor compressed states: leave them out"
+    return ""
+
+
+def wrong_teacher(stage: "StageConfig", run: "RunConfig") -> str:
+    """What a stage asks of a teacher that is not here, and cannot have; empty where all is well."""
+    source, teacher, rollout = run.model.teacher, run.teacher, stage.rollout
+    served, stored = addresses(source), is_stored(source)
     if stage.loss.support not in ("full", "top_k"):
         return f"loss.support is {stage.loss.support!r}; expected full or top_k"
     if stage.loss.support == "top_k" and not (stored and stage.method == "kd"):
@@ -93,10 +109,8 @@ def wrong_teacher(stage: "StageConfig", run: "RunConfig") -> str:
             f"method {stage.method} asks the teacher about answers that do not exist yet, and {source} holds what it "
             "said of given ones: use method kd, or a teacher on a server"
         )
-    for url in served:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
-            return f"model.teacher names {url!r}; expected http://HOST:PORT, several of them separated by commas"
+    if wrong := wrong_address(source):
+        return f"model.teacher names {wrong}"
     if served and stage.method == "minillm" and rollout.alpha > 0 and rollout.coins == "row":
         return (
             f"rollout.alpha is {rollout.alpha:g}: a teacher on a server draws tokens in its turns alone. Set "
@@ -114,6 +128,4 @@ def _wrong_for_vllm(stage: "StageConfig", teacher: TeacherConfig, served: bool) 
             f"teacher.provider is vllm, which gives a teacher's hidden states and draws nothing, and {why}: serve the "
             "teacher by `minillm teach`, which draws too"
         )
-    if teacher.wire == "float8" or teacher.compress:
-        return "teacher.provider is vllm, which sends neither scaled float8 nor compressed states: leave them out"
     return ""

@@ -136,6 +136,26 @@ def test_an_evaluation_leaves_out_what_needs_the_teachers_draws_and_says_so(file
     assert left_out(connect(served), ["samples", "references"]) == ""
 
 
+@pytest.mark.parametrize(
+    ("model", "teacher", "flags", "words"),
+    [
+        ("http://a:1", None, ["--tokenizer=STUDENT", "--teacher.provider=vllm"], "needs a server of `minillm teach`"),
+        ("STUDENT", "STUDENT", ["--teacher.provider=vllm"], "for a teacher that is the address of vLLM"),
+        ("STUDENT", "http://a:1", ["--teacher.files=STUDENT"], "for a teacher that is the address of vLLM"),
+        ("STUDENT", "http://", [], "the teacher is 'http:'; expected http://HOST:PORT"),
+        ("http://a:1?b", None, ["--tokenizer=STUDENT"], "the model is 'http://a:1?b'; expected http://HOST:PORT"),
+        ("STUDENT", "http://a:1", ["--teacher.wire=int8"], "teacher.wire is 'int8'"),
+        ("STUDENT", "http://a:1", ["--teacher.provider=vllm", "--teacher.wire=float8"], "neither scaled float8"),
+        ("STUDENT", "http://a:1", ["--teacher.timeout=0"], "teacher.timeout must be above 0"),
+    ],
+)
+def test_evaluations_that_cannot_be_are_refused_at_once(files, model, teacher, flags, words, capsys):
+    against = ["--teacher", teacher] if teacher else []
+    command = ["evaluate", model, "--data", str(files / "eval.jsonl"), *against, *flags]
+    assert main([each.replace("STUDENT", str(files / "student")) for each in command]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_another_server_takes_over_and_one_that_is_gone_is_lost(service, connect):
     one, other = service(), service()
     teacher, batch = connect(one, other), collate(PROMPTS, RESPONSES)
