@@ -60,8 +60,8 @@ def distill(
             found before any work that could be lost.
         CheckpointError: a checkpoint that cannot be used, or something that could not be written; the message says
             how to go on.
-        EngineLost: a server that samples no longer answers; everything up to that step is saved, and the message says
-            how to go on.
+        ServerLost: a server that samples or teaches no longer answers; everything up to that step is saved, and the
+            message says how to go on.
         FileNotFoundError: no such recipe, or nothing to resume from.
         FloatingPointError: the loss is not finite.
         Interrupted: a signal asked to stop (SIGTERM, Ctrl-C); everything up to that step is saved, and the message
@@ -146,17 +146,29 @@ def load_recipe(path: Source, *, smoke: bool = False, **overrides: Any) -> "Reci
     return recipe.load_recipe(_named("recipe", path), smoke=smoke, overrides=nested(_as_yaml(overrides)))
 
 
-def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, **overrides: Any) -> "Evaluation":
+def evaluate(
+    model: Source,
+    data: Source,
+    /,
+    *,
+    teacher: Source | None = None,
+    tokenizer: Source | None = None,
+    **overrides: Any,
+) -> "Evaluation":
     """Measure a model on prompts with reference answers, as `minillm evaluate` does.
 
     Several processes (accelerate launch) share the work; the result of each is the same as that of one.
 
     Args:
-        model: the model. It and the teacher are loaded in `model={"dtype": …}`, float32 by default.
+        model: the model, or the address of a server of `minillm teach`. What is loaded, a teacher too, is loaded in
+            `model={"dtype": …}`, float32 by default.
         data: prompts with answers.
-        teacher: also measure the KL divergences and the exposure bias against this model, of the same tokenizer.
-        **overrides: the sections `eval`, `engine`, `model`, `data` and `log` of minillm/config/schema.py, as
-            `eval={"prompts": 100}`. By default all prompts are evaluated, with five samples of 256 tokens.
+        teacher: also measure the KL divergences and the exposure bias against this model, of the same tokenizer. The
+            address of a server says all of it; a directory of `minillm teach --out`, written of `data`, says the
+            divergences along the references.
+        tokenizer: where `model` is an address, the model whose tokenizer and chat template it has.
+        **overrides: the sections `eval`, `engine`, `model`, `teacher`, `data` and `log` of minillm/config/schema.py,
+            as `eval={"prompts": 100}`. By default all prompts are evaluated, with five samples of 256 tokens.
 
     Returns:
         An Evaluation: `means["rouge_l/greedy"].mean`, `means["reverse_kl/own_samples"].standard_error`, `calibration`,
@@ -164,6 +176,7 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
 
     Raises:
         ConfigError, DataError, PackageError: a setting, a source or a package that cannot be used.
+        ServerLost: a server that no longer answers.
 
     Examples:
         >>> import minillm
@@ -181,44 +194,74 @@ def evaluate(model: Source, data: Source, /, *, teacher: Source | None = None, *
 
     from minillm.config.recipe import merged, nested, run_from
     from minillm.config.schema import ConfigError
+    from minillm.config.teacher import addresses, wrong_address
     from minillm.data.examples import read_records
-    from minillm.evaluation.measure import DEFAULTS, evaluation_set, generation, measure
+    from minillm.evaluation.measure import DEFAULTS, PARTS, evaluation_set, generation, left_out, measure
     from minillm.model.check import check_decoding, check_forward, check_same_tokenizer
     from minillm.model.head import CausalLM
     from minillm.model.load import load_model, load_tokenizer
     from minillm.run.directory import environment
     from minillm.run.workers import first_process_tells
+    from minillm.teacher.choose import elsewhere, is_elsewhere
+    from minillm.teacher.served import ServedTeacher
     from minillm.terminal import say
 
     tree = nested(_as_yaml(overrides))
-    if unread := tree.keys() - {"eval", "engine", "model", "data", "log"}:
-        raise ConfigError(
-            f"an evaluation does not read {min(unread)!r}; it reads the sections eval, engine, model, data and log"
-        )
+    if unread := tree.keys() - (read := ("eval", "engine", "model", "teacher", "data", "log")):
+        raise ConfigError(f"an evaluation does not read {min(unread)!r}; it reads the sections {', '.join(read)}")
     source, data, against = _named("model", model), _named("data", data), teacher and _named("teacher", teacher)
+    served, named = bool(addresses(source)), tokenizer and _named("tokenizer", tokenizer)
+    if served != bool(named):
+        raise ConfigError(
+            f"{source} is a server, which sends no tokenizer: name the model that it serves, or one of its family, as "
+            "tokenizer (--tokenizer)"
+            if served
+            else f"{source} has a tokenizer of its own: leave out tokenizer (--tokenizer), which is for servers"
+        )
     config = run_from(merged({"eval": DEFAULTS}, tree, {"data": {"eval": data}}))
 
-    def load(name: str) -> CausalLM:
-        found = load_model(name, config.model.dtype, config.model.attn).to(PartialState().device)
+    def load(name: str) -> Any:
+        device = PartialState().device
+        if is_elsewhere(name):
+            return elsewhere(name, config.teacher, tokens, device)
+        found = load_model(name, config.model.dtype, config.model.attn).to(device)
         check_forward(found)
         return CausalLM(found, config.model.head)
 
+    for name, address in (("the model", source), ("the teacher", against or "")):
+        if wrong := wrong_address(address):
+            raise ConfigError(f"{name} is {wrong}")
+    in_vllm = config.teacher.provider == "vllm"
+    if served and in_vllm:
+        raise ConfigError(f"{source} is to be evaluated itself, which needs a server of `minillm teach`")
+    if (in_vllm or config.teacher.files) and not (in_vllm and addresses(against or "")):
+        raise ConfigError("teacher.provider vllm and teacher.files are for a teacher that is the address of vLLM")
     with _no_progress_bars(), first_process_tells():
-        tokenizer = load_tokenizer(source)
-        if against:
-            check_same_tokenizer(tokenizer, load_tokenizer(against))
-        examples, student = evaluation_set(config, tokenizer), load(source)
-        check_decoding(student)
-        settings = json.dumps(generation(config, tokenizer), ensure_ascii=False)
+        tokens = load_tokenizer(named or source)
+        if against and not is_elsewhere(against):
+            check_same_tokenizer(tokens, load_tokenizer(against))
+        examples, student = evaluation_set(config, tokens), load(source)
+        if isinstance(student, CausalLM):
+            check_decoding(student)
+        settings = json.dumps(generation(config, tokens), ensure_ascii=False)
         records = len(read_records(data))
+        judge = load(against) if against else None
+        if isinstance(judge, CausalLM):
+            judge.requires_grad_(False)
         if PartialState().is_main_process:
             say(f"{data}: {len(examples)} of {records} records; generation: {settings}", error=True)
-        result = measure(
-            student, load(against).requires_grad_(False) if against else None, tokenizer, examples, config
-        )
+            if words := left_out(judge, PARTS):
+                say(words, error=True)
+        try:
+            result = measure(student, judge, tokens, examples, config)
+        finally:
+            for lm in (student, judge):
+                if lm is not None:
+                    lm.close()
     about: dict[str, Any] = {"model": source, "teacher": against, "data": data, "records": records}
-    about |= {"parameters": student.model.num_parameters(), "environment": environment()}
-    return dataclasses.replace(result, about=about)
+    if not isinstance(student, ServedTeacher):
+        about["parameters"] = student.model.num_parameters()
+    return dataclasses.replace(result, about=about | {"environment": environment()})
 
 
 def _named(what: str, source: Source) -> str:

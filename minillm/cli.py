@@ -107,7 +107,9 @@ def evaluate(options: argparse.Namespace, flags: list[str]) -> int:
     if options.out:
         check_writable(Path(options.out))  # before the work
     overrides = dict(flatten(parse_flags(flags)))
-    result = minillm.evaluate(options.model, options.data, teacher=options.teacher, **overrides)
+    result = minillm.evaluate(
+        options.model, options.data, teacher=options.teacher, tokenizer=options.tokenizer, **overrides
+    )
     from accelerate import PartialState
 
     if not PartialState().is_main_process:
@@ -298,7 +300,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--resume", default="", metavar="auto|PATH", help=RESUME)
     sub.add_argument("--no-doctor", dest="doctor", action="store_false", help=NO_DOCTOR)
     sub = command("evaluate", evaluate, "measure a model on prompts with reference answers", override)
-    sub.add_argument("model", help="hub id, directory or package:NAME")
+    sub.add_argument("model", help="hub id, directory, package:NAME, or the address of a server of `minillm teach`")
+    sub.add_argument("--tokenizer", help="of such a server: a model whose tokenizer it has")
     sub.add_argument("--data", required=True, help="prompts with answers: file, directory, hub id or package:NAME")
     sub.add_argument("--teacher", help="also measure divergences and exposure bias against this model")
     sub.add_argument("--out", help="write the JSON here and print a table; without it, the JSON is printed")
@@ -348,12 +351,10 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from minillm.config.schema import ConfigError
     from minillm.data.packages import PackageError
     from minillm.data.sources import DataError
-    from minillm.engine import EngineLost
+    from minillm.lost import ServerLost
     from minillm.run.checkpoint import CheckpointError
-    from minillm.teacher import TeacherLost
 
-    lost = EngineLost, TeacherLost
-    return ConfigError, DataError, PackageError, CheckpointError, *lost, FileNotFoundError, FloatingPointError
+    return ConfigError, DataError, PackageError, CheckpointError, ServerLost, FileNotFoundError, FloatingPointError
 
 
 def _prompts(given: str | None) -> Iterable[tuple[str, str]]:

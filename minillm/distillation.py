@@ -13,8 +13,10 @@ from minillm.config.schema import ConfigError, RunConfig
 from minillm.data.examples import Example, show
 from minillm.doctor import examine, refuse
 from minillm.doctor.patient import Finding
+from minillm.evaluation.divergence import Author
 from minillm.evaluation.measure import check_measurable, evaluation_set, measure
 from minillm.evaluation.result import START, TEACHER, Evaluation, plain
+from minillm.lost import ServerLost
 from minillm.model.check import check_decoding, check_same_tokenizer
 from minillm.model.head import CausalLM
 from minillm.model.load import load_frozen, load_student, load_teacher, load_tokenizer, own_weights
@@ -25,11 +27,12 @@ from minillm.report.summary import card, changes, run_text
 from minillm.run.directory import RunDirectory
 from minillm.run.export import check_export
 from minillm.run.workers import WorkerLost, resume_after_restart
-from minillm.teacher import Teacher, TeacherLost
+from minillm.teacher import Teacher
 from minillm.teacher.choose import choose_teacher
 from minillm.teacher.own_base import own_teacher
 from minillm.teacher.routed import Routed
 from minillm.teacher.stored import StoredTeacher
+from minillm.teacher.vllm_server import VllmTeacher
 from minillm.terminal import say
 from minillm.train.context import Context
 from minillm.train.loop import train
@@ -97,8 +100,8 @@ def run_recipe(
     with RunDirectory(recipe, resume, command, student.model, space_needed(recipe, student.model)) as run:
         try:
             return _run(run, student, teacher, tokenizer, trainings, examples, started)
-        except TeacherLost as lost:
-            raise TeacherLost(f"{lost}. {run.how_to_resume()}") from lost
+        except ServerLost as lost:
+            raise ServerLost(f"{lost}. {run.how_to_resume()}", lost.everywhere) from lost
         finally:
             if teacher is not None:
                 teacher.close()
@@ -122,11 +125,20 @@ def _run(
 
     evaluations: dict[str, Evaluation] = {}
 
-    def evaluate(name: str, model: CausalLM, against: Teacher | None) -> None:
+    def evaluate(name: str, model: Author, against: Teacher | None) -> None:
         if examples:
             evaluations[name] = _evaluated(name, run, model, against, tokenizer, examples)
             run.write("samples.jsonl", _samples(evaluations))
 
+    if examples and isinstance(teacher, StoredTeacher):
+        say(
+            "the divergences are not measured: the teacher is stored, and was asked about nothing but what is learnt "
+            f"from. Those along the references can be measured afterwards: minillm teach {teacher.plan.model} "
+            f"--data {recipe.run.data.eval} --out DIR, then minillm evaluate {run.path / 'model'} --data "
+            f"{recipe.run.data.eval} --teacher DIR"
+        )
+    if examples and isinstance(teacher, VllmTeacher):
+        say("the teacher's own answers are not evaluated: vLLM gives its hidden states, and draws nothing here")
     evaluate(START, student, judge(teacher))
     step = 0
     for name, training in trainings.items():
@@ -136,7 +148,7 @@ def _run(
             run.export(whole_model(student), tokenizer)
         step += recipe.stages[name].optim.steps
         evaluate(name, student, judge(teacher))
-    if isinstance(teacher, CausalLM):
+    if isinstance(teacher, Author):
         evaluate(TEACHER, teacher, None)
 
     seconds |= _seconds(run.stages, evaluations)
@@ -231,7 +243,7 @@ def _introduce(
 def _evaluated(
     name: str,
     run: RunDirectory,
-    model: CausalLM,
+    model: Author,
     teacher: Teacher | None,
     tokenizer: "PreTrainedTokenizerBase",
     examples: Sequence[Example],

@@ -10,17 +10,25 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def foreign(failed: str, kind: type[Exception], diagnose: Callable[[], str] = str) -> Iterator[None]:
+def foreign(
+    failed: str,
+    kind: type[Exception],
+    diagnose: Callable[[], str] = str,
+    advice: str = "",
+    passing: tuple[type[Exception], ...] = (),
+) -> Iterator[None]:
     """Turn what the block raises into an error of `kind` that says what `failed` and why: as `diagnose` finds, else in
-    the words of the exception. Errors of `kind` pass as they are, and so does a full disk: no file's fault."""
+    the words of the exception; and `advice`, what to do about it. Errors of `kind` pass as they are, those that are
+    `passing` too, and so does a full disk: no file's fault."""
     try:
         yield
     except BaseException as error:
         panic = type(error).__module__ == "pyo3_runtime"  # of Rust code, and no Exception
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if isinstance(error, kind) or full or not (isinstance(error, Exception) or panic):
+        if isinstance(error, (kind, *passing)) or full or not (isinstance(error, Exception) or panic):
             raise
-        raise kind(f"{failed}: {diagnose() or reason(error)}") from error
+        why = diagnose() or reason(error)
+        raise kind(f"{failed} ({why}). {advice}" if advice else f"{failed}: {why}") from error
 
 
 def reason(error: BaseException) -> str:

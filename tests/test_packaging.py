@@ -14,7 +14,7 @@ def test_every_lower_bound_is_a_version_that_is_tested():
     tomllib = pytest.importorskip("tomllib", reason="comes with Python 3.11")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["data"], *extras["lora"], *extras["report"]]
+    wanted = [*project["dependencies"], *extras["data"], *extras["lora"], *extras["teach"], *extras["report"]]
     bounds = dict(requirement.split(">=") for requirement in wanted)
     tested = re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "tests" / "oldest.txt").read_text(), re.MULTILINE)
     oldest = {name: version for name, version in reversed(tested)}  # a line for newer Pythons comes second

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from minillm.config.engine import EngineConfig
 from minillm.config.schema import ConfigError, OptimConfig, Route, RunConfig, StageConfig
-from minillm.config.teacher import addresses, is_stored, wrong_teacher
+from minillm.config.teacher import addresses, is_stored, wrong_settings, wrong_teacher
 from minillm.files import flatten
 from minillm_kernels.rows import DIVERGENCES
 
@@ -101,6 +101,8 @@ def check_teacher(run: RunConfig) -> None:
     """Refuse contradictions about whose weights the teacher has, and how they are held."""
     teacher, model = run.teacher, run.model
     one_of("teacher.source", teacher.source, ("checkpoint", "base", *MOVING))
+    if wrong := wrong_settings(teacher):
+        raise ConfigError(wrong)
     if run.teachers and (model.teacher or teacher.source != "checkpoint"):
         raise ConfigError("teachers and model.teacher (or teacher.source) both name teachers: keep one of them")
     routes(run)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from minillm.config.engine import EngineConfig
 from minillm.config.parallel import ParallelConfig
+from minillm.config.teacher import TeacherConfig
 
 
 class ConfigError(ValueError):
@@ -20,8 +21,8 @@ class ConfigError(ValueError):
 class ModelConfig:
     teacher: str = ""
     """Hub id, local directory, or `package:NAME` (minillm/data/packages.py lists the names). Or a teacher that the run
-    does not load: `http://HOST:PORT` of `minillm teach MODEL`, several with commas between them, or the directory that
-    `minillm teach MODEL --data D --out DIR` wrote."""
+    does not load: `http://HOST:PORT` of `minillm teach MODEL` or of vLLM (teacher.provider), several with commas
+    between them, or the directory that `minillm teach MODEL --data D --out DIR` wrote."""
     student: str = ""
     """The same; empty: cut from the teacher by `drop_layers`."""
     drop_layers: tuple[int, int] | None = None
@@ -44,33 +45,6 @@ class ModelConfig:
     attn: str = "auto"
     """Attention of both models: `auto` (flash-attention 2 where it is installed, on CUDA, in half precision; otherwise
     what transformers chooses, usually sdpa), or a name that transformers knows. What ran stands in summary.json."""
-
-
-@dataclass(frozen=True)
-class TeacherConfig:
-    dtype: str = "checkpoint"
-    """Dtype of the frozen teacher: float32, bfloat16, float16, or `checkpoint`, the one in which it is stored."""
-    wire: str = "auto"
-    """In what the hidden states of a teacher on a server travel: `auto`, its own dtype, which changes nothing;
-    float32; bfloat16; or float8, scaled for each token, which rounds to 4 bits."""
-    compress: bool = False
-    """Let a teacher's server compress the signs and exponents that it sends: a quarter less of bfloat16, for work on
-    both sides that pays below a gigabit a second."""
-    timeout: float = 120.0
-    """Seconds that a teacher's server may take for an answer, before it is asked again, or another one."""
-    patience: float = 300.0
-    """Seconds for which servers that do not answer are asked again, before the run saves and ends."""
-    prefetch: int = 4
-    """Micro-batches that a teacher on a server, or a stored one, is asked about before the first is needed."""
-    quantize: str = ""
-    """`8bit` (int8, by torchao) or `4bit` (NF4, by bitsandbytes) rounds the teacher's matrices, all but its head and
-    embeddings: less memory, a slightly other teacher."""
-    source: str = "checkpoint"
-    """`checkpoint`: the model that model.teacher names. The others are the student's own weights, of which what is
-    frozen is held once, and leave model.teacher empty: `base`, those below its LoRA adapters; `student`, as they are
-    at each step; `ema`, their moving average. The last two are for kd and gkd."""
-    decay: float = 0.99
-    """ema: average ← decay · average + (1 - decay) · student, after each optimiser step; it starts at the student."""
 
 
 @dataclass(frozen=True)

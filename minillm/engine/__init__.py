@@ -11,10 +11,6 @@ from typing import Any, NamedTuple, Protocol
 from minillm.model.sampling import Decoding
 
 
-class EngineLost(RuntimeError):
-    """A server that no longer answers; the message names it and says what to do."""
-
-
 class Request(NamedTuple):
     """What to continue, and by how much."""
 
@@ -44,7 +40,7 @@ class Engine(Protocol):
     def finished(self) -> list[tuple[int, Answer]]:
         """The numbers and answers of requests that have ended since the last call; it works, or waits, a moment.
 
-        Raises EngineLost.
+        Raises ServerLost.
         """
 
     def rest(self) -> None:

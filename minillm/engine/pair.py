@@ -12,11 +12,12 @@ from torch import Tensor
 
 from minillm.config.engine import EngineConfig
 from minillm.config.schema import ConfigError
-from minillm.engine import Engine, EngineLost, law_of
+from minillm.engine import Engine, law_of
 from minillm.engine.push import pusher
 from minillm.engine.responses import Response, Voice, responses_to, write
 from minillm.engine.vllm_offline import Offline, vllm_unavailable
 from minillm.engine.vllm_server import Server
+from minillm.lost import ServerLost
 from minillm.model.head import CausalLM
 from minillm.model.sampling import Decoding
 
@@ -76,7 +77,7 @@ def draw(
         prompts: B of them.
         uniforms: [T, B, 2], as `sample` takes them: coins, and seeds of what is drawn.
 
-    Raises EngineLost, in all processes when in one.
+    Raises ServerLost, in all processes when in one.
     """
     awake = [engine for engine in engines if engine is not None]
     length = max(map(len, prompts), default=0) + how.decoding.max_new_tokens
@@ -127,11 +128,11 @@ def _write(
 @contextmanager
 def _together() -> Iterator[None]:
     """An engine that is lost to one process is lost to all: they would wait for it elsewhere."""
-    lost: EngineLost | None = None
+    lost: ServerLost | None = None
     try:
         yield
-    except EngineLost as error:
+    except ServerLost as error:
         lost = error
     found = [words for words in gather_object([str(lost) if lost else ""]) if words]
     if found:
-        raise EngineLost(found[0]) from lost
+        raise ServerLost(found[0], everywhere=True) from lost

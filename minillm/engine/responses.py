@@ -69,7 +69,7 @@ def responses_to(
 def write(responses: Sequence[Response], student: Voice, teacher: Voice | None) -> None:
     """Have all of them written to their ends. The engines are awake.
 
-    Raises EngineLost.
+    Raises ServerLost.
     """
     voices = {False: student, True: teacher}
     at_work = {False: 0, True: 0}

@@ -19,7 +19,8 @@ from typing import Any
 
 from minillm.config.engine import EngineConfig
 from minillm.config.schema import ConfigError
-from minillm.engine import Answer, EngineLost, Request
+from minillm.engine import Answer, Request
+from minillm.lost import ServerLost
 
 AT_ONCE = 512  # requests in flight; more wait here rather than there
 LONGEST_PAUSE = 30.0
@@ -49,7 +50,7 @@ class Server:
         self.over, self.pushing = threading.Event(), threading.Lock()
         try:
             models = self.ask("/v1/models", timeout=min(10.0, config.timeout))["data"]
-        except (*TRANSIENT, EngineLost, KeyError, TypeError) as error:
+        except (*TRANSIENT, ServerLost, KeyError, TypeError) as error:
             raise ConfigError(
                 f"no vLLM server answers at {self.url} ({error}): start one ({HOW_TO_START}) or mend engine.url and "
                 "engine.teacher_url"
@@ -103,7 +104,7 @@ class Server:
         choice = self.ask("/v1/completions", body)["choices"][0]
         ids = choice.get("token_ids")
         if ids is None:
-            raise EngineLost(f"{self.url} returns no token ids (return_token_ids): it needs a newer vLLM")
+            raise ServerLost(f"{self.url} returns no token ids (return_token_ids): it needs a newer vLLM")
         return Answer(ids, choice["logprobs"]["token_logprobs"])
 
     def _again(self, work: Callable[[], Any]) -> Any:
@@ -118,7 +119,7 @@ class Server:
             if self.over.wait(min(2.0**attempt, LONGEST_PAUSE) if attempt < self.config.retries else 0):
                 break  # another request has failed for good
         self.over.set()
-        raise EngineLost(
+        raise ServerLost(
             f"the engine at {self.url} does not answer ({_reason(found)}), in {self.config.retries + 1} attempts "
             "(engine.retries, engine.timeout). Start it again"
         ) from found
@@ -129,12 +130,12 @@ class Server:
             if self.ask("/weight_info")["weight_version"] == self.version:
                 return
             if self.send is None:
-                raise EngineLost(f"the engine at {self.url} was started anew and has lost the student's weights")
+                raise ServerLost(f"the engine at {self.url} was started anew and has lost the student's weights")
             self._send()
 
     def ask(self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
         """GET, or POST where there is a body; returns the JSON of the answer, which comes within `timeout` seconds, by
-        default engine.timeout. Raises the errors of TRANSIENT, and EngineLost for a request that the server refuses.
+        default engine.timeout. Raises the errors of TRANSIENT, and ServerLost for a request that the server refuses.
         """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
@@ -150,7 +151,7 @@ class Server:
                 if error.code == 404 and not path.startswith("/v1/")
                 else ""
             )
-            raise EngineLost(f"{self.url}{path} refuses a request ({error.code}: {what}).{hint}") from error
+            raise ServerLost(f"{self.url}{path} refuses a request ({error.code}: {what}).{hint}") from error
         return json.loads(text) if text else {}
 
 

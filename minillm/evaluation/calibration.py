@@ -16,10 +16,10 @@ from torch import Tensor
 
 from minillm.config.schema import EvalConfig
 from minillm.data.examples import Example, collate
-from minillm.evaluation.divergence import by_sequence
+from minillm.evaluation.divergence import Author, by_sequence
 from minillm.evaluation.means import Mean
 from minillm.evaluation.share import over_batches
-from minillm.model.head import CausalLM, Output
+from minillm.model.head import Output
 from minillm_kernels import fused_linear_token_logprobs, token_logprobs
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def reliability(confidence: Tensor, correct: Tensor, bins: int = BINS) -> Reliab
 
 
 @torch.no_grad()
-def next_token(model: CausalLM, examples: Sequence[Example], settings: EvalConfig) -> tuple[Reliability, Mean]:
+def next_token(model: Author, examples: Sequence[Example], settings: EvalConfig) -> tuple[Reliability, Mean]:
     """Calibration of the most likely next token along the references, and the cross entropy of these, in nats per
     token."""
 
@@ -98,7 +98,7 @@ def next_token(model: CausalLM, examples: Sequence[Example], settings: EvalConfi
     return reliability(confidence, correct), Mean.of(losses, counts)
 
 
-def most_likely(model: CausalLM, output: Output) -> tuple[Tensor, Tensor]:
+def most_likely(model: Author, output: Output) -> tuple[Tensor, Tensor]:
     """[N] ids and probabilities of the most likely next tokens; makes logits for a few rows at a time."""
     ids, probabilities = [], []
     for states in output.states.split(max(1, 2**24 // model.vocab_size)):
@@ -110,7 +110,7 @@ def most_likely(model: CausalLM, output: Output) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def options(
-    model: CausalLM, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Example], settings: EvalConfig
+    model: Author, tokenizer: "PreTrainedTokenizerBase", examples: Sequence[Example], settings: EvalConfig
 ) -> Reliability | None:
     """Calibration of the choice among each question's options; None if no record has options.
 

@@ -1,7 +1,8 @@
 """How far two models are apart: along responses that one of them samples, and along reference responses.
 
 Exact over the vocabulary at every position, by the kernels that training uses. Where a model samples, it decodes and
-the other one reads what it drew: the divergences come from the states that both passes leave.
+the other one reads what it drew: the divergences come from the states that both passes leave. An author on a server
+decodes there, and is asked about the states of its own text afterwards.
 
 Legend: P prompts, S samples of each, B = P·S sequences (those of one prompt are neighbours), T positions, N tokens.
 """
@@ -20,11 +21,15 @@ from minillm.engine.responses import Response
 from minillm.engine.rollout import drawn, read
 from minillm.evaluation.means import Mean
 from minillm.evaluation.share import over_batches
-from minillm.model.head import CausalLM, Scorer, common_vocabulary
+from minillm.model.head import CausalLM, Output, Scorer, common_vocabulary
 from minillm.model.rollout import Rollout
 from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm.model.split import split_alike
+from minillm.teacher.served import ServedTeacher
 from minillm_kernels import fused_linear_distill_stats
+
+Author = CausalLM | ServedTeacher
+"""What can sample, here or on a server."""
 
 
 class Samples(NamedTuple):
@@ -47,15 +52,15 @@ class Samples(NamedTuple):
 
 @torch.no_grad()
 def draw(
-    author: CausalLM,
+    author: Author,
     other: Scorer | None,
     examples: Sequence[Example],
     settings: EvalConfig,
     ends: Sequence[int],
     engine: Engine | None = None,
 ) -> Samples:
-    """`eval.samples` responses of `author`, or of its `engine`, to each prompt, at eval.temperature, from the whole
-    vocabulary.
+    """`eval.samples` responses of `author`, or of the `engine` of one that is here, to each prompt, at
+    eval.temperature, from the whole vocabulary.
 
     Sample number s of every prompt draws from the uniforms of seed eval.seed + s, whatever the model and the batch:
     two students, or one before and after training, are compared on paired draws.
@@ -66,42 +71,58 @@ def draw(
     decoding, copies = Decoding(settings.sample_tokens, ends, settings.temperature), settings.samples
     responses: list[Response] = []
     if engine is not None:
+        assert isinstance(author, CausalLM)
         prompts = [example.prompt for example in examples for _ in range(copies)]
         how = Draw(author, None, 0.0, decoding, vocab_size)
         responses = draw_everywhere(how, engine, prompts, uniforms.flatten(1, 2))
 
-    def rolled_out(start: int, part: Sequence[Example]) -> Rollout:
+    def rolled_out(lm: CausalLM, start: int, part: Sequence[Example]) -> Rollout:
         if engine is not None:
-            rollout = drawn(responses[start * copies : (start + len(part)) * copies], author.device)
+            rollout = drawn(responses[start * copies : (start + len(part)) * copies], lm.device)
             if other is None:
                 return rollout
             temperature = settings.temperature
-            return read(
-                rollout, author, other, 0.0, temperature=temperature, vocab_size=vocab_size, student_states=True
-            )
+            return read(rollout, lm, other, 0.0, temperature=temperature, vocab_size=vocab_size, student_states=True)
         return sample(
-            author,
+            lm,
             other,
             [example.prompt for example in part],
             decoding,
             alpha=0.0,
-            samples_per_prompt=settings.samples,
+            samples_per_prompt=copies,
             uniforms=uniforms[:, start : start + len(part)].flatten(1, 2),
             vocab_size=vocab_size,
             student_states=other is not None,
         )
 
-    def measured(start: int, part: Sequence[Example]) -> Samples:
-        rollout = rolled_out(start, part)
-        mask = rollout.mask
-        tables = torch.zeros(2, len(mask), settings.sample_tokens, dtype=torch.float64)
-        if other is not None:
+    def written(start: int, part: Sequence[Example]) -> tuple[list[list[int]], list[Output]]:
+        """The responses to a part of the examples, and what both models say of their tokens, one after the other."""
+        if isinstance(author, CausalLM):
+            rollout = rolled_out(author, start, part)
+            if other is None:
+                return rollout.responses(), []
             assert rollout.student_hidden is not None and rollout.teacher_hidden is not None
-            models = (rollout.student_hidden[mask], author.head, rollout.teacher_hidden[mask], other.head)
-            stats = fused_linear_distill_stats(*split_alike(*models), rollout.token_ids[mask], vocab_size=vocab_size)
+            states = rollout.student_hidden[rollout.mask], rollout.teacher_hidden[rollout.mask]
+            return rollout.responses(), [Output(states[0], author.head), Output(states[1], other.head)]
+        prompts = [example.prompt for example in part for _ in range(copies)]
+        mine = uniforms[:, start : start + len(part)].flatten(1, 2)
+        token_ids = author.sample(prompts, decoding, mine, vocab_size)
+        if other is None:
+            return token_ids, []
+        batch = collate(prompts, token_ids).to(other.device)
+        return token_ids, [author.output(batch), other.output(batch)]
+
+    def measured(start: int, part: Sequence[Example]) -> Samples:
+        token_ids, outputs = written(start, part)
+        lengths = torch.tensor([len(tokens) for tokens in token_ids])
+        tables = torch.zeros(2, len(token_ids), settings.sample_tokens, dtype=torch.float64)
+        if outputs:
+            tokens = torch.tensor([token for response in token_ids for token in response]).to(outputs[0].states.device)
+            stats = fused_linear_distill_stats(*split_alike(*outputs[0], *outputs[1]), tokens, vocab_size=vocab_size)
+            mask = torch.arange(settings.sample_tokens) < lengths[:, None]
             for table, values in zip(tables, (stats.reverse_kl, stats.forward_kl), strict=True):
-                table[:, : mask.shape[1]][mask.cpu()] = values.double().cpu()
-        return Samples(rollout.responses(), rollout.lengths.cpu(), settings.samples, *tables)
+                table[mask] = values.double().cpu()
+        return Samples(token_ids, lengths, copies, *tables)
 
     found = over_batches(measured, examples, max(1, settings.batch_size // settings.samples), author, other)
     return Samples(
@@ -115,7 +136,7 @@ def draw(
 
 @torch.no_grad()
 def references(
-    student: CausalLM, teacher: Scorer, examples: Sequence[Example], settings: EvalConfig
+    student: Scorer, teacher: Scorer, examples: Sequence[Example], settings: EvalConfig
 ) -> tuple[Mean, Mean]:
     """Reverse and forward KL, nats per token, along the references."""
     vocab_size = common_vocabulary(student, teacher)

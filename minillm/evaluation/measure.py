@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from minillm.config.schema import ConfigError, DataConfig, EvalConfig, RunConfig
@@ -18,7 +19,7 @@ from minillm.data.examples import DataError, Example, encode, read_records
 from minillm.engine import Engine
 from minillm.engine.pair import Draw, draw_everywhere, engine_of
 from minillm.evaluation import calibration, text
-from minillm.evaluation.divergence import Samples, draw, references
+from minillm.evaluation.divergence import Author, Samples, draw, references
 from minillm.evaluation.exposure import ExposureBias, excess_accumulated_error
 from minillm.evaluation.means import Mean, Seeds
 from minillm.evaluation.result import OWN, REFERENCES, Evaluation, Length, Responses
@@ -28,6 +29,8 @@ from minillm.model.head import CausalLM, Scorer, share_vocabulary
 from minillm.model.sampling import Decoding, decode, greedy
 from minillm.teacher.choose import ends_of
 from minillm.teacher.served import ServedTeacher
+from minillm.teacher.stored import StoredTeacher
+from minillm.teacher.vllm_server import VllmTeacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +76,7 @@ def evaluation_set(config: RunConfig, tokenizer: "PreTrainedTokenizerBase", seen
 
 
 def measure(
-    student: CausalLM,
+    student: Author,
     teacher: Scorer | None,
     tokenizer: "PreTrainedTokenizerBase",
     examples: Sequence[Example],
@@ -84,9 +87,11 @@ def measure(
 
     The uniforms that samples are drawn from are the same in every call: evaluations are paired. The processes of a
     run share the work, and all of them return the same. Of heads of different size, the common columns are measured,
-    in every part (`share_vocabulary`).
+    in every part (`share_vocabulary`). Both models may be on a server. What a teacher cannot say is left out
+    (`left_out`).
 
-    Raises ConfigError for a temperature other than 1 with a teacher, or sequences beyond the models' positions.
+    Raises ConfigError for a temperature other than 1 with a teacher, or sequences beyond the models' positions;
+    DataError for references that a stored teacher was not asked about.
     """
     settings, ends = config.eval, ends_of(tokenizer, config.data, (student, teacher))
     check_measurable(student, teacher, examples, config)
@@ -97,9 +102,10 @@ def measure(
             if isinstance(lm, CausalLM) and part in parts:
                 engine_of(lm, config.engine)  # before any work that could be lost
 
-    def engine(lm: CausalLM) -> Engine | None:
-        return engine_of(lm, config.engine) if settings.engine != "builtin" else None
+    def engine(lm: Author) -> Engine | None:
+        return engine_of(lm, config.engine) if settings.engine != "builtin" and isinstance(lm, CausalLM) else None
 
+    judge = None if isinstance(teacher, StoredTeacher) else teacher
     seconds: dict[str, float] = {}
     means: dict[str, Mean] = {}
     token_ids: dict[str, list[list[int]]] = {}
@@ -110,7 +116,7 @@ def measure(
             token_ids["greedy"] = _greedy(student, examples, settings, ends, engine(student))
     if "samples" in parts:
         with _timed(seconds, "sampled"):
-            drawn = draw(student, teacher, examples, settings, ends, engine(student))
+            drawn = draw(student, judge, examples, settings, ends, engine(student))
             token_ids["sampled"] = drawn.token_ids
     responses = {way: decode(tokenizer, found) for way, found in token_ids.items()}
     with _timed(seconds, "scores"):
@@ -125,13 +131,12 @@ def measure(
             if options := calibration.options(student, tokenizer, examples, settings):
                 calibrated["options"] = options
     if teacher is not None:
-        if drawn:
+        if drawn and judge is not None:
             means[OWN] = drawn.per_token(drawn.to_other)
         if "references" in parts:
             with _timed(seconds, "references"):
                 means[REFERENCES], means["forward_kl/references"] = references(student, teacher, examples, settings)
-        if "teacher_samples" in parts:
-            assert isinstance(teacher, CausalLM)
+        if "teacher_samples" in parts and isinstance(teacher, Author):
             with _timed(seconds, "teacher's samples"):
                 taught = draw(teacher, student, examples, settings, ends, engine(teacher))
             means["forward_kl/teacher_samples"] = taught.per_token(taught.to_other)
@@ -176,9 +181,26 @@ def generation(config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> dict[
     }
 
 
-def check_measurable(
-    student: CausalLM, teacher: Scorer | None, examples: Sequence[Example], config: RunConfig
-) -> None:
+def left_out(teacher: Scorer | None, parts: Sequence[str]) -> str:
+    """What of these parts this teacher cannot say, in words; empty where it can say all."""
+    own, taught = (
+        "the reverse KL on the student's own samples",
+        "the forward KL on the teacher's samples, exposure bias",
+    )
+    if isinstance(teacher, StoredTeacher) and {"samples", "teacher_samples"} & set(parts):
+        return (
+            f"not measured: {own}, {taught}. {teacher.folder} holds what the teacher said of given texts: name the "
+            "model itself for these, or a server of `minillm teach`"
+        )
+    if isinstance(teacher, VllmTeacher) and "teacher_samples" in parts:
+        return (
+            f"not measured: {taught}. vLLM gives the teacher's hidden states and draws nothing here: name the model "
+            "itself for these, or a server of `minillm teach`"
+        )
+    return ""
+
+
+def check_measurable(student: Author, teacher: Scorer | None, examples: Sequence[Example], config: RunConfig) -> None:
     if teacher is not None and config.eval.temperature != 1:
         raise ConfigError(
             f"eval.temperature is {config.eval.temperature}; the divergences and ExAccErr are defined at 1: set it to "
@@ -189,8 +211,11 @@ def check_measurable(
     for model in (student, teacher):
         if isinstance(model, CausalLM):
             check_context(model.model, tokens)
-        elif isinstance(model, ServedTeacher):
-            model.check(tokens, largest=0)
+        elif isinstance(model, ServedTeacher | VllmTeacher):
+            model.check(tokens, max(max(example.prompt + example.response) for example in examples))
+        elif isinstance(model, StoredTeacher):
+            assert model.head  # or it says what it holds instead
+            model.check_held(examples)
 
 
 def _limits(config: RunConfig) -> dict[str, int]:
@@ -198,14 +223,19 @@ def _limits(config: RunConfig) -> dict[str, int]:
 
 
 def _greedy(
-    student: CausalLM, examples: Sequence[Example], settings: EvalConfig, ends: Sequence[int], engine: Engine | None
+    student: Author, examples: Sequence[Example], settings: EvalConfig, ends: Sequence[int], engine: Engine | None
 ) -> list[list[int]]:
     if engine is not None:
+        assert isinstance(student, CausalLM)
         how = Draw(student, None, 0.0, Decoding(settings.greedy_tokens, ends, temperature=0.0), student.vocab_size)
         return [each.token_ids for each in draw_everywhere(how, engine, [example.prompt for example in examples])]
 
     def respond(start: int, part: Sequence[Example]) -> list[list[int]]:
-        return greedy(student, [example.prompt for example in part], settings.greedy_tokens, len(part), ends)
+        prompts, limit = [example.prompt for example in part], settings.greedy_tokens
+        if isinstance(student, CausalLM):
+            return greedy(student, prompts, limit, len(part), ends)
+        unread = torch.zeros(limit, len(part), 2)
+        return student.sample(prompts, Decoding(limit, ends, temperature=0.0), unread, student.vocab_size)
 
     return [tokens for part in over_batches(respond, examples, settings.batch_size, student) for tokens in part]
 

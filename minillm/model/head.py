@@ -61,6 +61,9 @@ class Scorer(Protocol):
     def output(self, batch: Batch) -> Output:
         """The final states of the positions of a batch whose next token counts, and the head."""
 
+    def keep_columns(self, count: int) -> None:
+        """Have the first columns of the head alone from here on."""
+
 
 class CausalLM(nn.Module):
     """A `transformers` causal language model opened at the seam.
@@ -103,14 +106,12 @@ class CausalLM(nn.Module):
     def _head(self) -> Head:
         if not self.fused:
             return Head(None)
-        head, count = read_head(self.model), self.vocab_size
-        if self.split_over is not None:
-            if self.split_head is None or len(self.split_head.weight) != count:  # type: ignore[arg-type]
-                self.split_head = split(head, count, self.split_over)
-            return self.split_head
-        if head.weight is not None and count < len(head.weight):
-            head = replace(head, weight=head.weight[:count], bias=None if head.bias is None else head.bias[:count])
-        return head
+        head = read_head(self.model)
+        if self.split_over is None:
+            return first_columns(head, self.vocab_size)
+        if self.split_head is None or len(self.split_head.weight) != self.vocab_size:  # type: ignore[arg-type]
+            self.split_head = split(head, self.vocab_size, self.split_over)
+        return self.split_head
 
     @property
     def device(self) -> torch.device:
@@ -128,6 +129,10 @@ class CausalLM(nn.Module):
         """The columns that count: the first ones, those that `share_vocabulary` left. `head` and logits have no
         others, so that nothing is learnt, measured or sampled beyond them."""
         return min(self.rows, getattr(self.model.config, VOCABULARY, self.rows))
+
+    def keep_columns(self, count: int) -> None:
+        """The configuration says so, and tells it to whoever loads the model that is saved."""
+        setattr(self.model.config, VOCABULARY, count)
 
     def states(self, input_ids: Tensor, attention_mask: Masks, cache: Any = None, **inputs: Any) -> Tensor:
         """[B, T, H] final states, without any work on the vocabulary where the head is read apart."""
@@ -198,18 +203,24 @@ def read_head(model: "PreTrainedModel") -> Head:
     return Head(linear.weight, getattr(linear, "bias", None), getattr(config, "final_logit_softcapping", None), scale)
 
 
+def first_columns(head: Head, count: int) -> Head:
+    """The head of the first `count` tokens."""
+    if head.weight is None or count >= len(head.weight):
+        return head
+    return replace(head, weight=head.weight[:count], bias=None if head.bias is None else head.bias[:count])
+
+
 def common_vocabulary(*models: Scorer) -> int:
     """The columns that all of these models have: those of the smallest head; the rest is padding."""
     return min(lm.vocab_size for lm in models)
 
 
 def share_vocabulary(*models: Scorer) -> None:
-    """From here on the models have their common columns alone. Their configurations say so, and tell it to whoever
-    loads the model that is saved. Of a teacher that is not in this process the losses read the common columns."""
+    """From here on the models have their common columns alone."""
     common = common_vocabulary(*models)
     for lm in models:
-        if isinstance(lm, CausalLM) and lm.vocab_size > common:
-            setattr(lm.model.config, VOCABULARY, common)
+        if lm.vocab_size > common:
+            lm.keep_columns(common)
 
 
 @torch.no_grad()

@@ -86,6 +86,20 @@ def drop_layers(teacher: "PreTrainedModel", first: int, last: int) -> "PreTraine
     return student
 
 
+def shrunk(model: "PreTrainedModel") -> "PreTrainedModel":
+    """A model of the same class and settings with its first layer alone, 32 tokens and random weights, in float32.
+    What such models do behind their layers can be tried on it.
+
+    Raises ConfigError where there is none.
+    """
+    with trying(model, "be tried with one layer", "Serve it by `minillm teach`"):
+        config = _cut_config(model.config, [0])
+        text = config.get_text_config()
+        text.vocab_size = 32
+        text.pad_token_id = text.bos_token_id = text.eos_token_id = None
+        return type(model)._from_config(config, dtype=torch.float32).eval()
+
+
 def _cut_config(config: "PreTrainedConfig", kept: list[int]) -> "PreTrainedConfig":
     """The configuration of a model with these layers alone, as it is read back from its file."""
     tree = config.to_dict()

@@ -14,7 +14,3 @@ class Teacher(Scorer, Protocol):
 
     def close(self) -> None:
         """Let go of what it holds outside of this process."""
-
-
-class TeacherLost(Exception):
-    """The teacher's servers do not answer any more; the message says which, why, and how to go on."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minillm.config.schema import ConfigError, EvalDataConfig, RunConfig
+from minillm.config.schema import ConfigError, EvalDataConfig, RunConfig, TeacherConfig
 from minillm.config.teacher import addresses, is_stored
 from minillm.model.check import check_same_tokenizer
 from minillm.model.head import CausalLM, Scorer
@@ -14,12 +14,13 @@ from minillm.model.load import end_tokens, load_tokenizer
 from minillm.teacher import Teacher
 from minillm.teacher.served import ServedTeacher
 from minillm.teacher.stored import StoredTeacher
+from minillm.teacher.vllm_server import VllmTeacher
 from minillm.teacher.wire import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Elsewhere = ServedTeacher | StoredTeacher
+Elsewhere = ServedTeacher | StoredTeacher | VllmTeacher
 """Teachers that are not in this process."""
 
 
@@ -42,14 +43,30 @@ def choose_teacher(run: RunConfig, here: CausalLM | None, tokenizer: "PreTrained
         if run.model.student:
             check_same_tokenizer(tokenizer, load_tokenizer(source))
         return here
-    if not source:
-        return None
+    return elsewhere(source, run.teacher, tokenizer) if source else None
+
+
+def is_elsewhere(source: str) -> bool:
+    return bool(addresses(source)) or is_stored(source)
+
+
+def elsewhere(
+    source: str, settings: TeacherConfig, tokenizer: "PreTrainedTokenizerBase", device: torch.device | None = None
+) -> Elsewhere:
+    """The teacher behind an address, or in a directory; its states are given on `device`.
+
+    Raises ConfigError where its tokenizer is not this one.
+    """
     teacher: Elsewhere
+    device = device or torch.device("cpu")
     if is_stored(source):
-        teacher = StoredTeacher(Path(source), torch.device("cpu"))
+        teacher = StoredTeacher(Path(source), device)
         theirs = teacher.plan.tokenizer
+    elif settings.provider == "vllm":
+        teacher = VllmTeacher(addresses(source), settings, device)
+        theirs = teacher.tokenizer
     else:
-        teacher = ServedTeacher(addresses(source), run.teacher, torch.device("cpu"))
+        teacher = ServedTeacher(addresses(source), settings, device)
         theirs = teacher.about["tokenizer"]
     if theirs != tokenizer_fingerprint(tokenizer):
         raise ConfigError(

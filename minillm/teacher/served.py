@@ -1,16 +1,13 @@
 """The client of `minillm teach`: a teacher on one server, or on several that serve the same model.
 
 Questions about the next micro-batches travel while the current one is learnt from. A server that is busy, slow or gone
-is asked again, or the next one is; when none has answered for `teacher.patience` seconds, TeacherLost ends the run.
+is asked again, or the next one is; when none has answered for `teacher.patience` seconds, ServerLost ends the run.
 """
 
-import itertools
 import json
-import os
-import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minillm.config.schema import ConfigError, TeacherConfig
-from minillm.config.teacher import TOKEN
 from minillm.data.examples import Batch
 from minillm.data.packages import cache_directory
 from minillm.files import sha256, whole_or_absent
-from minillm.model.head import Output
+from minillm.lost import ServerLost
+from minillm.model.head import Output, first_columns
 from minillm.model.sampling import Decoding
-from minillm.teacher import TeacherLost
-from minillm.teacher.sessions import Gone, RemoteDecoder
+from minillm.teacher.network import Answer, Servers
+from minillm.teacher.sessions import RemoteDecoder
 from minillm.teacher.wire import (
     DTYPES,
     FLOAT8,
@@ -42,38 +39,22 @@ from minillm_kernels import Head
 
 ABOUT = {
     "model", "fingerprint", "dtype", "hidden_size", "vocab_size", "embeddings", "ends", "tokenizer", "head", "longest",
-    "reads_blocks",
+    "reads_blocks", "request_tokens",
 }  # fmt: skip
 """What a server says of its model."""
-START_SECONDS, CONNECT_SECONDS, REST_SECONDS = 30, 10, 30
-"""How long a server is waited for at the start of a run, how long a connection may take, and for how long a server
-that failed is asked last."""
 
 
 class ServedTeacher:
     """A teacher behind HTTP. `head` is fetched once and kept in the cache directory, by its digest.
 
-    Raises ConfigError where servers serve different models, or something that is no teacher; TeacherLost.
+    Raises ConfigError where servers serve different models, or something that is no teacher; ServerLost.
     """
 
     def __init__(self, urls: Sequence[str], settings: TeacherConfig, device: torch.device) -> None:
-        try:
-            import urllib3
-        except ImportError as error:
-            raise ConfigError('a teacher on a server needs urllib3: pip install "minillm-kernels[teach]"') from error
         self.urls, self.settings, self.device = list(urls), settings, device
-        token = os.environ.get(TOKEN)
-        self.http = urllib3.PoolManager(
-            maxsize=settings.prefetch + 1,
-            headers={"authorization": f"Bearer {token}"} if token else {},
-            timeout=urllib3.Timeout(connect=CONNECT_SECONDS, read=settings.timeout),
-            retries=False,
-        )
-        self.network_error = urllib3.exceptions.HTTPError
-        self.turn, self.failed, self.stopped = itertools.count(), dict[str, float](), threading.Event()
-        self.fingerprint = ""
+        self.servers = Servers(urls, settings)
         self.about = self._agreed()
-        self.fingerprint = self.about["fingerprint"]
+        self.fingerprint: str = self.about["fingerprint"]
         self.dtype = DTYPES[self.about["dtype"]]
         chosen = self.about["dtype"] if settings.wire == "auto" else settings.wire
         self.wire_name, self.wire = chosen, FLOAT8 if chosen == "float8" else DTYPES[chosen]
@@ -90,6 +71,10 @@ class ServedTeacher:
         bias = None if self.head.bias is None else self.head.bias.to(device)
         assert self.head.weight is not None
         self.device, self.head = device, Head(self.head.weight.to(device), bias, self.head.softcap, self.head.scale)
+
+    def keep_columns(self, count: int) -> None:
+        """Have the first columns of the head alone from here on."""
+        self.vocab_size, self.head = count, first_columns(self.head, count)
 
     def check(self, tokens: int, largest: int, takes_turns: bool = False) -> None:
         """Raises ConfigError for sequences or ids beyond what the model reads, and for turns that it cannot take."""
@@ -121,7 +106,13 @@ class ServedTeacher:
     def sample(
         self, prompts: Sequence[Sequence[int]], decoding: Decoding, uniforms: Tensor, vocab_size: int
     ) -> list[list[int]]:
-        """The teacher's own answers, the same as `minillm.model.sampling.sample` draws from these uniforms."""
+        """The teacher's own answers, the same as `minillm.model.sampling.sample` draws from these uniforms
+        [T, B, 2]; as many at once as one question may have."""
+        at_once = max(1, self.about["request_tokens"] // (max(map(len, prompts), default=0) + decoding.max_new_tokens))
+        if len(prompts) > at_once:
+            starts = range(0, len(prompts), at_once)
+            parts = [(prompts[i : i + at_once], uniforms[:, i : i + at_once]) for i in starts]
+            return [answer for some, drawn in parts for answer in self.sample(some, decoding, drawn, vocab_size)]
         flat = [token for prompt in prompts for token in prompt]
         body = write_tensors(
             {
@@ -140,7 +131,7 @@ class ServedTeacher:
             found = read_tensors(answer, {"ids": torch.int32, "lengths": torch.int32})
             return [part.tolist() for part in found["ids"].split(found["lengths"].tolist())]
 
-        return self._call("POST", path, read, body)
+        return self._call(path, read, body)
 
     def decoder(self, exists: Tensor, padded: bool) -> RemoteDecoder:
         """What reads rows bit by bit, so that the teacher takes its turns in a rollout."""
@@ -157,14 +148,13 @@ class ServedTeacher:
         rows, new = ids.shape
         path = f"/read?wire={self.wire_name}&session={session}&past={past}&rows={rows}"
         read = lambda answer: unpack_states(answer, self.wire, self.dtype, (rows * new, self.about["hidden_size"]))
-        states = self._call("POST", path, read, body, start=int(session[:8], 16))
+        states = self._call(path, read, body, start=int(session[:8], 16))
         return states.view(rows, new, -1).to(self.device, non_blocking=True)
 
     def close(self) -> None:
         """Stop asking. Nothing waits for servers that do not answer."""
-        self.stopped.set()
+        self.servers.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
-        self.http.clear()
 
     # ---- what travels
 
@@ -172,14 +162,20 @@ class ServedTeacher:
         shape = (len(question.positions), self.about["hidden_size"])
         if not shape[0]:
             return torch.zeros(shape, dtype=self.dtype)
-        body = write_tensors(question._asdict())
-        compress = self.settings.compress
-        read = lambda answer: unpack_states(answer, self.wire, self.dtype, shape, compress)
-        return self._call("POST", f"/states?wire={self.wire_name}&compress={int(compress)}", read, body)
+        found, compress = [], self.settings.compress
+        for part in question.parts(self.about["request_tokens"]):
+            if len(part.positions):
+                expected = (len(part.positions), shape[1])
+                read = partial(unpack_states, wire=self.wire, dtype=self.dtype, shape=expected, compressed=compress)
+                path = f"/states?wire={self.wire_name}&compress={int(compress)}"
+                found.append(self._call(path, read, write_tensors(part._asdict())))
+        return torch.cat(found)
 
     def _agreed(self) -> dict[str, Any]:
         """What all servers say of themselves. One that is not there yet is waited for."""
-        found = {url: self._call("GET", "/about", lambda body: dict(json.loads(body)), only=url) for url in self.urls}
+        read = lambda answer: dict(json.loads(answer.body))
+        found = {url: self.servers.call("GET", "/about", read, only=url) for url in self.urls}
+        self.servers.started = True
         first, *others = self.urls
         for url in others:
             if found[url].get("fingerprint") != found[first].get("fingerprint"):
@@ -194,52 +190,19 @@ class ServedTeacher:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             if not path.exists():
-                self._call("GET", "/head", lambda body: _keep(path, body, told["sha256"]))
+                self.servers.call("GET", "/head", lambda answer: _keep(path, answer.body, told["sha256"]))
         tensors = load_file(path, device=str(self.device))
         return Head(tensors["weight"], tensors.get("bias"), told["softcap"], told["scale"])
 
-    def _call(
-        self, method: str, path: str, read: Any, body: bytes | None = None, only: str = "", start: int | None = None
-    ) -> Any:
-        """What `read` makes of the answer of a server: of `only` that one, or of whichever gives one first, beginning
-        with number `start`, or by turns. Raises Gone for a session that is not there."""
-        patience = self.settings.patience if self.fingerprint else min(self.settings.patience, START_SECONDS)
-        give_up, pause, trouble = time.monotonic() + patience, 0.1, ""
-        while True:
-            for url in [only] if only else self._order(start):
-                try:
-                    answer = self.http.request(method, url + path, body=body)
-                    if answer.status == 200:
-                        self._check_model(url, answer.headers.get(MODEL_HEADER, ""))
-                        return read(answer.data)
-                except self.network_error as error:
-                    trouble = f"{url}: {' '.join(str(error).split())[:300]}"
-                except ValueError as error:  # Refused, or no JSON
-                    trouble = f"{url} answers what was not asked: {error}"
-                else:
-                    trouble = f"{url} answers {answer.status}: {_words(answer.data)}"
-                    if answer.status in (401, 403):
-                        raise ConfigError(f"{trouble} (set the environment variable {TOKEN})")
-                    if answer.status == 409:
-                        raise Gone
-                    if 400 <= answer.status < 500 and answer.status not in (408, 429):
-                        raise ConfigError(trouble)
-                    if answer.status == 503:  # busy, not gone
-                        continue
-                self.failed[url] = time.monotonic()
-            if time.monotonic() + pause > give_up or self.stopped.wait(pause):
-                raise TeacherLost(f"the teacher has not answered for {patience:g} s (teacher.patience): {trouble}")
-            pause = min(2 * pause, 5.0)
+    def _call(self, path: str, read: Callable[[bytes], Any], body: bytes, start: int | None = None) -> Any:
+        def of_this_model(answer: Answer) -> Any:
+            if answer.headers.get(MODEL_HEADER, "") != self.fingerprint:
+                raise ServerLost(
+                    f"{answer.url} serves another model than at the start of this run: start the teacher again"
+                )
+            return read(answer.body)
 
-    def _order(self, start: int | None) -> list[str]:
-        """The servers by turns, those that failed a moment ago last."""
-        start, now = (next(self.turn) if start is None else start) % len(self.urls), time.monotonic()
-        turns = self.urls[start:] + self.urls[:start]
-        return sorted(turns, key=lambda url: now - self.failed.get(url, -REST_SECONDS) < REST_SECONDS)
-
-    def _check_model(self, url: str, fingerprint: str) -> None:
-        if self.fingerprint and fingerprint != self.fingerprint:
-            raise TeacherLost(f"{url} serves another model than at the start of this run: start the teacher again")
+        return self.servers.call("POST", path, of_this_model, body, start=start)
 
 
 def _keep(path: Path, body: bytes, wanted: str) -> None:
@@ -248,10 +211,3 @@ def _keep(path: Path, body: bytes, wanted: str) -> None:
         partial.write_bytes(body)
         if sha256(partial) != wanted:
             raise Refused("the head is not the one that /about describes")
-
-
-def _words(body: bytes) -> str:
-    try:
-        return str(json.loads(body)["error"])
-    except (ValueError, KeyError, TypeError):
-        return " ".join(body[:200].decode(errors="replace").split())

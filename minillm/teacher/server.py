@@ -258,7 +258,7 @@ class TeacherServer:
             raise HTTPException(413, f"{tokens} tokens at once, of at most {self.request_tokens}; {self._smaller()}")
 
     def _smaller(self) -> str:
-        return "lower optim.micro_batch_size or rollout.batch_size, or raise --request-tokens of the server"
+        return "lower rollout.batch_size, or raise --request-tokens of the server"
 
 
 def _reads_blocks(lm: CausalLM) -> bool:

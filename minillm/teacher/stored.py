@@ -18,7 +18,7 @@ from torch import Tensor
 from minillm.config.schema import ConfigError, LossConfig
 from minillm.data.examples import Batch, Example
 from minillm.data.sources import DataError
-from minillm.model.head import Output
+from minillm.model.head import Output, first_columns
 from minillm.teacher.store import HEAD, INDEX, SHARD, read_plan
 from minillm.teacher.top_k import TopK
 from minillm.teacher.wire import DTYPES, FLOAT8, Question
@@ -75,6 +75,12 @@ class StoredTeacher:
         if self._head is not None:
             self._head = self._read_head()
 
+    def keep_columns(self, count: int) -> None:
+        """Have the first columns of the head alone from here on."""
+        self.vocab_size = count
+        if self._head is not None:
+            self._head = first_columns(self._head, count)
+
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
@@ -100,6 +106,10 @@ class StoredTeacher:
                 f"the student has {vocab_size} columns, and the stored law is over the {self.plan.vocab_size} of its "
                 "teacher: keep hidden states, which serve any student"
             )
+        self.check_held(examples)
+
+    def check_held(self, examples: Sequence[Example]) -> None:
+        """Raises DataError for an example that is not here."""
         for example in examples:
             question = Question.of(Batch.of([example]))
             if self._find(question.ids, question.positions) is None:
@@ -172,7 +182,8 @@ class StoredTeacher:
 
     def _read_head(self) -> Head:
         tensors = load_file(self.folder / HEAD, device=str(self.device))
-        return Head(tensors["weight"], tensors.get("bias"), self.plan.softcap, self.plan.scale)
+        head = Head(tensors["weight"], tensors.get("bias"), self.plan.softcap, self.plan.scale)
+        return first_columns(head, self.vocab_size)
 
 
 def _key(ids: Tensor, positions: Tensor) -> bytes:

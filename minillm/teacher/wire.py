@@ -7,7 +7,7 @@ Legend: B sequences, L tokens of all of them, N positions whose next token count
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -69,6 +69,17 @@ class Question(NamedTuple):
         if not bool((positions[1:] > positions[:-1]).all()):
             raise Refused("positions must rise")
         return question
+
+    def parts(self, limit: int) -> "Iterator[Question]":
+        """The same in questions of at most `limit` tokens, each of whole sequences; one that is longer is alone."""
+        ends, first = self.lengths.long().cumsum(0), 0
+        while first < len(ends):
+            start = int(ends[first] - self.lengths[first])
+            last = max(first + 1, int(torch.searchsorted(ends, start + limit, right=True)))
+            stop = int(ends[last - 1])
+            inside = (self.positions >= start) & (self.positions < stop)
+            yield Question(self.ids[start:stop], self.lengths[first:last], self.positions[inside] - start)
+            first = last
 
     def sequences(self) -> list[list[int]]:
         return [part.tolist() for part in self.ids.split(self.lengths.tolist())]

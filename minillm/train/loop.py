@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from minillm.config.schema import OptimConfig
-from minillm.engine import EngineLost
+from minillm.lost import ServerLost
 from minillm.model.head import Sums
 from minillm.parallel import student as parallel
 from minillm.parallel.gathered import gathered
@@ -31,7 +31,6 @@ from minillm.run import checkpoint
 from minillm.run.checkpoint import Checkpoint, Progress
 from minillm.run.directory import RunDirectory
 from minillm.run.interrupt import Interrupt, Interrupted
-from minillm.teacher import TeacherLost
 from minillm.teacher.choose import Elsewhere
 from minillm.train.baselines import Given, Gkd, kd, seqkd, sft
 from minillm.train.context import Context, Micro, Part, Step, chunks
@@ -59,8 +58,8 @@ def train(
     Returns the tokens seen (prompts included), seconds in all and per phase, and the best validation.
 
     Raises FloatingPointError, naming step and sample, before a loss or gradient that is not finite reaches the
-    weights; Interrupted after a checkpoint when a signal asked to stop, EngineLost after one when a server that
-    samples no longer answers; CheckpointError.
+    weights; Interrupted after a checkpoint when a signal asked to stop, ServerLost after one when a server that
+    samples or teaches no longer answers; CheckpointError.
     """
     config, accelerator, clock = context.config, context.accelerator, context.clock
     optim, log, model = config.optim, context.run.log, context.student.model
@@ -90,11 +89,8 @@ def train(
     def saved_when_lost() -> Iterator[None]:
         try:
             yield
-        except EngineLost as lost:  # in all processes
-            save()
-            raise EngineLost(f"{lost}. {directory.how_to_resume()}") from lost
-        except TeacherLost:  # of several processes the others may still wait for this one
-            if progress.step > 0 and accelerator.num_processes == 1:
+        except ServerLost as lost:
+            if lost.everywhere or accelerator.num_processes == 1:  # else the others may still wait for this one
                 save()
             raise
 

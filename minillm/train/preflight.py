@@ -35,6 +35,7 @@ from minillm.teacher.choose import Elsewhere, ends_of
 from minillm.teacher.routed import Routed
 from minillm.teacher.served import ServedTeacher
 from minillm.teacher.stored import StoredTeacher
+from minillm.teacher.vllm_server import VllmTeacher
 from minillm.train.context import Context, compute_dtype
 from minillm.train.optimizers import find_optimizer
 from minillm.train.reward import load_reward
@@ -115,6 +116,8 @@ def prepare(
     if isinstance(teacher, ServedTeacher):
         takes_turns = config.method == "minillm" and config.rollout.alpha > 0
         teacher.check(longest(config, validates=bool(validation)) + more, largest, takes_turns)
+    if isinstance(teacher, VllmTeacher):
+        teacher.check(longest(config, validates=bool(validation)) + more, largest)
     for model in (student, *teachers):
         if isinstance(model, CausalLM):
             length = longest(config, validates=bool(validation)) + more * (model is not student)

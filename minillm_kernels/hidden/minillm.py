@@ -8,7 +8,7 @@ from .. import arguments
 from ..logits import minillm
 from ..logits.minillm import MiniLLMLoss
 from ..logits.ops import call
-from ..logits.policy import check_policy, denominator, loss_sums
+from ..logits.policy import LossSums, check_policy, denominator, loss_sums, policy_tensors
 from . import ops  # noqa: F401  (registers torch.ops.minillm)
 from .head import Head, as_heads, models_here
 from .operands import flat, like_logits, named, needs_of, operands
@@ -133,7 +133,7 @@ def fused_linear_minillm_loss(
         "linear_minillm_loss",
         flat(ids),
         flat(counts),
-        policy.tensors.reshape(4, heads.n_rows),
+        policy_tensors(policy).flatten(1),
         1.0 / over,
         clip_range,
         entropy_coef,
@@ -141,4 +141,5 @@ def fused_linear_minillm_loss(
         *heads,
     )
     by_name = named(stats.detach(), like)
-    return minillm.named_loss(loss_sums(by_name, policy, counts, over)._replace(loss=loss), by_name)
+    sums = loss_sums(by_name, policy, counts, over)
+    return minillm.named_loss(LossSums(loss, sums.policy, sums.single_step, sums.clip_fraction), by_name)

@@ -33,15 +33,17 @@ class Policy(NamedTuple):
     clip_range: float
     entropy_coef: float
 
-    @property
-    def tensors(self) -> Tensor:
-        """[4, ...]: those of `of`."""
-        return torch.stack(self[:4])
-
     @classmethod
     def of(cls, tensors: Tensor, clip_range: float, entropy_coef: float) -> Policy:
+        """tensors: [4, ...], in the order above."""
         advantages, old_logprobs, importance_weights, single_step_weights = tensors.unbind(0)
         return cls(advantages, old_logprobs, importance_weights, single_step_weights, clip_range, entropy_coef)
+
+
+def policy_tensors(policy: Policy) -> Tensor:
+    """[4, ...]: those of `Policy.of`. Neither a method nor a slice: older compilers of torch trace no such thing of a
+    named tuple."""
+    return torch.stack([policy.advantages, policy.old_logprobs, policy.importance_weights, policy.single_step_weights])
 
 
 class LossTerms(NamedTuple):
@@ -131,6 +133,7 @@ class LossSums(NamedTuple):
 def loss_sums(stats: RowStats, policy: Policy, counts: Tensor, over: Tensor) -> LossSums:
     """The sums of the objective over the rows that count, divided by `over`: see `denominator`."""
     terms = loss_terms(stats, policy)
-    surrogate, single, bonus = (torch.where(counts, x, 0).sum() for x in terms[:3])
+    per_token = (terms.policy, terms.single_step, terms.entropy_bonus)
+    surrogate, single, bonus = (torch.where(counts, x, 0).sum() for x in per_token)
     clip_fraction = (terms.clipped & counts).sum() / denominator(counts, None, surrogate.dtype)
     return LossSums((surrogate + single + bonus) / over, surrogate / over, single / over, clip_fraction)

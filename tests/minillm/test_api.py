@@ -128,7 +128,7 @@ def test_errors_are_those_of_a_recipe(arguments, message):
 
 def test_an_evaluation_refuses_what_it_would_not_read():
     with pytest.raises(
-        ConfigError, match="does not read 'optim'; it reads the sections eval, engine, model, data and log"
+        ConfigError, match="does not read 'optim'; it reads the sections eval, engine, model, teacher, data, log"
     ):
         minillm.evaluate("student", "eval.jsonl", optim={"lr": 1})
     with pytest.raises(ConfigError, match="teacher is a dict; expected the path"):

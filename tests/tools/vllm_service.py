@@ -19,8 +19,8 @@ QUICK = EngineConfig(retries=2, timeout=20)
 class Service:
     """Serves one of our models; `troubles` are what happens to the next requests: a status, or "cut"."""
 
-    def __init__(self, lm, longest=512):
-        self.lm, self.longest = lm, longest
+    def __init__(self, lm, longest=512, root=""):
+        self.lm, self.longest, self.root = lm, longest, str(root)
         self.troubles, self.asked, self.version, self.reloads, self.resets = [], [], "default", [], []
         service, lock = self, threading.Lock()
 
@@ -41,7 +41,7 @@ class Service:
                     self.reply(service.post(self.path, body))
 
             def reply(self, value):
-                data = json.dumps(value).encode()
+                data = value if isinstance(value, bytes) else json.dumps(value).encode()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
@@ -59,7 +59,7 @@ class Service:
 
     def get(self, path):
         if path == "/v1/models":
-            return {"data": [{"id": "it", "max_model_len": self.longest}]}
+            return {"data": [{"id": "it", "root": self.root, "max_model_len": self.longest}]}
         assert path == "/weight_info"
         return {"weight_version": self.version}
 
@@ -72,6 +72,13 @@ class Service:
             return {"success": self.resets.pop(0)}
         elif path == "/update_weight_version":
             self.version = body["new_version"]
+        elif path == "/pooling":
+            self.asked.append(body)
+            states = [self.lm.model.base_model(torch.tensor([ids])).last_hidden_state[0] for ids in body["input"]]
+            if body["use_activation"]:
+                states = [torch.nn.functional.normalize(each, dim=-1) for each in states]
+            kind = getattr(torch, body["embed_dtype"])
+            return torch.cat(states).to(kind).view(torch.uint8).numpy().tobytes()
         elif path == "/v1/completions":
             self.asked.append(body)
             generator = torch.Generator().manual_seed(body["seed"])

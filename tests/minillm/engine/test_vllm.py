@@ -20,11 +20,15 @@ import torch
 
 from minillm import cli
 from minillm.config.engine import EngineConfig
+from minillm.config.teacher import TeacherConfig
+from minillm.data.examples import collate
 from minillm.engine.pair import Draw, draw, engine_of
 from minillm.engine.rollout import drawn, engine_gap, read
 from minillm.model.head import CausalLM
+from minillm.model.load import load_model
 from minillm.model.rollout import mixture_logprobs
 from minillm.model.sampling import Decoding, draw_uniforms
+from minillm.teacher.vllm_server import VllmTeacher
 
 pytestmark = [
     pytest.mark.engine,
@@ -153,10 +157,14 @@ def free_port():
         return sock.getsockname()[1]
 
 
+DRAWS = ("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm")
+GIVES_STATES = ("--runner", "pooling", "--convert", "embed", "--pooler-config", '{"task": "token_embed"}')
+
+
 class Serving:
     """`vllm serve` of a model directory, ready."""
 
-    def __init__(self, model, log):
+    def __init__(self, model, log, flags=DRAWS):
         self.port = free_port()
         self.url, self.log = f"http://127.0.0.1:{self.port}", log
         environment = os.environ | {
@@ -167,7 +175,7 @@ class Serving:
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port",
             str(self.port), "--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(2**27),
-            "--max-model-len", "128", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
+            "--max-model-len", "128", *flags,
         ]  # fmt: skip
         with open(log, "w") as file:
             self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
@@ -232,6 +240,30 @@ def test_a_server_gets_the_weights_and_its_death_ends_the_run_saved(server, wide
     assert [line["step"] for line in done] == list(range(1, len(done) + 1))
     assert all(line["rollout/engine_gap"] < 1e-3 for line in done if line["stage"] == "minillm")
     assert [path.name for path in (run / "checkpoints").glob("step-*")] == [f"step-{len(done)}"]
+
+
+@torch.no_grad()
+def test_a_teacher_in_vllm_is_the_teacher(wide_files):
+    """Its hidden states, twice, so that what it keeps of a prompt is no answer to the next; and a run that learns from
+    them."""
+    serving = Serving(wide_files / "teacher", wide_files / "server.log", GIVES_STATES)
+    try:
+        settings, here = TeacherConfig(provider="vllm"), CausalLM(load_model(str(wide_files / "teacher")))
+        teacher = VllmTeacher([serving.url], settings, torch.device("cpu"))
+        batch = collate([[5, 9, 33, 7], [8, 2], [5, 9, 33, 7]], [[6, 7, 8], [3], [6, 7, 8, 9, 10]])
+        for _ in range(2):
+            torch.testing.assert_close(teacher.output(batch).states, here.output(batch).states, rtol=1e-4, atol=1e-4)
+        assert torch.equal(teacher.head.weight, here.head.weight)
+        teacher.close()
+        losses = {}
+        for name, flags in (("here", []), ("there", [f"--model.teacher={serving.url}", "--teacher.provider=vllm"])):
+            run = ["--stages.minillm.method=kd", "--log.checkpoint_every=0", f"--output={wide_files / name}", *flags]
+            with torch.enable_grad():
+                assert cli.main(["train", str(wide_files / "recipe.yaml"), "--no-doctor", *run]) == 0
+            losses[name] = [line["loss"] for line in metrics(wide_files / name)]
+        assert losses["there"] == pytest.approx(losses["here"], rel=1e-3)
+    finally:
+        serving.kill()
 
 
 # ---- whole steps, in this process

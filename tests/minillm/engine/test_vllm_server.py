@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from vllm_service import QUICK, answers
 
 from minillm.config.schema import ConfigError, LoraConfig
-from minillm.engine import EngineLost
 from minillm.engine.rollout import drawn, engine_gap, read
 from minillm.engine.vllm_server import Server
 from minillm.engine.weights import weights_of
+from minillm.lost import ServerLost
 from minillm.model.adapters import add_adapters
 from minillm.model.head import CausalLM
 
@@ -36,7 +36,7 @@ def test_a_prefix_cache_of_other_weights_is_not_used(serve, student):
     answers(student, service)
     assert service.resets == []
     service.resets = [False] * 3
-    with pytest.raises(EngineLost, match="still in use"):
+    with pytest.raises(ServerLost, match="still in use"):
         answers(student, service)
 
 
@@ -68,7 +68,7 @@ def test_a_server_that_stays_away_is_given_up(serve, teacher):
     service = serve(teacher)
     answers(teacher, service)
     service.troubles = ["cut"] * 100
-    with pytest.raises(EngineLost, match=r"does not answer .* in 3 attempts \(engine.retries, engine.timeout\)"):
+    with pytest.raises(ServerLost, match=r"does not answer .* in 3 attempts \(engine.retries, engine.timeout\)"):
         answers(teacher, service)
     assert len(service.troubles) >= 100 - 3 * 2
     service.troubles = []
@@ -79,7 +79,7 @@ def test_what_a_server_refuses_is_not_sent_again(serve, teacher):
     service = serve(teacher)
     answers(teacher, service)
     service.troubles = [400]
-    with pytest.raises(EngineLost, match=r"/v1/completions refuses a request \(400"):
+    with pytest.raises(ServerLost, match=r"/v1/completions refuses a request \(400"):
         answers(teacher, service, prompts=[[5]])
     assert not service.troubles
 

@@ -11,7 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minillm.config.recipe import load_recipe
 from minillm.config.schema import ConfigError, LoraConfig
 from minillm.distillation import load_pair, run_recipe
-from minillm.model.adapters import add_adapters, keep_base_in, merge_adapters, save_adapters
+from minillm.model.adapters import (
+    add_adapters,
+    continue_adapters,
+    keep_base_in,
+    merge_adapters,
+    save_adapters,
+    stored_adapters,
+)
 from minillm.model.head import CausalLM
 from minillm.model.layers import drop_layers
 from minillm.model.load import load_model, load_tokenizer
@@ -86,40 +93,47 @@ def test_a_peft_too_old_is_named_with_a_command_that_can_succeed(make_llama, mon
 
 @needs_adapters
 @torch.no_grad()
-@pytest.mark.parametrize("whole", ["", "lm_head", "lm_head,norm"])
-def test_modules_trained_whole_are_exported_merged_and_as_adapters(make_llama, tokenizer, tmp_path, whole):
-    make_llama().save_pretrained(tmp_path / "base")
+@pytest.mark.parametrize("export", ["merged", "adapter"])
+@pytest.mark.parametrize(
+    ("tied", "whole"), [(False, ""), (False, "lm_head"), (False, "lm_head,norm"), (True, ""), (True, "norm")]
+)
+def test_every_export_is_the_student(make_llama, tokenizer, tmp_path, tied, whole, export):
+    """For us and for peft, which both read it merged or as adapters, and for training that goes on from it."""
+    from peft import PeftModel
+
+    make_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
     model = load_model(str(tmp_path / "base"))
     add_adapters(model, LoraConfig(rank=4, alpha=8, modules_to_save=whole), seed=0)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert any("lm_head" in name for name in trained) == bool(whole)
+    assert any("lm_head" in name for name in trained) == ("lm_head" in whole)
     for parameter in trained.values():
         parameter.add_(torch.randn_like(parameter), alpha=0.1)
     expected = model(IDS).logits
     lm = CausalLM(model)
     torch.testing.assert_close(lm.logits(lm.states(IDS, torch.ones_like(IDS))), expected)
-    write_model(model, tokenizer, tmp_path / "out")
-    for exported in ("out", "out/adapter"):  # the second is merged into its base as it is loaded
-        torch.testing.assert_close(load_model(str(tmp_path / exported))(IDS).logits, expected, rtol=1e-4, atol=1e-4)
-    assert load_model(str(tmp_path / "out")).state_dict().keys() == make_llama().state_dict().keys()
+    write_model(model, tokenizer, tmp_path / "out", export)
+    adapter = str(tmp_path / ("out/adapter" if export == "merged" else "out"))
+    found = {"adapters, merged by us": load_model(adapter)}
+    found["adapters, by peft"] = PeftModel.from_pretrained(load_model(str(tmp_path / "base")), adapter)
+    found["adapters, to go on with"] = load_model(str(tmp_path / "base"))
+    continue_adapters(found["adapters, to go on with"], stored_adapters(adapter))
+    again = {n for n, p in found["adapters, to go on with"].named_parameters() if p.requires_grad}
+    assert again == trained.keys()
+    if export == "merged":
+        found["merged"] = load_model(str(tmp_path / "out"))
+        assert found["merged"].state_dict().keys() == make_llama().state_dict().keys()
+        assert (found["merged"].lm_head.weight is found["merged"].model.embed_tokens.weight) == tied
+    for way, each in found.items():
+        torch.testing.assert_close(each(IDS).logits, expected, rtol=1e-4, atol=1e-4, msg=way)
 
 
 @needs_adapters
 @torch.no_grad()
-def test_tied_heads_keep_one_tensor(make_llama, tokenizer, tmp_path):
+def test_tied_heads_are_not_trained_whole(make_llama, tmp_path):
     make_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
-    model = load_model(str(tmp_path / "base"))
     for whole in ("lm_head", "embed_tokens"):
         with pytest.raises(ConfigError, match=r"embeddings or head, which are one tensor .* lora.modules_to_save"):
             add_adapters(load_model(str(tmp_path / "base")), LoraConfig(rank=4, modules_to_save=whole), seed=0)
-    add_adapters(model, LoraConfig(rank=4), seed=0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.normal_(std=0.1)
-    merged = merge_adapters(model)
-    assert merged.lm_head.weight is merged.model.embed_tokens.weight
-    write_model(model, tokenizer, tmp_path / "out")
-    torch.testing.assert_close(load_model(str(tmp_path / "out"))(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 class WeightCasts(TorchDispatchMode):

@@ -9,9 +9,9 @@ import torch
 
 from minillm.config.schema import ConfigError, TeacherConfig
 from minillm.data.examples import collate
+from minillm.lost import ServerLost
 from minillm.model.head import CausalLM
 from minillm.model.sampling import Decoding, draw_uniforms, sample
-from minillm.teacher import TeacherLost
 from minillm.teacher.wire import Question, pack_states, write_tensors
 
 urllib3 = pytest.importorskip("urllib3", reason="the extra `teach`")
@@ -131,13 +131,21 @@ def test_a_token_is_wanted_where_one_is_set(serve, ask, monkeypatch):
     ask(server).output(batch())
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [({"request_tokens": 15}, "22 tokens at once"), ({"request_tokens": 10}, "reads at most 10")],
-)
-def test_what_is_too_large_is_refused_with_the_limit(serve, ask, settings, words):
-    with pytest.raises(ConfigError, match=words):
-        ask(serve(**settings)).output(batch())
+def test_what_is_too_large_for_one_question_travels_in_several(serve, ask, local, make_llama):
+    server = serve(request_tokens=13)  # of the longest prompt and its answer, by one
+    teacher, uniforms, decoding = ask(server), draw_uniforms(3, 6, len(PROMPTS)), Decoding(6, ends=(0, 9))
+    torch.testing.assert_close(teacher.output(batch()).states, local(batch()).states, rtol=1e-5, atol=1e-5)
+    expected = sample(CausalLM(make_llama(4)), None, PROMPTS, decoding, alpha=0.0, uniforms=uniforms).responses()
+    assert teacher.sample(PROMPTS, decoding, uniforms, 257) == expected
+
+
+def test_what_is_too_large_is_refused_with_the_limit(serve, ask):
+    server = serve(request_tokens=15)
+    body = write_tensors(Question.of(batch())._asdict())
+    answer = urllib3.request("POST", f"{server.url}/states?wire=float32", body=body, retries=False)
+    assert answer.status == 413 and "22 tokens at once, of at most 15" in answer.json()["error"]
+    with pytest.raises(ConfigError, match="reads at most 10"):
+        ask(serve(request_tokens=10)).output(batch())
 
 
 def test_another_server_takes_over(serve, ask, local):
@@ -152,7 +160,7 @@ def test_a_teacher_that_is_gone_is_lost_after_the_patience(serve, ask):
     server = serve()
     teacher = ask(server)
     server.kill()
-    with pytest.raises(TeacherLost, match=r"has not answered for 1 s \(teacher.patience\): http://127.0.0.1"):
+    with pytest.raises(ServerLost, match=r"has not answered for 1 s \(teacher.patience\): http://127.0.0.1"):
         teacher.output(batch())
 
 
@@ -170,7 +178,7 @@ def test_another_model_at_the_same_address_is_not_listened_to(serve, ask, make_l
     teacher = ask(server)
     server.kill()
     serve(make_llama(4, seed=7), port=int(server.url.rpartition(":")[2]))
-    with pytest.raises(TeacherLost, match="serves another model"):
+    with pytest.raises(ServerLost, match="serves another model"):
         teacher.output(batch())
     with pytest.raises(ConfigError, match="serve different models"):
         ask(serve(), serve(make_llama(3)))
@@ -181,7 +189,7 @@ def test_a_model_that_fails_fails_this_answer_alone(serve, ask, local):
     teacher, lm = ask(server), server.teacher.lm
     output = lm.output
     lm.output = lambda asked: 1 / 0
-    with pytest.raises(TeacherLost, match="500: the model failed: division by zero"):
+    with pytest.raises(ServerLost, match="500: the model failed: division by zero"):
         teacher.output(batch())
     lm.output = output
     assert torch.equal(teacher.output(batch()).states, local(batch()).states)
@@ -208,5 +216,5 @@ def test_closing_waits_for_nobody(serve, ask):
     server.kill()
     asked = teacher.ask(batch())
     teacher.close()
-    with pytest.raises(TeacherLost):
+    with pytest.raises(ServerLost):
         asked.result(10)

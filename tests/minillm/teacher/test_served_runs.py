@@ -55,6 +55,9 @@ def test_a_served_teacher_teaches_what_the_teacher_teaches(files, serve, method,
     measured = [each["evaluations"]["a"]["reverse_kl"]["own_samples"]["mean"] for each in (here, there)]
     assert measured[0] == pytest.approx(measured[1], rel=1e-4)
     assert served in there["teacher"]["elsewhere"]
+    assert list(there["evaluations"]) == list(here["evaluations"]) == ["start", "a", "teacher"]
+    for measured in ("rouge_l", "length", "responses"):
+        assert there["evaluations"]["teacher"][measured] == here["evaluations"]["teacher"][measured]
 
 
 class Process:

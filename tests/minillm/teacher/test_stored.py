@@ -55,8 +55,10 @@ def test_a_run_on_stored_states_is_the_run_on_the_teacher(files, write, capsys):
     assert "hidden states in float32" in capsys.readouterr().out
 
 
-def test_distill_evaluates_a_student_whose_teacher_is_stored(files, write):
+def test_distill_evaluates_a_student_whose_teacher_is_stored(files, write, capsys):
     train(files, write(), "run", command="distill")
+    told = capsys.readouterr().out
+    assert f"minillm evaluate {files / 'run' / 'model'} --data {files / 'eval.jsonl'} --teacher DIR" in told
     summary = json.loads((files / "run" / "summary.json").read_text())
     assert list(summary["evaluations"]) == ["start", "a"] and "stored in" in summary["teacher"]["elsewhere"]
 

@@ -152,6 +152,13 @@ def _logprobs(s, t):
     return (logprobs - 0.1 * entropy).sum()
 
 
+LEARNT = {"advantages": WEIGHTS, "old_logprobs": torch.full((4,), -3.0), "entropy_coef": 0.1}
+
+
+def _head(states):
+    return torch.linspace(-1, 1, 60 * 60).view(60, 60).to(states.dtype)
+
+
 FUNCTIONS = {
     "fused_rkl_loss": lambda s, t: mk.fused_rkl_loss(s, t, IDS, weights=WEIGHTS, temperature=2.0),
     "fused_rkl_loss-inplace": lambda s, t: mk.fused_rkl_loss(s * 2, t, inplace=True),
@@ -167,6 +174,10 @@ FUNCTIONS = {
     "distill_loss": lambda s, t: mk.distill_loss(s, t, IDS, reverse_kl=WEIGHTS, student_logprobs=-0.5).loss,
     "distill_loss-inplace": lambda s, t: mk.distill_loss(s * 2, t, IDS, forward_kl=0.5, inplace=True).loss,
     "mixed_sample": _sample,
+    "minillm_loss": lambda s, t: mk.minillm_loss(s, t, IDS, **LEARNT).loss,
+    "fused_linear_minillm_loss": lambda s, t: (
+        mk.fused_linear_minillm_loss(s, _head(s), t, _head(t), IDS, **LEARNT).loss
+    ),
 }
 
 
