@@ -50,6 +50,8 @@ class Decoder:
 
         self.model, self.exists, self.padded = model, exists, padded
         self.cache: Any = DynamicCache(config=model.model.config)
+        self.last = exists.shape[1] - 1
+        """The last position of a row. Rows that have ended would go beyond, where a model may have none."""
         self.length = 0
         """Tokens of a row that have been read, its padding included."""
         self.position = torch.zeros(len(exists), 1, dtype=torch.long, device=exists.device)
@@ -59,7 +61,7 @@ class Decoder:
         """[B, g, H] the states after each of the tokens `ids` [B, g]."""
         new, self.length = slice(self.length, self.length + ids.shape[1]), self.length + ids.shape[1]
         exists = self.exists[:, : self.length]
-        positions = (self.position + exists[:, new].cumsum(dim=1) - 1).clamp(min=0)
+        positions = (self.position + exists[:, new].cumsum(dim=1) - 1).clamp(0, self.last)
         masks = of_padded(self.model, exists, ids.shape[1], self.padded)
         states = self.model.states(ids, masks, self.cache, position_ids=positions)
         self.position, self.state = positions[:, -1:] + 1, states[:, -1]
@@ -79,7 +81,7 @@ class Decoder:
 
     def join(self, other: "Decoder") -> None:
         """Go on with the rows of `other` as well, after these; `other` is used up. For models that `takes_rows`."""
-        length = max(self.length, other.length)
+        length, self.last = max(self.length, other.length), max(self.last, other.last)
         self.padded |= other.padded or self.length != other.length
         for decoder in (self, other):
             decoder._end_at(length)

@@ -89,10 +89,25 @@ def for_layers(lm: "CausalLM", visible: Tensor, queries: int) -> Masks:
         if kind == "sliding_attention":
             held = min(length, config.sliding_window - 1 + queries)
             mask = (causal & (distance < config.sliding_window))[..., length - held :]
-        if config._attn_implementation == "eager":  # adds it to the scores
-            lowest = torch.finfo(lm.model.dtype).min
-            mask = torch.zeros_like(mask, dtype=lm.model.dtype).masked_fill(~mask, lowest)
         masks[kind] = mask
+    return _given(lm, masks)
+
+
+def of_positions(lm: "CausalLM", position: Tensor, room: int) -> Masks:
+    """The masks of one token of each row, at its `position` [B], among keys [B, room] that lie at theirs."""
+    distance = position[:, None, None, None] - torch.arange(room, device=position.device)
+    causal, config, masks = distance >= 0, lm.model.config.get_text_config(), {}
+    for kind in layer_types(config):
+        masks[kind] = causal & (distance < config.sliding_window) if kind == "sliding_attention" else causal
+    return _given(lm, masks)
+
+
+def _given(lm: "CausalLM", masks: dict[str, Tensor]) -> Masks:
+    """Masks [B, 1, Q, K] bool of each type of layers, as the model takes them."""
+    if lm.model.config.get_text_config()._attn_implementation == "eager":  # adds them to the scores
+        dtype = lm.model.dtype
+        lowest = torch.finfo(dtype).min
+        masks = {k: torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, lowest) for k, mask in masks.items()}
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
