@@ -22,7 +22,7 @@ from minillm.evaluation.divergence import Samples, draw, references
 from minillm.evaluation.exposure import ExposureBias, excess_accumulated_error
 from minillm.evaluation.means import Mean, Seeds
 from minillm.evaluation.result import OWN, REFERENCES, Evaluation, Length, Responses
-from minillm.evaluation.share import over_batches
+from minillm.evaluation.share import a_share, over_batches
 from minillm.model.check import check_context
 from minillm.model.head import CausalLM, Scorer, share_vocabulary
 from minillm.model.sampling import Decoding, decode, greedy
@@ -205,9 +205,11 @@ def _greedy(
         return [each.token_ids for each in draw_everywhere(how, engine, [example.prompt for example in examples])]
 
     def respond(start: int, part: Sequence[Example]) -> list[list[int]]:
-        return greedy(student, [example.prompt for example in part], settings.greedy_tokens, len(part), ends)
+        prompts = [example.prompt for example in part]
+        return greedy(student, prompts, settings.greedy_tokens, settings.batch_size, ends)
 
-    return [tokens for part in over_batches(respond, examples, settings.batch_size, student) for tokens in part]
+    size = a_share(examples, settings.batch_size)
+    return [tokens for part in over_batches(respond, examples, size, student) for tokens in part]
 
 
 def _by_seed(sampled: list[str], samples: int) -> list[list[str]]:
