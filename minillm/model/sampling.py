@@ -118,7 +118,7 @@ def sample(
     with decodes_by_sdpa(*models):
         in_turn = at_once
         if at_once < len(order) and not decoding.coins_first:  # which is shared by rows that stand at one position
-            in_turn = len(order) if all(map(takes_rows, models)) else at_once
+            in_turn = len(order) if graphs or all(map(takes_rows, models)) else at_once
         for start in range(0, len(order), in_turn):
             chosen = order[start : start + in_turn]
             mine = [i * copies + copy for i in chosen for copy in range(copies)]

@@ -155,6 +155,18 @@ def test_a_model_that_chooses_by_values_is_refused(make_llama):
     assert not takes_graphs(CausalLM(model))
 
 
+def test_trying_a_model_leaves_nothing_in_the_casts_of_autocast(make_llama):
+    """It is tried inside a rollout, whose autocast remembers what it has cast."""
+    lm, tried = CausalLM(make_llama()), CausalLM(make_llama())
+    uniforms = draw_uniforms(0, T, len(MANY))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert takes_graphs(tried)
+        expected, found = (
+            sample(each, None, MANY, ENDING, alpha=0.0, uniforms=uniforms).student_hidden for each in (lm, tried)
+        )
+    assert torch.equal(found, expected)
+
+
 def test_a_model_that_decodes_otherwise_there_is_refused(make_llama, monkeypatch):
     lm = CausalLM(make_llama())
     monkeypatch.setattr(static, "of_positions", lambda lm, position, room: None)  # rows look at what is not there yet
