@@ -2,9 +2,10 @@
 
 The demo pair, the same prompts in every rollout, fresh uniforms each time, and the same ones for all ways. Variance is
 the trace of the covariance of the gradient of one matrix of the student, over independent rollouts; its ratio to that
-of own coins has the standard error of a jackknife. The result is written anew after every rollout.
+of own coins has the standard error of a jackknife. The result is written anew after every rollout, and the gradients
+so far are kept in runs/, where a run that was interrupted, or one of more rollouts, goes on.
 
-    python benchmarks/coins_variance.py          # 5 minutes on one thread; benchmarks/results/coins.json
+    python benchmarks/coins_variance.py [ROLLOUTS]     # 24: 10 minutes on one thread; benchmarks/results/coins.json
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from __future__ import annotations
 import json
 import math
 import platform
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minillm.config.recipe import load_recipe
@@ -29,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "coins.json"
 PROMPTS, NEW_TOKENS, ROLLOUTS = 8, 16, 24
 WAYS = {"own coins": "row", "4 groups": 4, "1 group": 1}
+KEPT = ROOT / "runs" / f"coins-variance-{PROMPTS}-{NEW_TOKENS}.safetensors"
 MATRIX = "model.model.layers.18.self_attn.o_proj.weight"
 
 
@@ -42,13 +46,18 @@ def main() -> None:
     del context.examples[PROMPTS:]
     for name, parameter in context.student.named_parameters():
         parameter.requires_grad_(name == MATRIX)
-    found: dict[str, list[Tensor]] = {name: [] for name in WAYS}
-    for iteration in range(ROLLOUTS):
+    KEPT.parent.mkdir(exist_ok=True)
+    found = load_file(KEPT) if KEPT.exists() else {}
+    rollouts = int(sys.argv[1]) if len(sys.argv) > 1 else ROLLOUTS
+    for iteration in range(len(next(iter(found.values()), [])), rollouts):
         for name, coins in WAYS.items():
-            rollouts = replace(context.config.rollout, coins=coins)
-            found[name].append(gradient(replace(context, config=replace(context.config, rollout=rollouts)), iteration))
+            config = replace(context.config, rollout=replace(context.config.rollout, coins=coins))
+            mine = gradient(replace(context, config=config), iteration)[None]
+            found[name] = torch.cat([found[name], mine]) if iteration else mine
+        save_file(found, KEPT.with_suffix(".new"))
+        KEPT.with_suffix(".new").replace(KEPT)
         if iteration >= 2:
-            write(context, {name: torch.stack(gradients) for name, gradients in found.items()})
+            write(context, found)
 
 
 def gradient(context: Context, iteration: int) -> Tensor:
@@ -79,7 +88,8 @@ def ratio(shared: Tensor, own: Tensor) -> tuple[float, float]:
 
 def write(context: Context, gradients: dict[str, Tensor]) -> None:
     rows = {}
-    for name, found in gradients.items():
+    for name in WAYS:
+        found = gradients[name]
         over, error = ratio(found, gradients["own coins"])
         rows[name] = {"variance": variance(found), "over_own_coins": over, "standard_error": error}
     result = {

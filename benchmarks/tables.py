@@ -15,37 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from cells import RESULTS, load, machine, markdown, rows_of, shape_of
+from rollout_tables import coins_table, engine_table, operators_table, rollouts_table, training_table
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-
-
-def load(name: str) -> dict:
-    return json.loads((RESULTS / name).read_text())
-
-
-def rows_of(results: dict, group: str) -> dict[str, dict]:
-    """{implementation: {"ms": median, **extra_info}} of one benchmark group."""
-    found = {}
-    for b in results["benchmarks"]:
-        if b["group"] == group:
-            found[b["extra_info"]["implementation"]] = {"ms": b["stats"]["median"] * 1e3, **b["extra_info"]}
-    return found
-
-
-def shape_of(row: dict) -> str:
-    return f"{row['dtype']} {row['shape'].replace('x', ' × ')}"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def machine(results: dict) -> str:
-    info = results["machine_info"]
-    return f"{info['cpu']['brand_raw']}, {info['threads']} threads, torch {info['torch']}"
 
 
 # ---- what a reader sees first
@@ -270,65 +244,6 @@ def gpu_table() -> str:
 # ---- training
 
 
-def training_table() -> str:
-    """What the trainer's own work takes on the demo pair."""
-    results = load("cpu.json")
-    info = {b["name"]: {**b["extra_info"], **b["stats"]} for b in results["benchmarks"]}
-    rollout, update = info["test_rollout"], info["test_step"]
-    titles = {
-        "both_models": "both models, each token drawn from their mixture",
-        "student_alone": "student alone",
-        "teacher_alone": "teacher alone",
-        "generate_student": "student alone, `transformers.generate`",
-    }
-    rows = [
-        [title, f"{rollout['seconds'][name]:.2f}", f"{rollout['tokens_per_second'][name]:.0f}"]
-        for name, title in titles.items()
-    ]
-    ratio = rollout["both_over_sum_of_alone"]
-    note = (
-        f"{machine(results)}, least of a few in turns. Both models at once take {ratio:.2f}× the sum of their own "
-        f"times. An update from rollouts that exist, with its text, {update['tokens']} tokens: {update['median']:.2f} "
-        "s. From the run that timed the kernels."
-    )
-    size = f"rollout of {rollout['sequences']} × {rollout['new_tokens']} tokens"
-    return markdown([size, "time, s", "new tokens per second"], rows) + "\n\n" + note
-
-
-def rollouts_table() -> str:
-    """Rollouts of the demo pair in several ways."""
-    results = load("rollouts.json")
-    info = next(b["extra_info"] for b in results["benchmarks"])
-    ending = f"responses that end after {info['mean_length_ending']:.0f} tokens in the mean"
-    titles = {
-        "in_turns_to_the_limit": "side by side, nothing ends",
-        "in_turns": f"side by side, {ending}, places in turns",
-        "refilled": "the same, places refilled",
-        "coins_first": "coins first, nothing ends",
-        "student_alone": "student alone, nothing ends",
-        "teacher_reads": "teacher, reading the responses once",
-        "generate": "`transformers.generate`, student alone, nothing ends",
-        "vllm": "vLLM, student alone, nothing ends",
-    }
-    rows = []
-    for name, title in titles.items():
-        if name in info["seconds"]:
-            seconds, passes = info["seconds"][name], info["forwards"].get(name, {})
-            cells = [passes.get(lm, "") for lm in ("student", "teacher")]
-            cells += [info["computed_for_7B_and_1_5B"].get(name, "")]
-            rows.append([title, f"{seconds:.2f}", f"{info['tokens'][name] / seconds:.1f}", *map(str, cells)])
-    note = (
-        f"{machine(results)}; processor time of one thread. Refilled places take the "
-        f"responses that end {info['refilled_over_limit']:.2f}× as fast as decoding all to "
-        f"the limit, and {info['refilled_over_in_turns']:.2f}× as fast as places in turns that drop what has ended. "
-        f"Coins first takes {info['coins_first_over_floor']:.2f}× its floor, the student alone and the teacher that "
-        "reads once. Last column: computed, not measured: the bytes of the weights that so many passes read."
-    )
-    size = f"{info['sequences']} sequences, {info['places']} at once, up to {info['new_tokens']} tokens, alpha 0.2"
-    header = [size, "time, s", "tokens per second", "passes: student", "teacher", "7B / 1.5B, × student alone"]
-    return markdown(header, rows) + "\n\n" + note
-
-
 def trl_table() -> str:
     """A step of our trainer beside one of TRL's."""
     results = load("trl.json")
@@ -368,6 +283,9 @@ TABLES = {
     "gpu": gpu_table,
     "training": training_table,
     "rollouts": rollouts_table,
+    "operators": operators_table,
+    "engine": engine_table,
+    "coins": coins_table,
     "trl": trl_table,
 }
 

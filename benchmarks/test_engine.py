@@ -51,6 +51,14 @@ def test_rollouts_of_an_engine(benchmark):
             student_states=False,
         )  # fmt: skip
 
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+
+    def generate():
+        options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": True, "top_k": 0}
+        student.model.generate(ids, attention_mask=mask, pad_token_id=0, **options)
+
     def engine(beside, alpha):
         how = Draw(student, beside, alpha, decoding, context.vocab_size)
         return draw(how, (engines[0], engines[1] if beside else None), prompts, own)
@@ -68,6 +76,7 @@ def test_rollouts_of_an_engine(benchmark):
     functions = {
         "student": lambda: roll(None, 0.0),
         "student_vllm": lambda: engine(None, 0.0),
+        "generate": generate,
         "side_by_side": lambda: roll(teacher, ALPHA),
         "coins_first": lambda: roll(teacher, ALPHA, shared, coins_first=True),
         "mixture_vllm": lambda: engine(teacher, ALPHA),

@@ -27,7 +27,13 @@ def test_dry(tmp_path):
     found = {(x["section"], x["name"]): x for x in lines}
     assert found["pytest", "pytest"]["collected"] > 800
     assert [x["step"] for x in found["trainer", "distill"]["steps"]] == [1, 2]
-    assert {x["by"] for x in lines if x["name"] == "rollout"} == {"both", "student", "generate"}
+    assert {x["by"] for x in lines if x["name"] == "rollout"} == {
+        "both",
+        "student",
+        "both, no graphs",
+        "student, no graphs",
+        "generate",
+    }
     assert {x["dtype"] for x in lines if x["section"] == "correct" and "dtype" in x} == {
         "bfloat16",
         "float32",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -66,7 +67,8 @@ def write_models(folder: Path) -> None:
 
 
 def rollouts(folder: Path) -> None:
-    """Tokens a second of both models, of the student alone, and of transformers' generate."""
+    """Tokens a second of both models and of the student alone, by CUDA graphs and without; of transformers' generate,
+    and of vLLM where it is installed."""
     from transformers import LlamaForCausalLM
 
     from minillm.model.head import CausalLM
@@ -76,7 +78,8 @@ def rollouts(folder: Path) -> None:
     load = lambda name: LlamaForCausalLM.from_pretrained(folder / name, dtype=dtype).to(RUN.device).eval()
     student, teacher = CausalLM(load("student")), CausalLM(load("teacher"))
     new = 4 if RUN.dry else 64
-    decoding = Decoding(new, ends=())
+    plain, decoding = Decoding(new, ends=(), graphs=False), Decoding(new, ends=())
+    engine = vllm(folder, new) if importlib.util.find_spec("vllm") and not RUN.dry else None
     for sequences in (2,) if RUN.dry else (32, 128):
         prompts = [[1 + (i * 7 + j) % 200 for j in range(24)] for i in range(sequences)]
         ids = torch.tensor(prompts, device=RUN.device)
@@ -84,10 +87,23 @@ def rollouts(folder: Path) -> None:
         ways: dict[str, Callable[[], object]] = {
             "both": lambda p=prompts: sample(student, teacher, p, decoding, alpha=0.2),
             "student": lambda p=prompts: sample(student, None, p, decoding, alpha=0.0),
+            "both, no graphs": lambda p=prompts: sample(student, teacher, p, plain, alpha=0.2),
+            "student, no graphs": lambda p=prompts: sample(student, None, p, plain, alpha=0.0),
             "generate": lambda x=ids, o=options: student.model.generate(x, attention_mask=torch.ones_like(x), **o),
         }
+        if engine is not None:
+            ways["vllm"] = lambda p=prompts: engine(p)
         for by, way in ways.items():
             attempt(f"rollout {by} {sequences}", lambda b=by, w=way, n=sequences: timed(b, w, n, new))
+
+
+def vllm(folder: Path, new: int) -> Callable[[list[list[int]]], object]:
+    """The student's responses of vLLM."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(str(folder / "student"), dtype="bfloat16", gpu_memory_utilization=0.3, skip_tokenizer_init=True)
+    law = SamplingParams(max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False)
+    return lambda prompts: llm.generate([{"prompt_token_ids": p} for p in prompts], law, use_tqdm=False)
 
 
 def timed(by: str, way: Callable[[], object], sequences: int, new: int) -> None:

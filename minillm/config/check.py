@@ -230,6 +230,11 @@ def check_stage(stage: StageConfig, run: RunConfig) -> None:
         raise ConfigError("rollout.on_policy_step follows the validation loss: set validation.every below optim.steps")
     if stage.rollout.chunk_size < 0:
         raise ConfigError(f"rollout.chunk_size is {stage.rollout.chunk_size}; give a number, or 0 for all at once")
+    if stage.rollout.cuda_graphs is True and stage.rollout.engine != "builtin":
+        raise ConfigError(
+            "rollout.cuda_graphs is true, which is for our own decoder, and rollout.engine is "
+            f"{stage.rollout.engine}: set it to auto"
+        )
     if stage.rollout.engine_correction < 0:
         raise ConfigError(
             f"rollout.engine_correction is {stage.rollout.engine_correction}; give the largest weight, or 0 for none"

@@ -20,7 +20,7 @@ from minillm.engine.pair import Draw, draw_everywhere
 from minillm.engine.responses import Response
 from minillm.engine.rollout import drawn, read
 from minillm.evaluation.means import Mean
-from minillm.evaluation.share import over_batches
+from minillm.evaluation.share import a_share, over_batches
 from minillm.model.head import CausalLM, Output, Scorer, common_vocabulary
 from minillm.model.rollout import Rollout
 from minillm.model.sampling import Decoding, draw_uniforms, sample
@@ -68,7 +68,10 @@ def draw(
     seeds = range(settings.seed, settings.seed + settings.samples)
     uniforms = torch.stack([draw_uniforms(seed, settings.sample_tokens, len(examples)) for seed in seeds], dim=2)
     vocab_size = common_vocabulary(author, *([] if other is None else [other]))
-    decoding, copies = Decoding(settings.sample_tokens, ends, settings.temperature), settings.samples
+    decoding = Decoding(settings.sample_tokens, ends, settings.temperature, chunk_size=settings.batch_size)
+    copies, size = settings.samples, max(1, settings.batch_size // settings.samples)
+    if other is None and isinstance(author, CausalLM):  # else the states of all that is sampled at once are kept
+        size = a_share(examples, size)
     responses: list[Response] = []
     if engine is not None:
         assert isinstance(author, CausalLM)
@@ -124,7 +127,7 @@ def draw(
                 table[mask] = values.double().cpu()
         return Samples(token_ids, lengths, copies, *tables)
 
-    found = over_batches(measured, examples, max(1, settings.batch_size // settings.samples), author, other)
+    found = over_batches(measured, examples, size, author, other)
     return Samples(
         [tokens for part in found for tokens in part.token_ids],
         torch.cat([part.lengths for part in found]),

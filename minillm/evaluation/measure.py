@@ -23,7 +23,7 @@ from minillm.evaluation.divergence import Author, Samples, draw, references
 from minillm.evaluation.exposure import ExposureBias, excess_accumulated_error
 from minillm.evaluation.means import Mean, Seeds
 from minillm.evaluation.result import OWN, REFERENCES, Evaluation, Length, Responses
-from minillm.evaluation.share import over_batches
+from minillm.evaluation.share import a_share, over_batches
 from minillm.model.check import check_context
 from minillm.model.head import CausalLM, Scorer, share_vocabulary
 from minillm.model.sampling import Decoding, decode, greedy
@@ -233,11 +233,14 @@ def _greedy(
     def respond(start: int, part: Sequence[Example]) -> list[list[int]]:
         prompts, limit = [example.prompt for example in part], settings.greedy_tokens
         if isinstance(student, CausalLM):
-            return greedy(student, prompts, limit, len(part), ends)
+            return greedy(student, prompts, limit, settings.batch_size, ends)
         unread = torch.zeros(limit, len(part), 2)
         return student.sample(prompts, Decoding(limit, ends, temperature=0.0), unread, student.vocab_size)
 
-    return [tokens for part in over_batches(respond, examples, settings.batch_size, student) for tokens in part]
+    size = settings.batch_size
+    if isinstance(student, CausalLM):  # which refills its places
+        size = a_share(examples, size)
+    return [tokens for part in over_batches(respond, examples, size, student) for tokens in part]
 
 
 def _by_seed(sampled: list[str], samples: int) -> list[list[str]]:

@@ -31,3 +31,9 @@ def over_batches(
     mine: list[Any] = [(starts[i], work(starts[i], items[starts[i] : starts[i] + size])) for i in numbers]
     found = dict(reversed(gather_object(mine)))
     return [found[start] for start in starts]
+
+
+def a_share(items: Sequence[Item], size: int) -> int:
+    """The size of batches for work that itself does `size` items at once, and goes on with the next one when any is
+    done: all that one process has."""
+    return max(size, -(-len(items) // PartialState().num_processes))

@@ -119,8 +119,9 @@ class Turns:
 
     def draw(
         self, position: int, rows: Tensor, student_logits: Tensor, drawn: MixedSample, running: list[int]
-    ) -> MixedSample:
-        """What the student drew for these rows, [b], but at the teacher's positions what the teacher draws.
+    ) -> MixedSample | None:
+        """What the student drew for these rows, [b], but at the teacher's positions what the teacher draws; None where
+        no row that runs stands at one.
 
         running: the rows that have not ended.
         """
@@ -139,7 +140,7 @@ class Turns:
                 vocab_size=self.vocab_size,
             ).token_ids
         if not due:
-            return drawn
+            return None
         token_ids = self.token_ids[rows, position]
         logprobs = token_logprobs(student_logits, token_ids, temperature=self.temperature, vocab_size=self.vocab_size)
         return drawn._replace(

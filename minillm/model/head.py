@@ -89,6 +89,7 @@ class CausalLM(nn.Module):
         self.copy_with: Callable[[Mapping[str, Tensor]], PreTrainedModel] | None = None  # of a student in shards
         self.takes_masks: bool | None = None  # minillm/model/masks.py tries it
         self.takes_rows: bool | None = None  # minillm/model/decoder.py tries it
+        self.takes_graphs: bool | None = None  # minillm/model/static.py tries it
         if tried:
             self.check()
 

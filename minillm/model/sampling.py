@@ -17,7 +17,7 @@ Legend: B sequences, b of them decoded now, T longest response, H hidden.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,8 +26,9 @@ from minillm.model.coins import Mixer, Turns
 from minillm.model.decoder import Decoder, left_pad, takes_rows
 from minillm.model.head import CausalLM, Scorer, common_vocabulary
 from minillm.model.masks import decodes_by_sdpa
+from minillm.model.places import Ends, Law, Places, Tokens
 from minillm.model.rollout import Rollout, add_teacher, add_teacher_logprobs, in_order
-from minillm_kernels import MixedSample, mixed_sample
+from minillm.model.static import check_graphs, takes_graphs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,6 +52,9 @@ class Decoding:
     """Run the teacher at its own positions only (see coins.py); temperature above 0, no filter."""
     chunk_size: int = 0
     """Most sequences decoded at once; 0: all. The tokens do not depend on it."""
+    graphs: bool | None = None
+    """Decode at fixed addresses, on a card by CUDA graphs (see static.py); None: on a card, where the models can. The
+    tokens do not depend on it."""
 
     def __post_init__(self) -> None:
         if self.coins_first and not (self.temperature > 0 and self.top_k == 0 and self.top_p == 1):
@@ -106,15 +110,20 @@ def sample(
     rows: list[int] = []
     parts: list[Rollout] = []
     models = [lm for lm in (student, beside) if isinstance(lm, CausalLM)]
+    decoded = models[:1] if decoding.coins_first else models  # the teacher then reads blocks
+    if decoding.graphs:
+        check_graphs(*decoded)
+    graphs = decoding.graphs or (decoding.graphs is None and student.device.type == "cuda")
+    graphs = graphs and all(map(takes_graphs, decoded))
     with decodes_by_sdpa(*models):
         in_turn = at_once
         if at_once < len(order) and not decoding.coins_first:  # which is shared by rows that stand at one position
-            in_turn = len(order) if all(map(takes_rows, models)) else at_once
+            in_turn = len(order) if graphs or all(map(takes_rows, models)) else at_once
         for start in range(0, len(order), in_turn):
             chosen = order[start : start + in_turn]
             mine = [i * copies + copy for i in chosen for copy in range(copies)]
             part = _Batch([prompts[i] for i in chosen], copies, decoding, alpha, uniforms[:, mine], vocab_size)
-            parts.append(part.decode(student, beside, student_states, at_once))
+            parts.append(part.decode(student, beside, student_states, at_once, graphs))
             rows += mine
     rollout = in_order(parts, rows) if len(parts) > 1 or rows != sorted(rows) else parts[0]
     if teacher is None or beside is not None:
@@ -135,12 +144,12 @@ class _Batch:
     vocab_size: int
 
     def decode(
-        self, student: CausalLM, teacher: CausalLM | Mixer | None, student_states: bool, at_once: int
+        self, student: CausalLM, teacher: CausalLM | Mixer | None, student_states: bool, at_once: int, graphs: bool
     ) -> Rollout:
         """The answers of both models, or of the student alone, to `at_once` prompts at a time.
 
         Rows that have ended make place for the next prompts once these are worth a forward pass. Where none wait,
-        they are dropped once they are a quarter of those that are decoded.
+        they are dropped once they are a quarter of those that are decoded; a half where a graph is made anew.
         """
         decoding, copies, device = self.decoding, self.copies, student.device
         limit, uniforms = decoding.max_new_tokens, self.uniforms.to(device, non_blocking=True)
@@ -151,72 +160,42 @@ class _Batch:
             behind = left_pad(prompts, limit, device)
             turns = Turns(teacher, behind, uniforms, coins, decoding.temperature, self.vocab_size)
         ends = torch.tensor(list(decoding.ends), dtype=torch.long).to(device, non_blocking=True)
+        law = Law(self.alpha, decoding.temperature, decoding.top_k, decoding.top_p, self.vocab_size, uniforms, ends)
+        tokens, known = Tokens(len(prompts), limit), Ends(len(prompts), limit, device)
+
+        def begin(first: int, last: int) -> Places:
+            decoders = [self._read_prompts(lm, first, last) for lm in lms]
+            rows = range(first * copies, last * copies)
+            places = Places(decoders, law, tokens, known, rows, student_states)
+            places.step(turns)
+            return places
 
         begun = min(at_once, len(self.prompts))
-        decoders = [self._read_prompts(lm, 0, begun) for lm in lms]
-        places, alive = list(range(begun * copies)), [True] * (begun * copies)  # the rows on the host
-        rows = torch.arange(len(places), device=device)
-        times, running = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)
-        lengths = [0] * len(prompts)
-        steps: list[_Drawn] = []
+        places = begin(0, begun)
+        if graphs:
+            places.fix(max(map(len, prompts)) + limit)
         while True:
-            logits, states = [decoder.logits() for decoder in decoders], [decoder.state for decoder in decoders]
-            drawn = mixed_sample(
-                logits[0],
-                logits[1] if len(logits) == 2 else None,
-                self.alpha if len(logits) == 2 else 0.0,
-                temperature=decoding.temperature,
-                top_k=decoding.top_k,
-                top_p=decoding.top_p,
-                uniforms=uniforms[times.clamp(max=limit - 1), rows],
-                vocab_size=self.vocab_size,
-            )
-            on = [place for place, goes_on in zip(places, alive, strict=True) if goes_on]
-            if turns is not None:  # nobody has joined: all rows stand at one position
-                drawn = turns.draw(len(steps), rows, logits[0], drawn, on)
-            steps.append(_Drawn(rows, times, drawn, states if student_states else states[1:]))
-            for place in on:
-                lengths[place] += 1
-            token_ids, times = drawn.token_ids, times + 1
-            running = running & (token_ids[:, None] != ends).all(1)
-            alive = [goes_on and lengths[place] < limit for place, goes_on in zip(places, alive, strict=True)]
-            if any(alive):  # the one wait for the device
-                alive = [a and b for a, b in zip(alive, running.tolist(), strict=True)]
-
-            going_on, waiting = sum(alive), len(self.prompts) - begun
+            known.receive()
+            going_on, waiting = len(places.going_on()), len(self.prompts) - begun
             joining = min(at_once - -(-going_on // copies), waiting)
             if going_on and joining < min(waiting, _worth_reading(at_once, limit)):
                 joining = 0
             if not going_on and not joining:
                 break
-            if joining or going_on <= 0.75 * len(alive):
-                indices = [i for i, goes_on in enumerate(alive) if goes_on]
-                kept = torch.tensor(indices, dtype=torch.long).to(device, non_blocking=True)
-                places = [place for place, goes_on in zip(places, alive, strict=True) if goes_on]
-                alive = [True] * len(places)
-                rows, times, running, token_ids = rows[kept], times[kept], running[kept], token_ids[kept]
-                if going_on:
-                    longest = max(len(prompts[place]) + lengths[place] - 1 for place in places)
-                    for decoder in decoders:
-                        decoder.keep(kept, longest)
+            held = len(places.held)
+            if going_on and (going_on <= held / 2 and not waiting if graphs else joining or going_on <= 0.75 * held):
+                places.drop(prompts)
             if going_on:
-                for decoder in decoders:
-                    decoder.read(token_ids[:, None])
+                places.step(turns)
             if joining:
-                new = [self._read_prompts(lm, begun, begun + joining) for lm in lms]
-                if going_on:
-                    for decoder, other in zip(decoders, new, strict=True):
-                        decoder.join(other)
+                more, begun = begin(begun, begun + joining), begun + joining
+                if going_on or graphs:
+                    places.join(more)
                 else:
-                    decoders = new
-                first, begun = begun * copies, begun + joining
-                places += range(first, begun * copies)
-                more = torch.arange(first, begun * copies, device=device)
-                rows, times = torch.cat([rows, more]), torch.cat([times, torch.zeros_like(more)])
-                running = torch.cat([running, torch.ones_like(more, dtype=torch.bool)])
-                alive = [True] * len(places)
+                    places = more
 
-        fields, hidden = _over_rows(steps, lengths, device)
+        known.receive(everything=True)
+        fields, hidden = tokens.of(known.lengths)
         rollout = Rollout(
             prompts=prompts,
             **fields,
@@ -224,9 +203,9 @@ class _Batch:
             teacher_hidden=hidden.pop(0) if hidden else None,
         )
         if turns is not None:
-            rollout = rollout._replace(teacher_hidden=turns.finish(lengths))
+            rollout = rollout._replace(teacher_hidden=turns.finish(known.lengths))
             rollout = add_teacher_logprobs(rollout, turns.teacher, self.alpha, decoding.temperature, self.vocab_size)
-        return _read_once(rollout, lengths, [student, teacher])
+        return _read_once(rollout, known.lengths, [student, teacher])
 
     def _read_prompts(self, lm: CausalLM, first: int, last: int) -> Decoder:
         """A decoder that has read the prompts first … last - 1, and goes on from each `copies` times."""
@@ -246,16 +225,6 @@ def _worth_reading(at_once: int, limit: int) -> int:
     return max(1, math.ceil(at_once * math.sqrt(2 / limit)))
 
 
-class _Drawn(NamedTuple):
-    """One step: the rows [b], the positions [b] that were drawn for them, and the states [b, H] of each model that are
-    kept."""
-
-    rows: Tensor
-    times: Tensor
-    sample: MixedSample
-    states: list[Tensor]
-
-
 def _read_once(rollout: Rollout, lengths: list[int], models: Sequence[Scorer | None]) -> Rollout:
     """The rollout with its tokens on the host.
 
@@ -272,27 +241,6 @@ def _read_once(rollout: Rollout, lengths: list[int], models: Sequence[Scorer | N
             "overflows"
         )
     return rollout._replace(known=[row[:n] for row, n in zip(found, lengths, strict=True)])
-
-
-def _over_rows(
-    steps: Sequence[_Drawn], lengths: list[int], device: torch.device
-) -> tuple[dict[str, Any], list[Tensor]]:
-    """The lengths and [B, T] of each field that was drawn, and the states [B, T, H] of each model that were kept; 0
-    beyond the end of a response."""
-    width, ends = max(lengths), torch.tensor(lengths).to(device, non_blocking=True)
-    beyond = torch.arange(width, device=device) >= ends[:, None]
-    times = [step.times.clamp(max=width) for step in steps]  # rows that had ended were drawn for as well
-
-    def over_rows(columns: Sequence[Tensor]) -> Tensor:
-        values = columns[0].new_zeros(len(lengths), width + 1, *columns[0].shape[1:])
-        for step, now, column in zip(steps, times, columns, strict=True):
-            values[step.rows, now] = column
-        return values[:, :width].masked_fill(beyond.view(*beyond.shape, *[1] * (values.dim() - 2)), 0)
-
-    fields: dict[str, Any] = {"lengths": ends}
-    for name, column in zip(MixedSample._fields, zip(*(step.sample for step in steps), strict=True), strict=True):
-        fields[name] = None if column[0] is None else over_rows(column)
-    return fields, [over_rows(column) for column in zip(*(step.states for step in steps), strict=True)]
 
 
 def greedy(

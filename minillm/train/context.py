@@ -188,6 +188,7 @@ class Context:
             top_p=rollout.top_p,
             coins_first=rollout.coins != "row" and alpha > 0,
             chunk_size=rollout.chunk_size,
+            graphs=None if rollout.cuda_graphs == "auto" else bool(rollout.cuda_graphs),
         )
 
     def sample_responses(

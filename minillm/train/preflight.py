@@ -27,6 +27,7 @@ from minillm.model.check import (
     check_training,
 )
 from minillm.model.head import CausalLM
+from minillm.model.static import check_graphs
 from minillm.parallel.mesh import processes_of_a_host, refuse_wrappers
 from minillm.parallel.shard import is_sharded
 from minillm.run.trackers import check_trackers
@@ -137,6 +138,10 @@ def prepare(
     for model in samplers:
         if isinstance(model, CausalLM):
             check_decoding(model, longest(config, validates=bool(validation)))
+    if config.rollout.cuda_graphs is True:
+        beside = config.rollout.alpha > 0 and config.rollout.coins == "row"
+        needed = samplers if config.method != "minillm" or beside else (student,)
+        check_cuda_graphs(*(model for model in needed if isinstance(model, CausalLM)))
     found = Context(
         run, config, accelerator, student, teacher, tokenizer, examples, validation, text, about, routed=routed
     )
@@ -182,6 +187,17 @@ def check_teachers(run: RunConfig, config: StageConfig, examples: Sequence[Examp
                     f"{example.record.where}: `teacher` is {example.record.teacher!r}; expected one of "
                     f"{', '.join(routed.teachers)}, the names in the section teachers"
                 )
+
+
+def check_cuda_graphs(*models: CausalLM) -> None:
+    """Refuse rollout.cuda_graphs: true where the step of one of these models cannot be held by a graph."""
+    for lm in models:
+        if lm.device.type != "cuda":
+            raise ConfigError(
+                f"rollout.cuda_graphs is true, and {type(lm.model).__name__} is on the {lm.device.type}: only a CUDA "
+                "device has graphs. Set it to auto"
+            )
+    check_graphs(*models)
 
 
 def longest(config: StageConfig, validates: bool) -> int:

@@ -124,6 +124,8 @@ def test_seeds_have_a_range(seed):
         ({"rollout": {"coins": "rows"}}, "rollout.coins is 'rows'; expected int or row"),
         ({"rollout": {"coins": None}}, "rollout.coins is None; expected int or row"),
         ({"rollout": {"chunk_size": -1}}, "rollout.chunk_size is -1"),
+        ({"rollout": {"cuda_graphs": "maybe"}}, "rollout.cuda_graphs is 'maybe'; expected bool or auto"),
+        ({"rollout": {"cuda_graphs": True, "engine": "vllm"}}, "cuda_graphs is true, which is for our own decoder"),
         ({"rollout": {"max_new_tokens": 0}}, "rollout.max_new_tokens is 0; it must be at least 1"),
         ({"rollout": {"max_new_tokens": "many"}}, "rollout.max_new_tokens is 'many'; expected int or a list"),
         ({"rollout": {"max_new_tokens": [8, 16]}}, r"rollout.max_new_tokens\[0\] is 8; expected a list of 2 values"),

@@ -5,7 +5,9 @@ from minillm.config.recipe import load_recipe
 from minillm.config.schema import DataConfig, EvalConfig
 from minillm.data.examples import encode, read_records
 from minillm.evaluation.divergence import draw, references
+from minillm.model.decoder import takes_rows
 from minillm.model.head import CausalLM
+from minillm.model.masks import takes_masks
 
 
 @pytest.fixture
@@ -72,3 +74,19 @@ def test_a_seed_draws_the_same_however_many_there_are(world):
     _, student, _, _, examples = world
     few, many = (draw(student, None, examples, EvalConfig(samples=s, sample_tokens=5), [0]).token_ids for s in (1, 3))
     assert few == many[::3] and many[::3] != many[1::3]
+
+
+def test_samples_that_nothing_compares_make_place_for_others(world):
+    """The same tokens as all at once, in fewer passes than places used in turns take."""
+    _, student, _, _, examples = world
+    assert takes_rows(student) and takes_masks(student)  # tried once, which is not counted
+    passes = []
+    student.model.base_model.register_forward_hook(lambda _, __, output: passes.append(output[0].shape[1]))
+    few, all_at_once = (
+        draw(student, None, examples * 4, EvalConfig(samples=1, sample_tokens=24, batch_size=size), range(0, 257, 12))
+        for size in (4, 64)
+    )
+    assert few.token_ids == all_at_once.token_ids
+    lengths = few.lengths.tolist()
+    in_turns = sum(max(lengths[start : start + 4]) for start in range(0, len(lengths), 4))
+    assert passes.count(1) - max(lengths) < 0.9 * in_turns

@@ -5,9 +5,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minillm.data.examples import collate
+from minillm.model.decoder import takes_rows
 from minillm.model.head import CausalLM
 from minillm.model.masks import of_batch, takes_masks
 from minillm.model.sampling import Decoding, draw_uniforms, sample
+from minillm.model.static import takes_graphs
 
 PROMPTS = [[5, 9, 17, 33, 2, 7, 8, 9, 10], [7], [100, 3, 45]]
 SIZES = {
@@ -88,3 +90,14 @@ def test_flash_attention_does_not_decode(make_llama):
     assert inputs["attention_mask"] is None and "cache" in inputs  # padding behind needs none, so nothing is gathered
     packed = collate(PROMPTS, PROMPTS, 100)
     assert of_batch(lm, packed).keys() == packed.inputs().keys()  # it finds sequences by their positions
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text"])
+def test_rounding_in_16_bits_is_not_taken_for_another_law(kind):
+    """As teachers are, and students under the autocast of a rollout, in which they are first tried."""
+    settings = {"sliding_window": 4} if kind == "gemma3_text" else {}
+    lm = build(kind, **settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert takes_masks(lm) and takes_rows(lm) and takes_graphs(lm)
+        lm = CausalLM(build(kind, **settings).model.bfloat16())
+        assert takes_masks(lm) and takes_rows(lm) and takes_graphs(lm)

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from minillm.cli import main
 from minillm.config.recipe import load_recipe
 from minillm.distillation import run_recipe
-from minillm.model import sampling
+from minillm.model import places
 from minillm.model.head import VOCABULARY, CausalLM, share_vocabulary
 
 COMMON, WIDE = 257, 1200
@@ -21,12 +21,12 @@ def largest(monkeypatch):
     """The largest token ids that were sampled, call by call."""
     found = []
 
-    def mixed_sample(*args, drawn=sampling.mixed_sample, **settings):
+    def mixed_sample(*args, drawn=places.mixed_sample, **settings):
         result = drawn(*args, **settings)
         found.append(int(result.token_ids.max()))
         return result
 
-    monkeypatch.setattr(sampling, "mixed_sample", mixed_sample)
+    monkeypatch.setattr(places, "mixed_sample", mixed_sample)
     return found
 
 

@@ -68,3 +68,13 @@ def test_gradients_are_not_divided_by_what_the_environment_accumulates(files, mo
 def test_weights_of_16_bits_are_not_trained(files, dtype):
     with pytest.raises(ConfigError, match=rf"model.dtype is {dtype}: trained weights of 16 bits lose .*compute_dtype"):
         load_recipe(files / "recipe.yaml", [f"--model.dtype={dtype}"])
+
+
+def test_graphs_that_are_asked_for_without_a_card_are_refused(files):
+    """Only where our decoder would use them: those of a stage that samples nothing are no matter."""
+    with pytest.raises(ConfigError, match=r"cuda_graphs is true, and LlamaForCausalLM is on the cpu.*Set it to auto"):
+        context_of(files, "minillm", "--rollout.cuda_graphs=true")
+    for flag in ("auto", "false"):
+        context = context_of(files, "minillm", f"--rollout.cuda_graphs={flag}")
+        assert context.decoding(0.2, 4).graphs is (None if flag == "auto" else False)
+    context_of(files, "warm-up", "--rollout.cuda_graphs=true")

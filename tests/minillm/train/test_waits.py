@@ -5,7 +5,7 @@ import torch
 from waits import Waits
 
 from minillm.config.recipe import load_recipe
-from minillm.model import sampling
+from minillm.model import places
 from minillm.model.head import CausalLM
 from minillm.model.masks import takes_masks
 from minillm.run.directory import RunDirectory
@@ -29,7 +29,7 @@ def count(files, make_llama, make_gpt2, make_tokenizer, monkeypatch):
         assert all(takes_masks(lm) for lm in (student, teacher))  # tried here, once
         steps, decoded = [], 0
 
-        def mixed_sample(*args, drawn=sampling.mixed_sample, **settings):
+        def mixed_sample(*args, drawn=places.mixed_sample, **settings):
             nonlocal decoded
             decoded += 1
             return drawn(*args, **settings)
@@ -40,7 +40,7 @@ def count(files, make_llama, make_gpt2, make_tokenizer, monkeypatch):
             decoded = 0
             waits.found.clear()
 
-        monkeypatch.setattr(sampling, "mixed_sample", mixed_sample)
+        monkeypatch.setattr(places, "mixed_sample", mixed_sample)
         monkeypatch.setattr(RunDirectory, "log", log)
         directory = RunDirectory(recipe)
         with Waits() as waits:
@@ -84,5 +84,5 @@ def test_nor_does_a_model_that_looks_for_pads(count):
 def test_what_waits_is_seen():
     lines = "float(x.sum()); x[x > 1]; x.nonzero(); x.tolist(); x.cpu(); x.to('cpu')"
     with Waits() as waits:
-        exec(compile(lines, sampling.__file__, "exec"), {"x": torch.arange(4.0)})
+        exec(compile(lines, places.__file__, "exec"), {"x": torch.arange(4.0)})
     assert sum(waits.found.values()) == 6
