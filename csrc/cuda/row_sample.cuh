@@ -197,23 +197,26 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) row_sample_argmax_kernel(Samp
 
 // ---- the token -------------------------------------------------------------------------------------------------------------
 
-// The columns of a lane, one behind the other: all are on their way before the first is used. -inf behind the row's end.
+// LANE_COLUMNS of a row from column `begin` on: all are on their way before the first is used. -inf behind the row's end.
 template <class E>
 struct LaneColumns {
     static constexpr int W = UNIT<E>, UNITS = LANE_COLUMNS / W;
     Raw<E, W> x[UNITS];
 
-    __device__ LaneColumns(const E* z, int left_in_row) {
-        if (left_in_row >= LANE_COLUMNS) {
-            const Row<E, W> row(z, left_in_row);
+    __device__ LaneColumns(const E* z, int V, int begin) {
+        if (begin + LANE_COLUMNS <= V) {
+            const Row<E, W> row(z, V);
 #pragma unroll
-            for (int j = 0; j < UNITS; ++j) x[j] = row.load(j);
+            for (int j = 0; j < UNITS; ++j) x[j] = row.load(begin / W + j);
         } else {
 #pragma unroll
             for (int j = 0; j < UNITS; ++j) {
                 float one[W];
 #pragma unroll
-                for (int i = 0; i < W; ++i) one[i] = j * W + i < left_in_row ? load_one(z + j * W + i) : -INFINITY;
+                for (int i = 0; i < W; ++i) {
+                    const int v = begin + j * W + i;
+                    one[i] = v < V ? load_one(z + v) : -INFINITY;
+                }
                 x[j] = Raw<E, W>::of(one);  // exact
             }
         }
@@ -249,7 +252,7 @@ __device__ int draw(const E* z, const SampleBuffers& buffers, int64_t law, const
     const float k = float(a.inv_T * LOG2E), max = mass[tile].max, cutoff = buffers.cutoff(law);
     const double rest = (target - chosen_before) * exp((n.max - double(max)) * a.inv_T);
     const int begin = tile * TILE + lane * LANE_COLUMNS;
-    const LaneColumns<E> columns(z + begin, int(a.V) - begin);
+    const LaneColumns<E> columns(z, int(a.V), begin);
     double sum = 0;
 #pragma unroll
     for (int i = 0; i < LANE_COLUMNS; ++i) sum += weight(columns[i], max, cutoff, k);

@@ -131,6 +131,6 @@ static void check(int64_t N, int64_t V) {
 
 int main() {
     check_wide_sums();
-    for (int64_t V : {1, 7, 1029, 9001}) check(3, V);
+    for (int64_t V : {1029, 9001, 7, 1}) check(3, V);  // what shows most first
     printf("ok\n");
 }
