@@ -252,7 +252,7 @@ def gpu_table() -> str:
                 row += ["–"] * 5
                 continue
             row += [f"{moved[kernel]:.3f}", str(found[90]["registers"]), f"{found[90]['instructions_per_column']:.1f}"]
-            row += [f"{found[a]['headroom']:.2f}× ({found[a]['bound_by']})" for a in (80, 90)]
+            row += [f"{x['headroom']:.2f}× ({x['bound_by']})" if (x := found.get(a)) else "–" for a in (80, 90)]
         rows.append(row)
     columns = ["bytes / least bytes", "registers", "instructions per column", "A100", "H100"]
     header = ["kernel", *(f"{backend}: {c}" for backend in ("CUDA", "Triton") for c in columns)]
