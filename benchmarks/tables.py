@@ -132,17 +132,17 @@ def cpu_table() -> str:
         for group in groups:
             found = rows_of(results, group)
             for name in ("minillm", "minillm in place"):
-                if name not in found:
+                if (row := found.get(name)) is None:
                     continue
-                row = found[name]
                 ratio = [f"{found[peer]['ms'] / row['ms']:.1f}×" for peer in ("eager", "torch.compile")]
                 memory = [f"{row['peak_extra_MiB']:.0f}", f"{found['eager']['peak_extra_MiB']:.0f}"]
                 label = operation.replace("_", " ") + (", in place" if name != "minillm" else "")
                 share = f"{row['fraction_of_add']:.2f}"
-                rows.append([label, shape_of(found["minillm"]), f"{row['ms']:.2f}", *ratio, share, *memory])
+                rows.append([label, shape_of(row), str(row["threads"]), f"{row['ms']:.2f}", *ratio, share, *memory])
     header = [
         "operation",
         "logits, rows × vocabulary",
+        "threads",
         "time, ms",
         "eager / ours",
         "torch.compile / ours",
@@ -151,8 +151,8 @@ def cpu_table() -> str:
         "extra memory of eager, MiB",
     ]
     note = (
-        f"{machine(results)}, {results['machine_info']['instruction_set']}, median of 15; made by "
-        "`pytest benchmarks/ --benchmark-only --benchmark-json=benchmarks/results/cpu.json`."
+        f"{machine(results)}, {results['machine_info']['instruction_set']}, median of 15; made by `pytest benchmarks/ "
+        "--benchmark-only --benchmark-json=benchmarks/results/cpu.json`."
     )
     return markdown(header, rows) + "\n\n" + note
 
@@ -226,7 +226,7 @@ def gpu_table() -> str:
                 row += ["–"] * 5
                 continue
             row += [f"{moved[kernel]:.3f}", str(found[90]["registers"]), f"{found[90]['instructions_per_column']:.1f}"]
-            row += [f"{found[a]['headroom']:.2f}× ({found[a]['bound_by']})" for a in (80, 90)]
+            row += [f"{x['headroom']:.2f}× ({x['bound_by']})" if (x := found.get(a)) else "–" for a in (80, 90)]
         rows.append(row)
     columns = ["bytes / least bytes", "registers", "instructions per column", "A100", "H100"]
     header = ["kernel", *(f"{backend}: {c}" for backend in ("CUDA", "Triton") for c in columns)]

@@ -6,7 +6,7 @@ tensors of that size in the same run. A fresh gradient also pays its page faults
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 
 import pytest
@@ -48,9 +48,19 @@ def truth_of(shape, dtype):
     return forward_backward(eager, student.double().requires_grad_(), teacher.double())
 
 
+ALL = torch.get_num_threads()
+
+
+@pytest.fixture(params=sorted({ALL, 1}, reverse=True))
+def threads(request) -> Iterator[int]:
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(ALL)
+
+
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=IDS)
 @pytest.mark.parametrize("row", ["minillm", "minillm in place", "eager", "torch.compile"])
-def test_forward_backward(measure, row, shape, dtype):
+def test_forward_backward(measure, threads, row, shape, dtype):
     student, teacher = logits(shape, dtype, 0).requires_grad_(), logits(shape, dtype, 1)
     loss_fn = {
         "minillm": ours,
@@ -72,7 +82,8 @@ def test_forward_backward(measure, row, shape, dtype):
     assert abs(loss - truth) < 1e-4 * (1 + truth)
     assert error < (2**-7 if dtype == torch.bfloat16 else 1e-5)
     del grad
-    measure(f"reverse_kl forward+backward {IDS[SHAPES.index((shape, dtype))]}", shape, dtype)(
+    group = f"reverse_kl forward+backward {IDS[SHAPES.index((shape, dtype))]}"
+    measure(group if threads == ALL else f"{group}, 1 thread", shape, dtype)(
         forward_backward, tensors=5, setup=setup, implementation=row, gradient_error=float(error)
     )
 

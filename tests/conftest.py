@@ -39,3 +39,4 @@ def cuda_on_host(host_cuda_kernels, monkeypatch):
     yield host_cuda_kernels
     host_cuda_kernels.processors(132)  # those of an H100
     host_cuda_kernels.shared_memory(227 << 10)
+    host_cuda_kernels.most_blocks_a_cluster(8)

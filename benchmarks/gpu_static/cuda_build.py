@@ -31,7 +31,7 @@ def build(architectures: tuple[str, ...], folder: str) -> tuple[float, str]:
     subprocess.run(configure, check=True, capture_output=True)
     start = _processor_seconds()
     result = subprocess.run(
-        ["ninja", "-C", folder, "cuda_operations"], check=True, capture_output=True, text=True, timeout=900
+        ["ninja", "-C", folder, "cuda_operations"], check=True, capture_output=True, text=True, timeout=3600
     )
     return _processor_seconds() - start, result.stdout + result.stderr
 

@@ -1,14 +1,15 @@
 """What the CUDA kernels cost, counted without a GPU: python -m benchmarks.gpu_static.cuda_kernels
 
 Needs nvcc, g++ and the Triton wheel (its cuobjdump and nvdisasm). Writes into benchmarks/results/gpu-static.json
-"cuda": registers and main loop of each kernel, from its disassembly; "cuda_filters": accesses and atomics of top-k and
-top-p; and "cuda_traffic": the bytes and 32-byte sectors that a row moves, counted by the kernels' host build
-(tests/tools/host_build.py).
+"cuda": registers and main loop of each kernel, from its disassembly; "cuda_sampling": loads and atomics of top-k,
+top-p and the draw; and "cuda_traffic": the bytes and 32-byte sectors that a row moves, counted by the host build of
+the kernels (tests/tools/host_build.py).
 
 The main loops of csrc/cuda hold paths that are rarely taken: chunks with a column outside the support, rows that are
 not aligned. What is counted is the hot path: from the loop's head to its branch back, the shortest path with an access
 of 16 bytes for every 16 bytes of the chunk. Instructions that a predicate switches off are counted: they are issued.
-row_stats_grad has three such loops, which copy to shared memory, sum, and write the gradient: they are added.
+row_stats_grad has three such loops, which copy to shared memory, sum, and write the gradient: they are added. Its form
+for clusters is empty before sm_90.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Kernel(NamedTuple):
     read: int
     written: int
     loops: tuple[Loop, ...]
+    since: int = 80  # architecture
 
 
 _ELEMENTS = {"bf16": ("__nv_bfloat16", 2), "fp32": ("float", 4)}
@@ -62,24 +64,26 @@ def kernels() -> list[Kernel]:
     for label, (element, size) in _ELEMENTS.items():
         pair, one = f"{element}, {element}", f"{element}, NoTeacher"
 
-        def add(name, file, template, parameters, read, written=0, columns=16, label=label, loops=None):
+        def add(name, file, template, parameters, read, written=0, columns=16, label=label, loops=None, since=80):
             accesses = {"global load": columns * read // 16, "global store": columns * written // 16}
             loops = loops or (Loop(columns, accesses),)
-            found.append(Kernel(f"{name} {label}", file, template, parameters, read, written, loops))
+            found.append(Kernel(f"{name} {label}", file, template, parameters, read, written, loops, since))
 
         stats, grad = "StatsArgs, int, RowState<float>*", "GradArgs, int"
         add("row_stats", "row_stats", f"row_stats_kernel<{pair}>", stats, 2 * size)
-        add("row_stats, one model", "row_stats", f"row_stats_kernel<{one}>", stats, size)
+        alone = 64 // size  # columns of a thread at a time
+        add("row_stats, one model", "row_stats", f"row_stats_kernel<{one}>", stats, size, columns=alone)
         add("row_grad", "row_grad", f"row_grad_kernel<{pair}>", grad, 2 * size, size)
-        add("row_grad, one model", "row_grad", f"row_grad_kernel<{one}>", grad, size, size)
+        add("row_grad, one model", "row_grad", f"row_grad_kernel<{one}>", grad, size, size, alone)
         vectors = 2 * size  # of a chunk and model pair
         loops = (
             Loop(16 // size, {"copy": 1}, 2),
             Loop(16, {"shared load": vectors}),
             Loop(16, {"shared load": vectors, "global store": size}),
         )
-        at_once = ("row_stats_grad", f"row_stats_grad_kernel<{pair}>", "StatsGradArgs, int", 2 * size, size)
-        add("row_stats_grad", *at_once, loops=loops)
+        for name, several, since in (("row_stats_grad", "false", 80), ("row_stats_grad, cluster", "true", 90)):
+            at_once = ("row_stats_grad", f"row_stats_grad_kernel<{pair}, {several}>", "StatsGradArgs, int")
+            add(name, *at_once, 2 * size, size, loops=loops, since=since)
         for kind in MIXTURE_DIVERGENCES:
             template, divergence = f"<Divergence::{kind}, {pair}>", "DivergenceArgs, int, DivergenceSums*"
             args = ("row_divergence", f"row_divergence_kernel{template}", divergence, 2 * size, 0, 8)
@@ -201,13 +205,14 @@ def measure(kernel: Kernel, cubin: bytes, name: str, architecture: int) -> dict:
     }
 
 
-def filters() -> list[dict]:
-    """Of the kernel that finds the cut-off of top-k and top-p, which a column passes through at most once a level: its
-    accesses of global memory and its atomics in shared memory, by opcode, for sm_90."""
+def sampling() -> list[dict]:
+    """Of the kernels that find the cut-off of top-k and top-p, which a column passes through at most once a level, and
+    draw a token: their loads from global memory and atomics in shared memory, by opcode, for sm_90."""
     kernel = "row_sample_filter_kernel"
-    wanted = {f"{kernel}<{element}, NoTeacher>": label for label, (element, _) in _ELEMENTS.items()}
-    every = [Kernel("", "row_sample", template, "SampleArgs, SampleBuffers", 0, 0, ()) for template in wanted]
-    cubin = compiled("row_sample", every, 90)
+    wanted = {f"{kernel}<{element}, NoTeacher>": f"top-k, top-p {label}" for label, (element, _) in _ELEMENTS.items()}
+    every = [Kernel("", "", template, "SampleArgs, SampleBuffers", 0, 0, ()) for template in wanted]
+    wanted["row_sample_draw_kernel"] = "draw"
+    cubin = compiled("row_sample_filter", every, 90)
     names = names_in(cubin)
     found = []
     for template, label in wanted.items():
@@ -215,7 +220,7 @@ def filters() -> list[dict]:
         opcodes = Counter(x.opcode for x in code if x.opcode.startswith(("ATOMS", "LDG")))
         used = sass.resources(cubin, names[template])
         counts = {"registers": used.registers, "stack_bytes": used.stack, "local_bytes": used.local}
-        found.append({"kernel": f"top-k, top-p {label}", **counts, "opcodes": dict(sorted(opcodes.items()))})
+        found.append({"kernel": label, **counts, "opcodes": dict(sorted(opcodes.items()))})
     return found
 
 
@@ -229,7 +234,7 @@ def static(architectures: Iterable[int] = ARCHITECTURES, every: list[Kernel] | N
 
     def of_file(job: tuple[str, int]) -> list[dict]:
         file, architecture = job
-        wanted = [x for x in every if x.file == file]
+        wanted = [x for x in every if x.file == file and x.since <= architecture]
         cubin = compiled(file, wanted, architecture)
         names = names_in(cubin)
         return [measure(x, cubin, names[x.template], architecture) for x in wanted]
@@ -246,7 +251,7 @@ def main() -> None:
 
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results["cuda"] = static()
-    results["cuda_filters"] = filters()
+    results["cuda_sampling"] = sampling()
     results["cuda_traffic"] = cuda_traffic.traffic()
     results["nvcc_version"] = nvcc_version()
     results = {k: results[k] for k in sorted(results)}

@@ -18,7 +18,7 @@ from .triton_kernels import TYPES, N, V, _rows
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "tools"))
 import host_build
 
-HELD = {"bf16": 50256, "fp32": 28672}  # columns of row_stats_grad: what an H100's shared memory holds
+HELD = {"bf16": 50256, "fp32": 28672}  # columns of row_stats_grad: what a block of an H100 holds
 TILE = 1024  # columns of csrc/cuda/row_sample.cuh: one is read a second time to draw a token from it
 
 
@@ -62,7 +62,10 @@ def traffic() -> list[dict]:
         count(f"row_grad, one model {label}", 2 * row, run.row_grad, alone, None, one, ones)
         held = HELD[label]
         held_pair = Pair(s[:, :held].contiguous(), t[:, :held].contiguous(), 1.0, held)
+        module.most_blocks_a_cluster(1)
         count(f"row_stats_grad {label}", 3 * held * dtype.itemsize, run.row_stats_grad, held_pair, None, ones)
+        module.most_blocks_a_cluster(8)
+        count(f"row_stats_grad, cluster {label}", 3 * row, run.row_stats_grad, pair, None, ones)
         for kind in MIXTURE_DIVERGENCES:
             values = count(f"{kind} {label}", 2 * row, run.row_divergence, pair, None, stats, kind, 0.5)
             args = (pair, stats, values, ones[0], kind, 0.5)

@@ -1,4 +1,4 @@
-// defines: launch, with_type, with_types
+// defines: Grid, launch, with_type, with_types
 #pragma once
 
 #include "launch.h"
@@ -6,28 +6,44 @@
 
 namespace minillm::cuda {
 
-// kernel(arguments...) on min(blocks, MAX_BLOCKS) blocks of THREADS; kernels stride over what is left. An error names it.
+struct Grid {
+    int64_t blocks;              // kernels stride over what is left behind the first MAX_BLOCKS
+    int64_t dynamic_shared = 0;  // bytes a block
+    int cluster = 1;             // blocks that run at the same time: a power of two
+};
+
+// kernel(arguments...) on blocks of THREADS. An error names it.
 template <class... P, class... A>
-std::string launch(const char* name, const Pair& rows, const Launch& l, void (*kernel)(P...), int64_t blocks,
-                   int64_t dynamic_shared, A... arguments) {
+std::string launch(const char* name, const Pair& rows, const Launch& l, void (*kernel)(P...), const Grid& shape,
+                   A... arguments) {
     constexpr int64_t MAX_BLOCKS = 1 << 20, MAX_COLUMNS = 1 << 30;
-    const unsigned grid = unsigned(blocks < MAX_BLOCKS ? blocks : MAX_BLOCKS);
+    const unsigned grid = unsigned(shape.blocks < MAX_BLOCKS ? shape.blocks : MAX_BLOCKS);
     if (rows.V > MAX_COLUMNS)
         return std::string(name) + ": " + std::to_string(rows.V) + " columns, at most 2^30 are supported in a row";
     std::string error;
     constexpr int64_t UNASKED = 48 << 10;  // bytes that a block may have without asking
     cudaError_t status = cudaSuccess;
-    if (dynamic_shared > UNASKED)
+    if (shape.dynamic_shared > UNASKED)
         status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      int(dynamic_shared));
+                                      int(shape.dynamic_shared));
 #ifdef __CUDACC__
     if (status == cudaSuccess) {
-        kernel<<<grid, THREADS, dynamic_shared, static_cast<cudaStream_t>(l.stream)>>>(arguments...);
-        status = cudaGetLastError();
+        cudaLaunchAttribute clusters = {};
+        clusters.id = cudaLaunchAttributeClusterDimension;
+        clusters.val.clusterDim = {unsigned(shape.cluster), 1, 1};
+        cudaLaunchConfig_t how = {};
+        how.gridDim = grid;
+        how.blockDim = THREADS;
+        how.dynamicSmemBytes = size_t(shape.dynamic_shared);
+        how.stream = static_cast<cudaStream_t>(l.stream);
+        how.attrs = &clusters;
+        how.numAttrs = shape.cluster > 1;
+        status = cudaLaunchKernelEx(&how, kernel, P(arguments)...);
     }
 #else
     (void)l;
-    if (status == cudaSuccess) error = host_cuda::launch(name, kernel, grid, THREADS, dynamic_shared, arguments...);
+    if (status == cudaSuccess)
+        error = host_cuda::launch(name, kernel, grid, THREADS, shape.dynamic_shared, shape.cluster, arguments...);
 #endif
     if (status != cudaSuccess) {
         error = cudaGetErrorString(status);
@@ -35,7 +51,7 @@ std::string launch(const char* name, const Pair& rows, const Launch& l, void (*k
     }
     if (error.empty()) return "";
     return std::string(name) + "<<<" + std::to_string(grid) + ", " + std::to_string(THREADS) + ", " +
-           std::to_string(dynamic_shared) + ">>> on " + std::to_string(rows.N) + " x " + std::to_string(rows.V) +
+           std::to_string(shape.dynamic_shared) + ">>> on " + std::to_string(rows.N) + " x " + std::to_string(rows.V) +
            " logits: " + error;
 }
 

@@ -20,8 +20,8 @@ struct Launch {
 #define MINILLM_DECLARE_LAUNCHER(name, Args) std::string name(const Args&, const Launch&);
 MINILLM_ROW_OPERATIONS(MINILLM_DECLARE_LAUNCHER)
 
-// Whether row_stats_grad is the better way: a block of the current device can hold a row pair of that type, and there are
-// enough rows for all multiprocessors.
+// Whether row_stats_grad is the better way: a block of the current device, or a cluster of them, can hold a row pair of that
+// type, and there are enough rows for all multiprocessors.
 bool holds_rows(int64_t N, int64_t V, DType type);
 
 // Bytes of workspace of an operation: none, but for those that say so.
@@ -33,13 +33,16 @@ int64_t workspace(const StatsArgs&);
 int64_t workspace(const DivergenceArgs&);
 int64_t workspace(const SampleArgs&);
 
-// Into how many parts a row is divided: enough blocks for any card, each with two chunks a thread (with fewer, merging its
-// states takes longer than making them). Depends on N and V alone (determinism).
+// Into how many parts a row is divided: as many as give every card enough blocks, of at least 8192 columns (with fewer,
+// merging states takes longer than making them); or, where parts are long enough for that to cost little, as many as leave
+// the last wave of blocks a small share of all. Depends on N and V alone (determinism).
 inline int splits(int64_t N, int64_t V) {
-    constexpr int64_t enough_blocks = 1024, smallest_part = 8192;
-    const int64_t wanted = N >= enough_blocks ? 1 : (enough_blocks + N - 1) / (N > 0 ? N : 1);
-    const int64_t possible = (V + smallest_part - 1) / smallest_part;
-    return int(wanted < possible ? wanted : possible);
+    const auto parts = [&](int64_t blocks, int64_t possible) {
+        const int64_t wanted = N > 0 ? (blocks + N - 1) / N : 1;
+        return wanted < possible ? wanted : possible;
+    };
+    const int64_t enough = parts(1024, (V + 8191) / 8192), even = parts(2112, V / 16384);
+    return int(enough > even ? enough : even);
 }
 
 }  // namespace minillm::cuda

@@ -28,11 +28,11 @@ std::string row_divergence(const DivergenceArgs& a, const Launch& l) {
     const int parts = splits(a.N, a.V);
     auto* sums = static_cast<DivergenceSums*>(l.workspace);
     const std::string error = with_divergence(a.divergence, a, [&](auto d, auto s, auto t) {
-        return launch("row_divergence_kernel", a, l, row_divergence_kernel<d.value, decltype(s), decltype(t)>, a.N * parts, 0,
+        return launch("row_divergence_kernel", a, l, row_divergence_kernel<d.value, decltype(s), decltype(t)>, {a.N * parts},
                       a, parts, sums);
     });
     if (!error.empty()) return error;
-    return launch("row_divergence_finish_kernel", a, l, row_divergence_finish_kernel, (a.N + THREADS - 1) / THREADS, 0, a,
+    return launch("row_divergence_finish_kernel", a, l, row_divergence_finish_kernel, {(a.N + THREADS - 1) / THREADS}, a,
                   parts, sums);
 }
 
@@ -41,7 +41,7 @@ std::string row_divergence_grad(const DivergenceGradArgs& a, const Launch& l) {
     const int parts = splits(a.N, a.V);
     return with_divergence(a.divergence, a, [&](auto d, auto s, auto t) {
         return launch("row_divergence_grad_kernel", a, l, row_divergence_grad_kernel<d.value, decltype(s), decltype(t)>,
-                      a.N * parts, 0, a, parts);
+                      {a.N * parts}, a, parts);
     });
 }
 

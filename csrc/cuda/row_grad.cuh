@@ -18,14 +18,14 @@ __device__ inline bool has_gradient(const GradArgs& a, int64_t row, float factor
     return any;
 }
 
-// The columns of c that are in the part, from stat(i): the statistics of the row.
+// The columns of c that are in the part, from stat(i): the statistics of the row. s, t, g and c begin at column `first`.
 template <class S, class T, class C, class Stat>
 __device__ void write_row_gradient(const GradArgs& a, int64_t row, const S* s, const T* t, S* g, const C& c,
-                                   const Part& part, float factor, const Stat& stat) {
+                                   const Part& part, float factor, const Stat& stat, int first = 0) {
     const auto coef = [&](int i) { return coefficient(a, i, row, factor); };
     const auto r = GradientRow<float>::make(stat, coef, float(a.inv_T));
     const int64_t y = a.token_ids == nullptr ? -1 : a.token_ids[row];
-    const int token = 0 <= y && y < a.V ? int(y) : -1;
+    const int token = 0 <= y - first && y - first < c.V ? int(y - first) : -1;
     const GradientOrigins o = {r.ms, r.mt, float(a.inv_T * LOG2E), token, r.ky};
     if constexpr (std::is_same_v<T, NoTeacher>) {
         write_gradient(s, t, g, c, part, o, [&](float x, float y) { return gradient<Needs::student>(r, x, y); });

@@ -1,5 +1,5 @@
 // The launchers of the row_sample kernels.
-#include "row_sample.cuh"
+#include "row_sample_filter.cuh"
 
 #include "launch.cuh"
 
@@ -29,20 +29,20 @@ std::string row_sample(const SampleArgs& a, const Launch& l) {
             SampleBuffers b = buffers;
             b.filtered = filtered;
             return launch("row_sample_mass_kernel", a, l, row_sample_mass_kernel<S, T>,
-                          (laws * buffers.tiles + WARPS - 1) / WARPS, 0, a, b);
+                          {(laws * buffers.tiles + WARPS - 1) / WARPS}, a, b);
         };
         std::string error = masses(false);
         if (error.empty() && buffers.filtered) {
-            error = launch("row_sample_filter_kernel", a, l, row_sample_filter_kernel<S, T>, laws, 0, a, buffers);
+            error = launch("row_sample_filter_kernel", a, l, row_sample_filter_kernel<S, T>, {laws}, a, buffers);
             if (error.empty()) error = masses(true);
         }
         if (error.empty() && a.greedy)
-            error = launch("row_sample_argmax_kernel", a, l, row_sample_argmax_kernel<S, T>, a.N * buffers.splits, 0, a,
+            error = launch("row_sample_argmax_kernel", a, l, row_sample_argmax_kernel<S, T>, {a.N * buffers.splits}, a,
                            buffers);
         return error;
     });
     if (!error.empty()) return error;
-    return launch("row_sample_draw_kernel", a, l, row_sample_draw_kernel, (a.N + WARPS - 1) / WARPS, 0, a, buffers);
+    return launch("row_sample_draw_kernel", a, l, row_sample_draw_kernel, {(a.N + WARPS - 1) / WARPS}, a, buffers);
 }
 
 }  // namespace minillm::cuda

@@ -1,11 +1,9 @@
-// defines: row_sample_mass_kernel, row_sample_filter_kernel, row_sample_argmax_kernel, row_sample_draw_kernel
+// defines: row_sample_mass_kernel, normaliser, row_sample_argmax_kernel, row_sample_draw_kernel
 //
 // A token of the mixture alpha p + (1 - alpha) q of two rows, with its log-probability under each (rowmath/sampling.h).
 //
 //     mass     a warp a tile: its maximum and the sum of e^((z - maximum)/T). One read of each row: V elements a row and model
-//     filter   top-k, top-p: a block a row and model, a radix descent for the cut-off logit; three more reads a filter. Then
-//              the masses again. Masses are added as integers (weights in fixed point, 2^45 for 151936 columns), so that
-//              atomics add them in any order to the same bits
+//     filter   top-k, top-p (row_sample_filter.cuh): a cut-off logit a row and model, then the masses again
 //     argmax   temperature 0: the largest alpha p + (1 - alpha) q of a part of a row; one more read of each
 //     draw     a warp a row: the normalisers from the masses, then tile and token by scans in double, in vocabulary order
 #pragma once
@@ -107,15 +105,27 @@ struct Normaliser {
     double max, Z;  // Z = 0: no column is left; NaN: the row holds NaN or +inf
 };
 
+// use(mass) for this lane's tiles, of which MASSES at a time are on their way together: those of 262144 columns at once.
+template <class Use>
+__device__ void for_masses(const TileMass* mass, int tiles, const Use& use) {
+    constexpr int MASSES = 8;
+#pragma unroll 1
+    for (int first = int(threadIdx.x) % WARP; first < tiles; first += MASSES * WARP) {
+        TileMass x[MASSES];
+#pragma unroll
+        for (int j = 0; j < MASSES; ++j) x[j] = first + j * WARP < tiles ? mass[first + j * WARP] : TileMass{-INFINITY, 0.0f};
+#pragma unroll
+        for (int j = 0; j < MASSES; ++j) use(x[j]);
+    }
+}
+
 // By one warp, the same result in every lane.
 __device__ inline Normaliser normaliser(const SampleBuffers& buffers, int64_t law, double inv_T) {
     const TileMass* mass = buffers.masses + law * buffers.tiles;
-    const int lane = threadIdx.x % WARP;
     double max = -INFINITY, Z = 0;
-    for (int i = lane; i < buffers.tiles; i += WARP)
-        if (mass[i].sum != 0.0f) max = max_of(double(mass[i].max), max);
+    for_masses(mass, buffers.tiles, [&](const TileMass& x) { max = x.sum != 0.0f ? max_of(double(x.max), max) : max; });
     max = __shfl_sync(ALL_LANES, warp_reduce(max, [](double a, double b) { return max_of(a, b); }), 0);
-    for (int i = lane; i < buffers.tiles; i += WARP) Z += mass_in_row(mass[i].sum, mass[i].max, max, inv_T);
+    for_masses(mass, buffers.tiles, [&](const TileMass& x) { Z += mass_in_row(x.sum, x.max, max, inv_T); });
     return {max, __shfl_sync(ALL_LANES, warp_reduce(Z, [](double a, double b) { return a + b; }), 0)};
 }
 
@@ -128,136 +138,6 @@ __device__ inline double scan_lanes(double x) {
         if (lane >= step) x += before;
     }
     return x;
-}
-
-// ---- filters -------------------------------------------------------------------------------------------------------------
-
-constexpr int BUCKETS = 2048;
-
-struct Histogram {
-    unsigned long long W[BUCKETS];
-    unsigned present[BUCKETS / 32];
-    double total, above;
-    unsigned chosen;
-    Normaliser normaliser;
-};
-
-// By two atomics of 32 bits: shared memory has none of 64, which is a loop of compare and swap that every thread of a crowded
-// bucket goes through. Each wrap of the lower half is seen by one thread, the one whose addition it was.
-__device__ inline void add_wide(unsigned long long& sum, unsigned long long x) {
-    unsigned* const half = reinterpret_cast<unsigned*>(&sum);
-    const unsigned low = unsigned(x), before = atomicAdd(half, low), carry = before + low < before;
-    const unsigned high = unsigned(x >> 32) + carry;
-    if (high != 0) atomicAdd(half + 1, high);
-}
-
-// By warp 0: the lowest bucket that holds a column and above which less than `target` lies. h.above += what lies above it.
-__device__ inline void choose_bucket(Histogram& h, bool first_level, double share, bool by_mass, double k) {
-    constexpr int EACH = BUCKETS / WARP;
-    const int lane = threadIdx.x % WARP;
-    unsigned long long sum = 0;
-    for (int i = 0; i < EACH; ++i) sum += h.W[lane * EACH + i];
-    unsigned long long from_here_up = sum;
-    for (int step = 1; step < WARP; step *= 2) {
-        const unsigned long long x = __shfl_down_sync(ALL_LANES, from_here_up, step);
-        if (lane + step < WARP) from_here_up += x;
-    }
-    if (first_level && lane == 0) {
-        h.total = double(from_here_up);
-        h.above = 0;
-    }
-    __syncwarp();
-    const double target = by_mass ? share * h.total : k;
-    double running = h.above + double(from_here_up - sum), above = 0;
-    int chosen = -1;
-    for (int i = EACH - 1; i >= 0 && running < target; --i) {
-        const int bucket = lane * EACH + i;
-        if (!(h.present[bucket / 32] >> (bucket % 32) & 1)) continue;
-        chosen = bucket;
-        above = running;
-        running += double(h.W[bucket]);
-    }
-    const unsigned lanes = __ballot_sync(ALL_LANES, chosen >= 0);  // all have read h.above
-    const int lowest = __ffs(lanes) - 1;
-    if (lane == lowest) {
-        h.chosen = unsigned(chosen);
-        h.above = above;
-    }
-}
-
-// The smallest z >= cutoff with W(z' > z) < target, W counting (target k) or adding mass (target share of all). By a block.
-template <class E>
-__device__ float cutoff_of(Histogram& h, const E* z, const SampleArgs& a, float cutoff, bool by_mass) {
-    const float k = float(a.inv_T * LOG2E), max = float(h.normaliser.max);
-    // V weights of at most 1 fit 63 bits.
-    const float fixed_point = exp2f(float(31 + __clz(unsigned(a.V))));
-    using C = Columns<E, NoTeacher>;
-    const C c(a.V, int((0 - reinterpret_cast<uintptr_t>(z)) % 16 / sizeof(E)));
-    unsigned prefix = 0;
-    int shift = 32;
-    for (int level = 0; level < 3; ++level) {
-        const int bits = level == 2 ? 10 : 11, low = shift - bits;
-        for (int i = threadIdx.x; i < BUCKETS; i += THREADS) h.W[i] = 0;
-        for (int i = threadIdx.x; i < BUCKETS / 32; i += THREADS) h.present[i] = 0;
-        __syncthreads();
-        const auto add = [&](float x) {
-            const unsigned key = ordered_key(x);
-            const bool inside = level == 0 || key >> shift == prefix >> shift;
-            if (!inside || !(x >= cutoff) || x == -INFINITY) return;
-            const unsigned bucket = key >> low & ((1u << bits) - 1);
-            const float w = by_mass ? weight(x, max, cutoff, k) * fixed_point : 1.0f;
-            add_wide(h.W[bucket], static_cast<unsigned long long>(w));
-            atomicOr(&h.present[bucket / 32], 1u << (bucket % 32));
-        };
-#pragma unroll 1
-        for (int chunk = 0; chunk < c.chunks(); ++chunk) {
-            Raw<E, C::WIDTH> x[C::UNITS];
-#pragma unroll
-            for (int j = 0; j < C::UNITS; ++j) {
-                const int u = c.unit(chunk, j);
-                x[j] = u < c.units ? load_aligned<Raw<E, C::WIDTH>>(z + c.head + u * C::WIDTH) : Raw<E, C::WIDTH>::absent();
-            }
-#pragma unroll
-            for (int j = 0; j < C::UNITS; ++j)
-#pragma unroll
-                for (int i = 0; i < C::WIDTH; ++i) add(x[j][i]);
-        }
-        if (c.single() >= 0) add(load_one(z + c.single()));
-        __syncthreads();
-        if (threadIdx.x < WARP) choose_bucket(h, level == 0, a.top_p, by_mass, double(a.top_k));
-        __syncthreads();
-        prefix |= h.chosen << low;
-        shift = low;
-        __syncthreads();  // before the next level clears the histogram
-    }
-    return from_ordered_key(prefix);
-}
-
-template <class S, class T>
-__global__ void __launch_bounds__(THREADS, BLOCKS) row_sample_filter_kernel(SampleArgs a, SampleBuffers buffers) {
-    MINILLM_SHARED(Histogram, h);
-    const int64_t laws = a.teacher ? 2 * a.N : a.N;
-    for (int64_t law = blockIdx.x; law < laws; law += gridDim.x) {
-        if (threadIdx.x < WARP) {
-            const Normaliser n = normaliser(buffers, law, a.inv_T);
-            if (threadIdx.x == 0) h.normaliser = n;
-        }
-        __syncthreads();
-        float cutoff = -INFINITY;
-        if (h.normaliser.Z > 0) {  // else NaN or empty: nothing to filter
-            const auto filter = [&](const auto* z) {
-                if (a.top_k > 0 && a.top_k < a.V) cutoff = cutoff_of(h, z, a, cutoff, false);
-                if (a.top_p < 1.0) cutoff = cutoff_of(h, z, a, cutoff, true);
-            };
-            if (law < a.N) {
-                filter(row_of<const S>(a.student, law));
-            } else if constexpr (!std::is_same_v<T, NoTeacher>) {
-                filter(row_of<const T>(a.teacher, law - a.N));
-            }
-        }
-        if (threadIdx.x == 0) buffers.cutoffs[law] = cutoff;
-        __syncthreads();  // before the next law's normaliser
-    }
 }
 
 // ---- temperature 0 ---------------------------------------------------------------------------------------------------------
@@ -317,10 +197,37 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) row_sample_argmax_kernel(Samp
 
 // ---- the token -------------------------------------------------------------------------------------------------------------
 
+// LANE_COLUMNS of a row from column `begin` on: all are on their way before the first is used. -inf behind the row's end.
+template <class E>
+struct LaneColumns {
+    static constexpr int W = UNIT<E>, UNITS = LANE_COLUMNS / W;
+    Raw<E, W> x[UNITS];
+
+    __device__ LaneColumns(const E* z, int V, int begin) {
+        if (begin + LANE_COLUMNS <= V) {
+            const Row<E, W> row(z, V);
+#pragma unroll
+            for (int j = 0; j < UNITS; ++j) x[j] = row.load(begin / W + j);
+        } else {
+#pragma unroll
+            for (int j = 0; j < UNITS; ++j) {
+                float one[W];
+#pragma unroll
+                for (int i = 0; i < W; ++i) {
+                    const int v = begin + j * W + i;
+                    one[i] = v < V ? load_one(z + v) : -INFINITY;
+                }
+                x[j] = Raw<E, W>::of(one);  // exact
+            }
+        }
+    }
+    __device__ float operator[](int i) const { return x[i / W][i % W]; }
+};
+
 // By a warp: the first token whose cumulative probability exceeds u; one of non-zero probability even if rounding leaves
 // u Z beyond the last partial sum.
-__device__ inline int draw(const char* z, DType dtype, const SampleBuffers& buffers, int64_t law, const SampleArgs& a,
-                           const Normaliser& n, double u) {
+template <class E>
+__device__ int draw(const E* z, const SampleBuffers& buffers, int64_t law, const SampleArgs& a, const Normaliser& n, double u) {
     const TileMass* mass = buffers.masses + law * buffers.tiles;
     const int lane = threadIdx.x % WARP;
     const double target = u * n.Z;
@@ -344,23 +251,25 @@ __device__ inline int draw(const char* z, DType dtype, const SampleBuffers& buff
     }
     const float k = float(a.inv_T * LOG2E), max = mass[tile].max, cutoff = buffers.cutoff(law);
     const double rest = (target - chosen_before) * exp((n.max - double(max)) * a.inv_T);
-    const int begin = tile * TILE + lane * LANE_COLUMNS, end = min(int(a.V), begin + LANE_COLUMNS);
+    const int begin = tile * TILE + lane * LANE_COLUMNS;
+    const LaneColumns<E> columns(z, int(a.V), begin);
     double sum = 0;
-    for (int v = begin; v < end; ++v) sum += weight(value_at(z, dtype, v), max, cutoff, k);
+#pragma unroll
+    for (int i = 0; i < LANE_COLUMNS; ++i) sum += weight(columns[i], max, cutoff, k);
     const double up_to = scan_lanes(sum), below = __shfl_up_sync(ALL_LANES, up_to, 1);
     const unsigned exceeds = __ballot_sync(ALL_LANES, sum != 0.0 && up_to > rest);
     const unsigned possible = __ballot_sync(ALL_LANES, sum != 0.0);
     const int chosen = exceeds != 0 ? __ffs(exceeds) - 1 : 31 - __clz(possible);
     int token = 0;
-    if (lane == chosen) {
-        sum = lane == 0 ? 0.0 : below;
-        for (int v = begin; v < end; ++v) {
-            const float w = weight(value_at(z, dtype, v), max, cutoff, k);
-            if (w == 0.0f) continue;
-            token = v;
-            sum += w;
-            if (sum > rest) break;
-        }
+    sum = lane == 0 ? 0.0 : below;
+    bool found_token = false;
+#pragma unroll
+    for (int i = 0; i < LANE_COLUMNS; ++i) {
+        const float w = weight(columns[i], max, cutoff, k);
+        if (w == 0.0f || found_token) continue;
+        token = begin + i;
+        sum += w;
+        found_token = sum > rest;
     }
     return __shfl_sync(ALL_LANES, token, chosen);
 }
@@ -378,10 +287,14 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS) row_sample_draw_kernel
             for (int i = 0; i < buffers.splits; ++i) best = BetterOf()(best, buffers.best[row * buffers.splits + i]);
             token = best.token;
         } else if (drawable) {
-            const char* z = teacher ? a.teacher.row(row) : a.student.row(row);
-            const DType dtype = teacher ? a.teacher.dtype : a.student.dtype;
+            const Rows& rows = teacher ? a.teacher : a.student;
             const Normaliser n = {teacher ? p.max : q.max, teacher ? p.Z : q.Z};
-            token = draw(z, dtype, buffers, teacher ? row + a.N : row, a, n, a.uniforms[2 * row + 1]);
+            const auto draw_from = [&](const auto* z) {
+                return draw(z, buffers, teacher ? row + a.N : row, a, n, a.uniforms[2 * row + 1]);
+            };
+            if (rows.dtype == DType::fp32) token = draw_from(row_of<const float>(rows, row));
+            if (rows.dtype == DType::bf16) token = draw_from(row_of<const __nv_bfloat16>(rows, row));
+            if (rows.dtype == DType::fp16) token = draw_from(row_of<const __half>(rows, row));
         }
         if (lane != 0) continue;
         const auto logprob = [&](const Rows& rows, int64_t law, const Normaliser& n) {

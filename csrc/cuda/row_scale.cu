@@ -10,7 +10,8 @@ std::string row_scale(const ScaleArgs& a, const Launch& l) {
     if (a.N * a.V == 0) return "";
     const int64_t wanted = (a.N * a.V + columns_a_block - 1) / columns_a_block;
     return with_type(a.student.dtype, [&](auto e) {
-        return launch("row_scale_kernel", a, l, row_scale_kernel<decltype(e)>, wanted < most_blocks ? wanted : most_blocks, 0, a);
+        const Grid shape = {wanted < most_blocks ? wanted : most_blocks};
+        return launch("row_scale_kernel", a, l, row_scale_kernel<decltype(e)>, shape, a);
     });
 }
 

@@ -12,10 +12,10 @@ std::string row_stats(const StatsArgs& a, const Launch& l) {
     const int parts = splits(a.N, a.V);
     auto* states = static_cast<RowState<float>*>(l.workspace);
     const std::string error = with_types(a.student, a.teacher, [&](auto s, auto t) {
-        return launch("row_stats_kernel", a, l, row_stats_kernel<decltype(s), decltype(t)>, a.N * parts, 0, a, parts, states);
+        return launch("row_stats_kernel", a, l, row_stats_kernel<decltype(s), decltype(t)>, {a.N * parts}, a, parts, states);
     });
     if (!error.empty()) return error;
-    return launch("row_stats_finish_kernel", a, l, row_stats_finish_kernel, (a.N + WARPS - 1) / WARPS, 0, a, parts, states);
+    return launch("row_stats_finish_kernel", a, l, row_stats_finish_kernel, {(a.N + WARPS - 1) / WARPS}, a, parts, states);
 }
 
 }  // namespace minillm::cuda

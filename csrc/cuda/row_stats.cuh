@@ -38,7 +38,7 @@ static __global__ void __launch_bounds__(THREADS, BLOCKS)
         double out[STATISTICS] = {};
         if (!unread(a.mask, row)) {
             const RowState<float> state = merge_parts(states + row * splits, splits, float(a.inv_T));
-            if (lane == 0) form_stats(a, a.token_ids, row, state, out);
+            if (lane == 0) form_stats(a, TokenLogits(a, a.token_ids, row), state, out);
         }
         if (lane != 0) continue;
 #pragma unroll

@@ -1,21 +1,24 @@
-// defines: row_stats_grad_kernel, held_bytes, MAX_PARTS
+// defines: row_stats_grad_kernel, held_bytes, slice_of
 //
 // The statistics of row_stats and the gradient of row_grad in one launch, for coefficients that are known beforehand: a block
 // holds a row pair in shared memory, so the logits are read once. 2V elements read and V written, 6V bytes in bf16, where
 // two launches move 10V. An H100 or B200 holds 227 KB, V = 57800 in bf16; an A100 163 KB, V = 41000.
 //
+// Longer rows are held by a cluster of blocks, a slice each, which is to its block what a row is to a block alone. The
+// blocks of a row read each other's states, and each forms the statistics itself from the same numbers: one wait a row.
+//
 // The rows arrive by asynchronous copies of 16 bytes (cp.async, from sm_80 on), all of them under way at once, in PIECES that
 // are summed while the next ones arrive. A row keeps its distance to an aligned address, so the functions of row_state.cuh
-// and row_grad.cuh find it as they would in global memory. Its parts are those of row_stats, summed one after the other:
-// the results have the same bits as the two launches'.
+// and row_grad.cuh find it as they would in global memory.
 #pragma once
 
+#include "cluster.cuh"
 #include "row_grad.cuh"
 #include "row_state.cuh"
 
 namespace minillm::cuda {
 
-constexpr int PIECES = 8, MAX_PARTS = 8;
+constexpr int PIECES = 8;
 
 // 16 bytes from global to shared memory, both aligned.
 __device__ inline void copy_async(void* to, const void* from) {
@@ -50,6 +53,9 @@ __device__ void wait_for_copies() {
 // Shared memory for a row, wherever it lies modulo 16 bytes.
 MINILLM_HD int64_t held_bytes(int64_t V, int64_t element) { return (V * element + 15) / 16 * 16 + 16; }
 
+// The columns of a row that each block of a cluster takes, the last one what is left: vectors lie in one slice.
+MINILLM_HD int64_t slice_of(int64_t V, int blocks) { return blocks == 1 ? V : (V + 8 * blocks - 1) / (8 * blocks) * 8; }
+
 // A row on its way to shared memory.
 template <class E>
 struct HeldRow {
@@ -79,33 +85,34 @@ private:
     __device__ int vectors_before(int column) const { return column <= lead ? 0 : min((column - lead + W - 1) / W, vectors); }
 };
 
-struct PartStates {
-    RowState<float> of[MAX_PARTS];
-};
 struct RowStatistics {
     float of[STATISTICS];
 };
 
-template <class S, class T>
-__global__ void __launch_bounds__(THREADS, BLOCKS) row_stats_grad_kernel(StatsGradArgs a, int splits) {
+template <class S, class T, bool SEVERAL>
+__global__ void __launch_bounds__(THREADS, BLOCKS) row_stats_grad_kernel(StatsGradArgs a, int blocks_a_row) {
+    if constexpr (SEVERAL && !MINILLM_CLUSTERS) return;
     MINILLM_DYNAMIC_SHARED(memory);
-    MINILLM_SHARED(PartStates, parts);
+    MINILLM_SHARED(RowState<float>, mine);
     MINILLM_SHARED(RowStatistics, stats);
     const float inv_T = float(a.inv_T);
-    const Columns<S, T> c(a.V);
-    const int chunks_a_piece = (c.chunks() + PIECES - 1) / PIECES, columns_a_piece = chunks_a_piece * CHUNK * THREADS;
-    for (int64_t row = blockIdx.x; row < a.N; row += gridDim.x) {
-        S* g = row_of<S>(a.grad, row);
-        const auto columns = gradient_columns<Columns<S, T>>(g, a.V);
+    const Cluster<SEVERAL> cluster = {blocks_a_row};
+    const int slice = int(slice_of(a.V, blocks_a_row)), first = min(cluster.rank() * slice, int(a.V));
+    const bool is_last = cluster.rank() + 1 == blocks_a_row;
+    const Columns<S, T> c(min(slice, int(a.V) - first));
+    const int chunks_a_piece = (c.chunks() + PIECES - 1) / PIECES, columns_a_piece = chunks_a_piece * c.COLUMNS * THREADS;
+    for (int64_t row = blockIdx.x / blocks_a_row; row < a.N; row += gridDim.x / blocks_a_row) {
+        S* g = row_of<S>(a.grad, row) + first;
+        const auto columns = gradient_columns<Columns<S, T>>(g, c.V);
         const Part whole(columns, 0, 1);
-        write_zeros_behind(g, columns, int(a.width), whole);
+        if (is_last) write_zeros_behind(g, columns, int(a.width) - first, whole);
         if (!has_gradient(a, row, 1.0f)) {
             write_zeros(g, columns, whole);
-            if (threadIdx.x < STATISTICS) store_one(a.stats_out + threadIdx.x * a.N + row, 0.0f);
+            if (first == 0 && threadIdx.x < STATISTICS) store_one(a.stats_out + threadIdx.x * a.N + row, 0.0f);
             continue;
         }
-        const HeldRow<S> s(memory, row_of<S>(a.student, row), c.V);
-        const HeldRow<T> t(memory + held_bytes(c.V, sizeof(S)), row_of<T>(a.teacher, row), c.V);
+        const HeldRow<S> s(memory, row_of<S>(a.student, row) + first, c.V);
+        const HeldRow<T> t(memory + held_bytes(slice, sizeof(S)), row_of<T>(a.teacher, row) + first, c.V);
         s.copy_edges();
         t.copy_edges();
 #pragma unroll 1
@@ -115,45 +122,46 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) row_stats_grad_kernel(StatsGr
             t.copy(min(i * columns_a_piece, c.V), last);
             commit_copies();
         }
-        int pieces = 0;  // that have arrived
-        const auto wait_for_piece = [&] {
-            wait_for_copies<PIECES - 1>();
-            commit_copies();  // an empty group, so that the next call waits for the next piece
-            __syncthreads();
-            ++pieces;
-        };
         const auto student_row = c.row(s.at);
         const auto teacher_row = c.row(t.at);
+        RowState<float> state = RowState<float>::empty();
 #pragma unroll 1
-        for (int i = 0; i < splits; ++i) {
-            const Part part(c, i, splits);
-            RowState<float> state = RowState<float>::empty();
-            for (int chunk = part.first; chunk < part.last;) {
-                while (pieces * chunks_a_piece <= chunk) wait_for_piece();
-                const int last = min(part.last, pieces * chunks_a_piece);
-                add_chunks(state, c, student_row, teacher_row, chunk, last, inv_T);
-                chunk = last;
-            }
-            if (part.is_last) {
-                while (pieces < PIECES) wait_for_piece();
-                add_single(state, c, student_row, teacher_row, inv_T);
-            }
-            state = block_merge(state, inv_T);
-            if (threadIdx.x == 0) parts.of[i] = state;
+        for (int i = 0; i < PIECES; ++i) {
+            wait_for_copies<PIECES - 1>();
+            commit_copies();  // an empty group, so that the next turn waits for the next piece
+            __syncthreads();
+            add_chunks(state, c, student_row, teacher_row, min(i * chunks_a_piece, c.chunks()),
+                       min((i + 1) * chunks_a_piece, c.chunks()), inv_T);
         }
-        __syncthreads();
+        add_single(state, c, student_row, teacher_row, inv_T);
+        state = block_merge(state, inv_T);
+        if (SEVERAL && threadIdx.x == 0) mine = state;
+        // Before another block may write its gradient, perhaps over the student.
+        const TokenLogits token(a, threadIdx.x == 0 ? a.token_ids : nullptr, row);
+        cluster.arrive();
+        cluster.wait();  // the states of all are there
         if (threadIdx.x < WARP) {
-            const RowState<float> state = merge_parts(parts.of, splits, inv_T);
+            RowState<float> all = state;
+            if constexpr (SEVERAL) {
+                all = RowState<float>::empty();
+                if (int(threadIdx.x) < blocks_a_row) all = *cluster.of_block(&mine, int(threadIdx.x));
+                all = warp_merge(all, inv_T);
+            }
             if (threadIdx.x == 0) {
                 double out[STATISTICS];
-                form_stats(a, a.token_ids, row, state, out);
+                form_stats(a, token, all, out);
 #pragma unroll
-                for (int i = 0; i < STATISTICS; ++i) store_one(a.stats_out + i * a.N + row, stats.of[i] = float(out[i]));
+                for (int i = 0; i < STATISTICS; ++i) {
+                    stats.of[i] = float(out[i]);
+                    if (first == 0) store_one(a.stats_out + i * a.N + row, stats.of[i]);
+                }
             }
         }
         __syncthreads();
-        write_row_gradient(a, row, s.at, t.at, g, columns, whole, 1.0f, [&](int i) { return stats.of[i]; });
+        cluster.arrive();  // has read the others' states
+        write_row_gradient(a, row, s.at, t.at, g, columns, whole, 1.0f, [&](int i) { return stats.of[i]; }, first);
         __syncthreads();  // before the next row lands where this one is read
+        cluster.wait();   // before the others' memory of this row goes
     }
 }
 

@@ -26,7 +26,8 @@ namespace minillm::cuda {
 
 constexpr int WARP = 32, THREADS = 256, WARPS = THREADS / WARP, CHUNK = 16;
 // What a multiprocessor must hold at least: 128 registers a thread. Two blocks have 32 KB of loads in flight; an H100 asks
-// for 18 KB (3.35 TB/s, 132 multiprocessors, 700 ns).
+// for 18 KB (3.35 TB/s, 132 multiprocessors, 700 ns). One 16-bit model alone takes twice as many columns at a time, or it
+// would have half as much in flight.
 constexpr int BLOCKS = 2;
 constexpr unsigned ALL_LANES = ~0u;
 
@@ -225,10 +226,10 @@ constexpr int UNIT = sizeof(S) == 4 || sizeof(T) == 4 ? 4 : 8;
 
 // The columns of a row: `head` single ones, `units` vectors of WIDTH, the rest single ones again. Offsets inside a row fit 31
 // bits (the launchers check), those of rows need 64.
-template <class S, class T, int EACH = CHUNK>
+template <class S, class T, int EACH = std::is_same_v<T, NoTeacher> && sizeof(S) == 2 ? 2 * CHUNK : CHUNK>
 struct Columns {
     static constexpr int WIDTH = UNIT<S, T>;
-    static constexpr int UNITS = EACH / WIDTH;  // of a thread and chunk
+    static constexpr int UNITS = EACH / WIDTH, COLUMNS = EACH;  // of a thread and chunk
     int V, head, units;
 
     __device__ explicit Columns(int64_t V, int head = 0)
@@ -304,15 +305,15 @@ __device__ X shuffle_down(const X& x, int lanes) {
     return r;
 }
 
-// In lane 0. A large X in a rolled loop: combining is long then, and this is once a row.
-template <class X, class Combine>
+// In lane 0, of the first LANES lanes; all call it. A large X in a rolled loop: combining is long then, and this is once a row.
+template <int LANES = WARP, class X, class Combine>
 __device__ X warp_reduce(X x, const Combine& combine) {
     if constexpr (sizeof(X) <= 8) {
 #pragma unroll
-        for (int lanes = WARP / 2; lanes > 0; lanes /= 2) x = combine(x, shuffle_down(x, lanes));
+        for (int lanes = LANES / 2; lanes > 0; lanes /= 2) x = combine(x, shuffle_down(x, lanes));
     } else {
 #pragma unroll 1
-        for (int lanes = WARP / 2; lanes > 0; lanes /= 2) x = combine(x, shuffle_down(x, lanes));
+        for (int lanes = LANES / 2; lanes > 0; lanes /= 2) x = combine(x, shuffle_down(x, lanes));
     }
     return x;
 }
@@ -322,22 +323,20 @@ struct OfWarps {
     X x[WARPS];
 };
 
-// In thread 0, of what the lanes 0 hold. All threads of the block must call it; the next call may follow at once.
-template <class X, class Combine>
-__device__ X across_warps(X x, const Combine& combine) {
+// In thread 0, of what the lanes 0 hold; `reduce` puts the first WARPS lanes of a warp together. All threads of the block must
+// call it; the next call may follow at once.
+template <class X, class Reduce>
+__device__ X across_warps(X x, const Reduce& reduce) {
     MINILLM_SHARED(OfWarps<X>, warps);
     if (threadIdx.x % WARP == 0) warps.x[threadIdx.x / WARP] = x;
     __syncthreads();
-    if (threadIdx.x == 0) {
-#pragma unroll 1
-        for (int i = 1; i < WARPS; ++i) x = combine(x, warps.x[i]);
-    }
-    __syncthreads();  // before a next call overwrites what thread 0 reads
+    if (threadIdx.x < WARP) x = reduce(warps.x[threadIdx.x % WARPS]);
+    __syncthreads();  // before a next call overwrites what warp 0 reads
     return x;
 }
 template <class X, class Combine>
 __device__ X block_reduce(const X& x, const Combine& combine) {
-    return across_warps(warp_reduce(x, combine), combine);
+    return across_warps(warp_reduce(x, combine), [&](const X& y) { return warp_reduce<WARPS>(y, combine); });
 }
 
 }  // namespace minillm::cuda

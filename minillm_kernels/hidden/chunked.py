@@ -144,14 +144,19 @@ def chunk_rows_of_matmuls(hidden_size: int, column_bytes: int) -> int:
 
 
 def empty_gradients(student: Projection, needs: Sequence[bool]) -> Gradients:
-    """Zeros of the right shapes, empty where nothing is needed: outputs of operators, no two of which may share their
-    memory. The weight's and the bias's accumulate over chunks in fp32 (fp64 for fp64)."""
+    """Zeros of the right shapes, empty where nothing is needed. The weight's and the bias's accumulate over chunks in
+    fp32 (fp64 for fp64)."""
     accumulator = torch.promote_types(student.weight.dtype, torch.float32)
-    hidden, weight, bias = (student.hidden.new_empty(0) for _ in range(3))
+    gradients = no_gradients(student)
     if needs[0]:
-        hidden = torch.zeros_like(student.hidden)
+        gradients = gradients._replace(hidden=torch.zeros_like(student.hidden))
     if needs[1]:
-        weight = advise(torch.empty_like(student.weight, dtype=accumulator)).zero_()
+        gradients = gradients._replace(weight=advise(torch.empty_like(student.weight, dtype=accumulator)).zero_())
     if needs[2] and student.bias is not None:
-        bias = torch.zeros_like(student.bias, dtype=accumulator)
-    return Gradients(hidden, weight, bias)
+        gradients = gradients._replace(bias=torch.zeros_like(student.bias, dtype=accumulator))
+    return gradients
+
+
+def no_gradients(student: Projection) -> Gradients:
+    """Three tensors, not one thrice: what an operator of torch returns may share no memory."""
+    return Gradients(*(student.hidden.new_empty(0) for _ in Gradients._fields))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose, triton
-from .chunked import Gradients
+from .chunked import Gradients, no_gradients
 from .matmul import add_product
 from .operands import Operands, Projection
 
@@ -34,11 +34,14 @@ def statistics(heads: Operands, token_ids: Tensor | None, mask: Tensor | None) -
 
 def empty_gradients(student: Projection, needs: Sequence[bool]) -> Gradients:
     """Of the hidden states in fp32, where tiles add up; of the weight in its own type."""
-    none = student.hidden.new_empty(0)
-    hidden = torch.zeros_like(student.hidden, dtype=torch.float32) if needs[0] else none
-    weight = torch.zeros_like(student.weight) if needs[1] else none
-    bias = torch.zeros_like(student.bias) if needs[2] and student.bias is not None else none
-    return Gradients(hidden, weight, bias)
+    gradients = no_gradients(student)
+    if needs[0]:
+        gradients = gradients._replace(hidden=torch.zeros_like(student.hidden, dtype=torch.float32))
+    if needs[1]:
+        gradients = gradients._replace(weight=torch.zeros_like(student.weight))
+    if needs[2] and student.bias is not None:
+        gradients = gradients._replace(bias=torch.zeros_like(student.bias))
+    return gradients
 
 
 def gradients(

@@ -143,6 +143,24 @@ static void check(int64_t N, int64_t V, DType student_type, DType teacher_type) 
         if (memcmp(out_at_once.data(), out.data(), out.size()) != 0) expect("gradient at once", V, NAN, 0, 0);
         for (int64_t i = 0; i < N; ++i)
             if (coefficients[i] != 0.0f) expect("KL at once", V, stats_at_once[REVERSE_KL * N + i], stats[REVERSE_KL * N + i], 0);
+#ifdef HOST_CUDA
+        std::vector<char> out_of_cluster(out.size());
+        f.grad.data = out_of_cluster.data();
+        const int held = host_cuda::settings.shared_memory;
+        host_cuda::settings.shared_memory = 8 << 10;  // long rows are held by several blocks, which add in another order
+        row_stats_grad(f);
+        host_cuda::settings.shared_memory = held;
+        f.grad.data = out_at_once.data();
+        for (int64_t i = 0; i < N; ++i)
+            if (coefficients[i] != 0.0f)
+                expect("KL of a cluster", V, stats_at_once[REVERSE_KL * N + i], stats[REVERSE_KL * N + i], 1e-6);
+        for (size_t i = 0; i < out.size() && student_type == DType::fp32; i += 4) {
+            float one, other;
+            memcpy(&one, out.data() + i, 4);
+            memcpy(&other, out_of_cluster.data() + i, 4);
+            expect("gradient of a cluster", V, other, one, 1e-6);
+        }
+#endif
 
         // Twice the gradient, and once nothing.
         const float two = 2.0f, one = 1.0f;

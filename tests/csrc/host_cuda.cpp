@@ -1,44 +1,25 @@
-// The scheduler behind host_cuda.h: fibers, rendezvous, shared memory, and the few calls of cudart that the launchers make.
+// The scheduler behind host_cuda.h: fibers, rendezvous, shared memory. host_memory.cpp has global memory and the calls of cudart.
 #include "host_cuda.h"
+
+#include "host_fibers.h"
 
 #include <stdlib.h>
 #include <sys/mman.h>
 
 #include <deque>
 #include <map>
-#include <unordered_set>
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#define SANITIZED 1
-#else
-#define SANITIZED 0
-#endif
-#ifndef __x86_64__
-#include <ucontext.h>
-#endif
 
 namespace host_cuda {
 
 Settings settings;
 Executor executor;
-Counters counters;
 
 namespace {
 
 constexpr size_t STACK = SANITIZED ? 256 << 10 : 64 << 10;
-constexpr unsigned MAX_THREADS = 1024;
+constexpr unsigned MAX_THREADS = 1024, MAX_CLUSTER = 8, MAX_FIBERS = 2048;
 
-enum class State { ready, in_barrier, in_warp, done };
-
-struct Context {
-#ifdef __x86_64__
-    void* stack_pointer = nullptr;
-#else
-    ucontext_t context;
-#endif
-    void* fake_stack = nullptr;
-};
+enum class State { ready, in_barrier, in_warp, in_cluster, done };
 
 struct Fiber : Context {
     State state = State::ready;
@@ -47,54 +28,38 @@ struct Fiber : Context {
     uint64_t value = 0;
     int source = 0;
     std::deque<std::vector<std::pair<void*, const void*>>> copies = {{}};  // groups; the last is open
+    bool has_arrived = false;  // in the cluster, and did not wait yet
+    int64_t arrived_in = 0;    // which meeting of the cluster
 };
 
-Fiber fibers[MAX_THREADS];
+// Of the blocks that run at the same time: one, or those of a cluster.
+struct Block {
+    unsigned in_barrier = 0, finished = 0;
+    std::map<const void*, std::pair<void*, size_t>> variables;
+    char* dynamic_memory = nullptr;
+};
+
+Fiber fibers[MAX_FIBERS];  // block after block
+Block cluster[MAX_CLUSTER];
 Context outside;
 char* stacks = nullptr;
-unsigned n_threads = 0, current = 0, in_barrier = 0, finished = 0;
+unsigned n_threads = 0, n_blocks = 0, first_block = 0, current = 0, arrived_threads = 0;
+int64_t meetings = 0;  // of the cluster
 std::vector<unsigned> ready;
 std::string problem;
 const std::function<void()>* body = nullptr;
-uint64_t random_state = 0, priority[MAX_THREADS];
-std::map<const void*, std::pair<void*, size_t>> variables;
-char* dynamic_memory = nullptr;
+uint64_t random_state = 0, priority[MAX_FIBERS];
 size_t dynamic_bytes = 0;
-std::map<uintptr_t, uintptr_t> allowed;  // begin -> end
-std::unordered_set<uintptr_t> loaded, stored;
+
+unsigned n_fibers() { return n_blocks * n_threads; }
+unsigned rank_of(unsigned fiber) { return fiber / n_threads; }
+Block& own() { return cluster[rank_of(current)]; }
 
 uint64_t draw() {
     random_state ^= random_state << 13;
     random_state ^= random_state >> 7;
     return random_state ^= random_state << 17;
 }
-
-#ifdef __x86_64__
-// Saves the registers that a call preserves, changes the stack, restores them.
-extern "C" void host_cuda_switch(void** save, void* load);
-asm(R"(
-    .text
-    .globl host_cuda_switch
-    .type host_cuda_switch, @function
-host_cuda_switch:
-    pushq %rbp
-    pushq %rbx
-    pushq %r12
-    pushq %r13
-    pushq %r14
-    pushq %r15
-    movq %rsp, (%rdi)
-    movq %rsi, %rsp
-    popq %r15
-    popq %r14
-    popq %r13
-    popq %r12
-    popq %rbx
-    popq %rbp
-    ret
-    .size host_cuda_switch, . - host_cuda_switch
-)");
-#endif
 
 char* stack_of(unsigned i) { return stacks + size_t(i) * STACK; }
 
@@ -116,7 +81,8 @@ void switch_to(Context& from, Fiber* into, bool for_good) {
     Context& to = into == nullptr ? outside : *into;
     if (into != nullptr) {
         current = unsigned(into - fibers);
-        threadIdx = {current, 0, 0};
+        threadIdx = {current % n_threads, 0, 0};
+        blockIdx = {first_block + rank_of(current), 0, 0};
     }
 #if SANITIZED
     from_outside = &from == &outside;
@@ -169,18 +135,15 @@ void wake(unsigned thread) {
     ready.push_back(thread);
 }
 
-std::string name_of(unsigned thread) { return "thread " + std::to_string(thread) + " of block " + std::to_string(blockIdx.x); }
-
-[[noreturn]] void fail(const std::string& what) {
-    if (problem.empty()) problem = name_of(current) + ": " + what;
-    switch_to(fibers[current], nullptr, true);
-    abort();
+std::string name_of(unsigned fiber) {
+    return "thread " + std::to_string(fiber % n_threads) + " of block " + std::to_string(first_block + rank_of(fiber));
 }
 
 // Not in start(), whose frame is never left: its variables would stay poisoned for the next fiber on that stack.
 __attribute__((noinline)) void check_copies() {
     for (const auto& group : fibers[current].copies)
         if (!group.empty()) fail("returns with copies to shared memory that it did not wait for");
+    if (fibers[current].has_arrived) fail("returns without waiting for the cluster in which it has arrived");
 }
 
 void start() {
@@ -190,15 +153,15 @@ void start() {
     (*body)();
     check_copies();
     fibers[current].state = State::done;
-    ++finished;
+    ++own().finished;
     switch_to(fibers[current], next(), true);
     abort();
 }
 
 void draw_priorities() {
     uint64_t warp = 0;
-    for (unsigned i = 0; i < n_threads; ++i) {
-        if (i % 32 == 0) warp = draw() >> 32 << 32;
+    for (unsigned i = 0; i < n_fibers(); ++i) {
+        if (i % n_threads % 32 == 0) warp = draw() >> 32 << 32;
         priority[i] = warp | draw() >> 32;
     }
 }
@@ -219,76 +182,140 @@ void prepare(unsigned i) {
 #endif
 }
 
-void run_block() {
+std::string place_of(const Fiber& fiber) {
+    const char* const collectives[] = {"", "a shuffle", "a ballot", "__syncwarp"};
+    if (fiber.state == State::in_barrier) return "__syncthreads";
+    return fiber.state == State::in_cluster ? "the cluster" : collectives[int(fiber.what)];
+}
+
+// A cluster's blocks together, or a block alone.
+void run_blocks(size_t dynamic_shared) {
     ready.clear();
-    in_barrier = finished = 0;
+    arrived_threads = 0;
+    dynamic_bytes = dynamic_shared;
+    for (unsigned i = 0; i < n_blocks; ++i) {
+        cluster[i] = Block();
+        if (dynamic_shared == 0) continue;
+        cluster[i].dynamic_memory = static_cast<char*>(malloc(dynamic_shared));
+        memset(cluster[i].dynamic_memory, 0xff, dynamic_shared);
+    }
     draw_priorities();
-    for (unsigned i = 0; i < n_threads; ++i) {
+    for (unsigned i = 0; i < n_fibers(); ++i) {
         prepare(i);
         ready.push_back(i);
     }
     while (Fiber* fiber = next()) switch_to(outside, fiber, false);
-    if (problem.empty() && finished < n_threads) {
-        problem = "deadlock in block " + std::to_string(blockIdx.x) + ":";
-        const char* const names[] = {"", " in a shuffle", " in a ballot", " in __syncwarp"};
+    unsigned finished = 0;
+    for (unsigned i = 0; i < n_blocks; ++i) finished += cluster[i].finished;
+    if (problem.empty() && finished < n_fibers()) {
+        problem = "deadlock:";
         unsigned told = 0;
-        for (unsigned i = 0; i < n_threads && told < 4; ++i) {
+        for (unsigned i = 0; i < n_fibers() && told < 4; ++i) {
             if (fibers[i].state == State::done) continue;
             ++told;
-            problem += " thread " + std::to_string(i) + " waits" +
-                       (fibers[i].state == State::in_barrier ? " in __syncthreads" : names[int(fibers[i].what)]) + ";";
+            problem += " " + name_of(i) + " waits in " + place_of(fibers[i]) + ";";
         }
-        problem += " " + std::to_string(finished) + " of " + std::to_string(n_threads) + " threads have returned";
+        problem += " " + std::to_string(finished) + " of " + std::to_string(n_fibers()) + " threads have returned";
     }
-    for (auto& [key, variable] : variables) free(variable.first);
-    variables.clear();
+    for (unsigned i = 0; i < n_blocks; ++i) {
+        for (auto& [key, variable] : cluster[i].variables) free(variable.first);
+        free(cluster[i].dynamic_memory);
+    }
+}
+
+void* shared_in(Block& block, const void* key, size_t bytes) {
+    auto& variable = block.variables[key];
+    if (variable.first == nullptr) {
+        variable = {malloc(bytes), bytes};
+        memset(variable.first, 0xff, bytes);
+    }
+    return variable.first;
 }
 
 }  // namespace
 
-std::string run(const std::function<void()>& kernel, unsigned blocks, unsigned threads, size_t dynamic_shared) {
-    if (threads == 0 || threads > MAX_THREADS || blocks == 0 || dynamic_shared > size_t(settings.shared_memory))
+void fail(const std::string& what) {
+    if (problem.empty()) problem = name_of(current) + ": " + what;
+    switch_to(fibers[current], nullptr, true);
+    abort();
+}
+
+std::string run(const std::function<void()>& kernel, unsigned blocks, unsigned threads, size_t dynamic_shared,
+                unsigned blocks_a_cluster) {
+    if (threads == 0 || threads > MAX_THREADS || blocks == 0 || dynamic_shared > size_t(settings.shared_memory) ||
+        blocks_a_cluster == 0 || blocks_a_cluster > unsigned(settings.most_blocks_a_cluster) ||
+        blocks % blocks_a_cluster != 0 || blocks_a_cluster * threads > MAX_FIBERS)
         return "invalid launch configuration";
     if (stacks == nullptr)
         stacks = static_cast<char*>(
-            mmap(nullptr, MAX_THREADS * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+            mmap(nullptr, MAX_FIBERS * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     problem.clear();
     body = &kernel;
     n_threads = threads;
+    n_blocks = blocks_a_cluster;
     blockDim = dim3(threads);
     gridDim = dim3(blocks);
     random_state = settings.seed * 0x9e3779b97f4a7c15u + 1;
     ++counters.launches;
-    for (unsigned b = 0; b < blocks && problem.empty(); ++b) {
-        blockIdx = {b, 0, 0};
-        ++counters.blocks;
-        dynamic_bytes = dynamic_shared;
-        if (dynamic_shared > 0) memset(dynamic_memory = static_cast<char*>(malloc(dynamic_shared)), 0xff, dynamic_shared);
-        run_block();
-        free(dynamic_memory);
-        dynamic_memory = nullptr;
+    for (first_block = 0; first_block < blocks && problem.empty(); first_block += n_blocks) {
+        counters.blocks += n_blocks;
+        run_blocks(dynamic_shared);
     }
-    counters.sectors_loaded += int64_t(loaded.size());
-    counters.sectors_stored += int64_t(stored.size());
-    loaded.clear();
-    stored.clear();
+    count_sectors();
     return problem;
 }
 
-int lane() { return int(current % 32); }
+int lane() { return int(current % n_threads % 32); }
 
 void barrier() {
     fibers[current].state = State::in_barrier;
-    if (++in_barrier < n_threads) return wait();
-    in_barrier = 0;
-    for (unsigned i = 0; i < n_threads; ++i)
+    if (++own().in_barrier < n_threads) return wait();
+    own().in_barrier = 0;
+    const unsigned first = current / n_threads * n_threads;
+    for (unsigned i = first; i < first + n_threads; ++i)
         if (i != current) wake(i);
     fibers[current].state = State::ready;
 }
 
+// The last one to arrive ends the meeting.
+void arrive_in_cluster() {
+    Fiber& self = fibers[current];
+    if (self.has_arrived) fail("arrives twice in the cluster without waiting");
+    self.has_arrived = true;
+    self.arrived_in = meetings;
+    if (++arrived_threads < n_fibers()) return;
+    arrived_threads = 0;
+    ++meetings;
+    for (unsigned i = 0; i < n_fibers(); ++i)
+        if (fibers[i].state == State::in_cluster) wake(i);
+}
+
+void wait_for_cluster() {
+    Fiber& self = fibers[current];
+    if (!self.has_arrived) fail("waits for the cluster without having arrived");
+    if (self.arrived_in == meetings) {
+        self.state = State::in_cluster;
+        wait();
+    }
+    self.has_arrived = false;
+}
+
+void* of_block(const void* shared, int rank) {
+    if (rank < 0 || unsigned(rank) >= n_blocks) fail("looks for block " + std::to_string(rank) + " of its cluster");
+    Block& other = cluster[rank];
+    if (other.finished > 0) fail("reads the shared memory of block " + std::to_string(rank) + ", which has returned");
+    const uintptr_t at = reinterpret_cast<uintptr_t>(shared);
+    for (const auto& [key, variable] : own().variables) {
+        const uintptr_t begin = reinterpret_cast<uintptr_t>(variable.first);
+        if (begin <= at && at < begin + variable.second)
+            return static_cast<char*>(shared_in(other, key, variable.second)) + (at - begin);
+    }
+    fail("looks for a place that is no variable of its shared memory");
+}
+
 uint64_t rendezvous(Collective what, unsigned mask, uint64_t value, int source) {
     Fiber& self = fibers[current];
-    const unsigned first = current / 32 * 32;
+    const unsigned block = current / n_threads * n_threads, first = block + (current - block) / 32 * 32;
     if (!(mask >> lane() & 1)) fail("calls a collective whose mask does not name it");
     if (!(mask >> source & 1)) fail("reads from lane " + std::to_string(source) + ", which the mask does not name");
     self.what = what;
@@ -299,7 +326,7 @@ uint64_t rendezvous(Collective what, unsigned mask, uint64_t value, int source) 
     bool complete = true;
     for (unsigned i = 0; i < 32; ++i) {
         if (!(mask >> i & 1)) continue;
-        if (first + i >= n_threads || fibers[first + i].state == State::done)
+        if (first + i >= block + n_threads || fibers[first + i].state == State::done)
             fail("waits in a collective for lane " + std::to_string(i) + ", which has returned or does not exist");
         const Fiber& other = fibers[first + i];
         if (other.state != State::in_warp)
@@ -326,37 +353,10 @@ uint64_t rendezvous(Collective what, unsigned mask, uint64_t value, int source) 
     return self.value;
 }
 
-void* shared(const void* key, size_t bytes) {
-    auto& variable = variables[key];
-    if (variable.first == nullptr) {
-        variable = {malloc(bytes), bytes};
-        memset(variable.first, 0xff, bytes);
-    }
-    return variable.first;
-}
 
-void* dynamic_shared() { return dynamic_memory; }
-
-void allow(const void* begin, int64_t bytes) {
-    uintptr_t& end = allowed[reinterpret_cast<uintptr_t>(begin)];
-    end = std::max(end, reinterpret_cast<uintptr_t>(begin) + uintptr_t(bytes));
-}
-void allow_everything() { allowed.clear(); }
-
-void touch(const void* p, int bytes, bool store) {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(p), held = reinterpret_cast<uintptr_t>(dynamic_memory);
-    if (at % unsigned(bytes) != 0) fail("misaligned access of " + std::to_string(bytes) + " bytes");
-    if (dynamic_memory != nullptr && held <= at && at + unsigned(bytes) <= held + dynamic_bytes) return;
-    if (!allowed.empty()) {
-        auto i = allowed.upper_bound(at);
-        bool inside = false;
-        while (i != allowed.begin() && !inside) inside = at + unsigned(bytes) <= (--i)->second;
-        if (!inside) fail(std::string(store ? "writes" : "reads") + " outside of the memory it was given");
-    }
-    if (!settings.count) return;
-    (store ? counters.stored : counters.loaded) += bytes;
-    for (uintptr_t sector = at / 32; sector <= (at + unsigned(bytes) - 1) / 32; ++sector) (store ? stored : loaded).insert(sector);
-}
+void* shared(const void* key, size_t bytes) { return shared_in(own(), key, bytes); }
+void* dynamic_shared() { return own().dynamic_memory; }
+size_t dynamic_shared_bytes() { return dynamic_bytes; }
 
 void copy_async(void* to, const void* from) {
     if (reinterpret_cast<uintptr_t>(to) % 16 != 0) fail("misaligned copy to shared memory");
@@ -372,19 +372,3 @@ void wait_for_copies(size_t groups_left) {
 }
 
 }  // namespace host_cuda
-
-// ---- cudart ------------------------------------------------------------------------------------------------------------
-
-cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrMultiProcessorCount ? host_cuda::settings.processors
-             : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? host_cuda::settings.shared_memory : 0;
-    return cudaSuccess;
-}
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
-    return bytes <= host_cuda::settings.shared_memory ? cudaSuccess : cudaErrorInvalidValue;
-}
-cudaError_t cudaGetLastError() { return cudaSuccess; }
-const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
-cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
-cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }

@@ -3,9 +3,10 @@
 // The kernels of csrc/cuda, the very same source, run block by block on the CPU. Each thread of a block is a fiber; a barrier
 // or a warp collective is a rendezvous of the threads that it names. Which of the threads that can run goes next follows from
 // a seed, so a missing barrier shows as results that differ from seed to seed. Shared memory is fresh for each block and
-// filled with NaN. Found and reported instead of executed: a deadlock, a collective that its lanes do not agree on or that
+// filled with NaN. The blocks of a cluster run together, all their threads in one such order, and find each other's shared
+// memory. Found and reported instead of executed: a deadlock, a collective that its lanes do not agree on or that
 // reads from a lane it does not name, a global access that is misaligned or outside of the memory that was allowed, a copy to
-// shared memory that nobody waited for.
+// shared memory that nobody waited for, the shared memory of a block that has returned.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -31,6 +32,7 @@ struct Settings {
     bool count = false;    // loads and stores
     int processors = 132;  // what cudaDeviceGetAttribute reports
     int shared_memory = 227 << 10;
+    int most_blocks_a_cluster = 8;  // 1: a device without clusters
 };
 struct Counters {
     int64_t loaded = 0, stored = 0;                  // bytes
@@ -43,13 +45,20 @@ extern Counters counters;
 void allow(const void* begin, int64_t bytes);  // global memory; none allowed = everything is
 void allow_everything();
 
-std::string run(const std::function<void()>& kernel, unsigned blocks, unsigned threads, size_t dynamic_shared);
+std::string run(const std::function<void()>& kernel, unsigned blocks, unsigned threads, size_t dynamic_shared,
+                unsigned cluster);
 void barrier();
 uint64_t rendezvous(Collective what, unsigned mask, uint64_t value, int source_lane);
 int lane();
 void* shared(const void* key, size_t bytes);
 void* dynamic_shared();
+size_t dynamic_shared_bytes();
+void arrive_in_cluster();
+void wait_for_cluster();
+void* of_block(const void* shared, int rank);  // the same place in another block's shared memory
 void touch(const void* p, int bytes, bool store);
+void count_sectors();                         // that were touched, once each
+[[noreturn]] void fail(const std::string& what);  // by the thread that runs
 
 // Copies of 16 bytes that a thread has under way: done when it waits for their group, not before.
 void copy_async(void* to, const void* from);
@@ -64,8 +73,9 @@ extern Executor executor;
 // A kernel launch: an empty string, or what went wrong.
 template <class... P, class... A>
 std::string launch(const char* name, void (*kernel)(P...), unsigned blocks, unsigned threads, size_t dynamic_shared,
-                   A... args) {
-    if (!executor) return run([=] { kernel(args...); }, blocks, threads, dynamic_shared);
+                   unsigned cluster, A... args) {
+    if (!executor) return run([=] { kernel(args...); }, blocks, threads, dynamic_shared, cluster);
+    if (cluster > 1) return "what executes it knows no clusters";
     const auto bytes = [](const auto& x) { return std::string(reinterpret_cast<const char*>(&x), sizeof x); };
     return executor(name, blocks, threads, dynamic_shared, {bytes(P(args))...});
 }

@@ -11,6 +11,8 @@ PYBIND11_MODULE(host_cuda_kernels, m) {
     python::define_cuda(m);
     m.def("seed", [](uint64_t seed) { host_cuda::settings.seed = seed; });
     m.def("shared_memory", [](int bytes) { host_cuda::settings.shared_memory = bytes; });
+    m.def("most_blocks_a_cluster", [](int number) { host_cuda::settings.most_blocks_a_cluster = number; });
+    m.def("splits", &cuda::splits);
     m.def("processors", [](int number) { host_cuda::settings.processors = number; });
     m.def("allow", [](uintptr_t begin, int64_t bytes) { host_cuda::allow(python::at<void>(begin), bytes); });
     m.def("allow_everything", &host_cuda::allow_everything);

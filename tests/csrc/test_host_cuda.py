@@ -175,6 +175,7 @@ def test_statistics_and_gradient_in_one_launch_read_each_row_once(cuda_on_host, 
     N = 2
     s, t = logits(N, V, dtype), logits(N, V, dtype)
     cuda_on_host.processors(N)
+    cuda_on_host.most_blocks_a_cluster(1)
     assert holds_rows(s, t, V)
     c = counted(cuda_on_host, lambda: in_one_launch().row_stats_grad(Pair(s, t, 1.0, V), None, torch.ones(5, N)))
     assert c["launches"] == 1
@@ -184,6 +185,7 @@ def test_statistics_and_gradient_in_one_launch_read_each_row_once(cuda_on_host, 
 
 def test_which_rows_one_launch_takes(cuda_on_host):
     """Of one type, no wider than a block holds, as many as there are multiprocessors."""
+    cuda_on_host.most_blocks_a_cluster(1)
     s = torch.empty(132, 50257, dtype=BF16)
     assert holds_rows(s, s, 50257)
     assert not holds_rows(s[1:], s[1:], 50257)
@@ -196,14 +198,14 @@ def test_which_rows_one_launch_takes(cuda_on_host):
     cuda_on_host.shared_memory(227 << 10)
     with pytest.raises(RuntimeError, match="row_stats_grad_kernel: takes a student and a teacher of one type"):
         in_one_launch().row_stats_grad(Pair(s, s.float(), 1.0, 50257), None, torch.ones(5, 132))
-    with pytest.raises(RuntimeError, match=r"row_stats_grad_kernel<<<132, 256, 402112>>> on 132 x 50257 logits: "):
+    with pytest.raises(RuntimeError, match="row_stats_grad_kernel: 50257 columns are more than this device holds"):
         in_one_launch().row_stats_grad(Pair(s.float(), s.float(), 1.0, 50257), None, torch.ones(5, 132))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=NAMES.get)
-@pytest.mark.parametrize(("V", "offset"), [(1, 0), (5, 3), (517, 1), (4100, 0), (4099, 5), (12304, 7)])
+@pytest.mark.parametrize(("V", "offset"), [(1, 0), (5, 3), (517, 1), (4100, 0), (4099, 5), (8190, 7)])
 def test_one_launch_gives_the_bits_of_two(cuda_on_host, dtype, V, offset):
-    """Less than a vector; part of a chunk; whole chunks and single columns behind them; rows in two parts, in pieces;
+    """Less than a vector; part of a chunk; whole chunks and single columns behind them, in pieces;
     none of the rows aligned. Columns outside the support, a row of NaN, one without a coefficient."""
     N = 5
     s, t = logits(N, V + 3, dtype, offset)[:, :V], logits(N, V, dtype, 7 - offset)
@@ -282,13 +284,13 @@ MUTATIONS = {
     ),
     "a barrier behind what it guards": (
         "tiles.cuh",
-        "    __syncthreads();  // before a next call overwrites what thread 0 reads\n",
+        "    __syncthreads();  // before a next call overwrites what warp 0 reads\n",
         "",
         "wrong|differs",
     ),
     "a barrier that not all threads reach": (
         "tiles.cuh",
-        "    __syncthreads();  // before a next call overwrites what thread 0 reads\n",
+        "    __syncthreads();  // before a next call overwrites what warp 0 reads\n",
         "    if (threadIdx.x < 128) __syncthreads();\n",
         "deadlock",
     ),
@@ -314,8 +316,8 @@ MUTATIONS = {
     ),
     "half a warp": (
         "tiles.cuh",
-        "#pragma unroll 1\n        for (int lanes = WARP / 2;",
-        "#pragma unroll 1\n        for (int lanes = WARP / 4;",
+        "#pragma unroll 1\n        for (int lanes = LANES / 2;",
+        "#pragma unroll 1\n        for (int lanes = LANES / 4;",
         "wrong",
     ),
     "the last columns": ("row_stats.cuh", "if (part.is_last) add_single", "if (false) add_single", "wrong"),
@@ -328,8 +330,8 @@ MUTATIONS = {
     "a piece too few": ("row_stats_grad.cuh", "wait_for_copies<PIECES - 1>();", "wait_for_copies<PIECES>();", "wrong"),
     "a barrier before the pieces": (
         "row_stats_grad.cuh",
-        "so that the next call waits for the next piece\n            __syncthreads();",
-        "so that the next call waits for the next piece",
+        "so that the next turn waits for the next piece\n            __syncthreads();",
+        "so that the next turn waits for the next piece",
         "wrong|differs",
     ),
     "a barrier behind the rows": (
@@ -338,12 +340,37 @@ MUTATIONS = {
         "// before the next row lands",
         "wrong|differs",
     ),
-    "a carry": ("row_sample.cuh", "carry = before + low < before;", "carry = 0;", "a wide sum is wrong"),
+    "no wait for the states of the others": (
+        "row_stats_grad.cuh",
+        "        cluster.arrive();\n        cluster.wait();  // the states of all are there\n",
+        "",
+        "wrong|differs|without",
+    ),
+    "a block that leaves the others": (
+        "row_stats_grad.cuh",
+        "        cluster.wait();   // before the others' memory of this row goes\n",
+        "",
+        "arrives twice|without waiting",
+    ),
+    "a meeting less": (
+        "row_stats_grad.cuh",
+        "        cluster.arrive();  // has read the others' states\n",
+        "",
+        "without having arrived",
+    ),
+    "a state too few": ("row_stats_grad.cuh", "< blocks_a_row) all =", "< blocks_a_row - 1) all =", "wrong"),
+    "a slice too far": (
+        "row_stats_grad.cuh",
+        "min(cluster.rank() * slice,",
+        "min(cluster.rank() * slice + 1,",
+        "wrong|reads outside",
+    ),
+    "a carry": ("row_sample_filter.cuh", "carry = before + low < before;", "carry = 0;", "a wide sum is wrong"),
     "an origin": ("row_state.cuh", "(b(i) - mt) * k", "(b(i) - ms) * k", "wrong"),
 }
 
 
-def verdict(mutation: tuple[str, str, str, str], folder: Path, harness: Path) -> str:
+def verdict(mutation: tuple[str, str, str, str], folder: Path, harness: list[Path]) -> str:
     """What check_kernel prints of kernels with that text replaced."""
     file, old, new, _ = mutation
     csrc = folder / "csrc"
@@ -357,15 +384,13 @@ def verdict(mutation: tuple[str, str, str, str], folder: Path, harness: Path) ->
     program = folder / "check_kernel"
     source = host_build.HARNESS / "check_kernel.cpp"
     subprocess.run(
-        ["g++", *host_build.flags(csrc), "-w", "-O1", source, harness, "-o", program], check=True, timeout=300
+        ["g++", *host_build.flags(csrc), "-w", "-O1", source, *harness, "-o", program], check=True, timeout=300
     )
     return subprocess.run([program], capture_output=True, text=True, timeout=300).stdout.strip()
 
 
 def test_broken_kernels_are_caught(tmp_path):
-    harness = tmp_path / "host_cuda.o"
-    source = host_build.HARNESS / "host_cuda.cpp"
-    subprocess.run(["g++", *host_build.flags(), "-O1", "-c", source, "-o", harness], check=True, timeout=300)
+    harness = host_build.compile_all(tmp_path, host_build.harness(), "-O1")
 
     def one(name: str) -> str:
         return verdict(MUTATIONS[name], tmp_path / str(list(MUTATIONS).index(name)), harness)

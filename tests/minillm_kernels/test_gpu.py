@@ -262,18 +262,23 @@ def test_losses_of_hidden_states_are_those_of_the_reference(V):
 
 
 @pytest.mark.gpu_first
-def test_statistics_and_gradient_in_one_launch_have_the_bits_of_two(on_gpu):
+@pytest.mark.parametrize("V", [28000, 50257, 128256, 151936, 262144])
+def test_statistics_and_gradient_in_one_launch_are_those_of_two(on_gpu, V):
+    """By one block a row, and by clusters of 2 and 8; also over the student. Twice the same bits."""
     if on_gpu != "cuda":
         pytest.skip("of the CUDA backend alone")
-    s, t = (x.cuda() for x in Case(32001, (300,), BF16, BF16).logits())
-    pair = Pair(s, t, temperature=1.0, vocab_size=32001)
+    s, t = (x.cuda() for x in Case(V, (150,), BF16, BF16).logits())
+    pair = Pair(s, t, temperature=1.0, vocab_size=V)
     if not cuda.backend.holds_rows(cuda.backend.operations, pair):
-        pytest.skip("a multiprocessor of this device holds no row pair of 32001 columns")
-    coefficients = torch.randn(5, 300, device="cuda")
-    stats = cuda.backend.row_stats(pair, None, None)
-    at_once = cuda.backend.row_stats_grad(pair, None, coefficients)
-    assert torch.equal(at_once[0], stats)
-    assert torch.equal(at_once[1], cuda.backend.row_grad(pair, None, stats, coefficients))
+        pytest.skip(f"the multiprocessors of this device hold no row pair of {V} columns")
+    coefficients, ids = torch.randn(5, 150, device="cuda"), torch.arange(150, device="cuda") * (V // 150)
+    stats = cuda.backend.row_stats(pair, ids, None)
+    at_once = cuda.backend.row_stats_grad(pair, ids, coefficients)
+    torch.testing.assert_close(at_once[0], stats, rtol=3e-6, atol=3e-6)
+    grad = cuda.backend.row_grad(pair, ids, stats, coefficients)
+    torch.testing.assert_close(at_once[1], grad, rtol=2**-7, atol=1e-6)
+    again = cuda.backend.row_stats_grad(pair, ids, coefficients, s)
+    assert torch.equal(again[0], at_once[0]) and torch.equal(s, at_once[1])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -75,7 +75,11 @@ def compile_all(folder: Path, sources: list[Path], *extra: str) -> list[Path]:
 
 def sources() -> list[Path]:
     """Of the launchers, and the harness."""
-    return [*sorted((ROOT / "csrc" / "cuda").glob("row_*.cu")), HARNESS / "host_cuda.cpp"]
+    return [*sorted((ROOT / "csrc" / "cuda").glob("row_*.cu")), *harness()]
+
+
+def harness() -> list[Path]:
+    return [HARNESS / "host_cuda.cpp", HARNESS / "host_memory.cpp"]
 
 
 def module() -> ModuleType:

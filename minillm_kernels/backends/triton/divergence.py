@@ -107,7 +107,7 @@ def row_divergence_kernel(
 ):
     SIZE: tl.constexpr = SHAPE[0] * SHAPE[1] * SHAPE[2]
     LANES: tl.constexpr = SHAPE[1]
-    row = tl.program_id(0)
+    row = rm.program(0, True)  # after row_stats; the gradient then goes forwards
     scale = inv_T * rm.LOG2E
     if mask is not None:
         V = tl.where(tl.load(mask + row), V, 0)
@@ -117,7 +117,7 @@ def row_divergence_kernel(
     origins = normalisers(stats, N, row)
     total = tl.zeros([LANES], tl.float32)
     centre = tl.zeros([LANES], tl.float32)
-    first, inner, outer, last = rm.tile_span(V, V, lead, SHAPE)
+    first, inner, outer, last = rm.tile_span(V, V, lead, SHAPE, True)
     for tile in range(inner, outer):
         a, b = rm.load_pair(pointers, tile * SIZE + columns, lead, V, True, False)
         total, centre = add_terms(total, centre, a, b, origins, scale, beta, KIND)

@@ -5,7 +5,8 @@ units of ln 2 (csrc/rowmath/gradient.h):
 
     dL/dz_v = q_v (k_d (s - t) + k_s s + k_1) - k_p p_v + [v = y] k_y
 
-A row without a coefficient is not read: zeros are written. The gradient may be written over the student's logits.
+A row without a coefficient is not read: zeros are written. The gradient may be written over the student's logits. Rows
+and their parts are walked backwards (rowmath.program).
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def row_grad_kernel(
 ):
     SIZE: tl.constexpr = SHAPE[0] * SHAPE[1] * SHAPE[2]
     PAIR: tl.constexpr = teacher is not None
-    row = tl.program_id(0)
+    row = rm.program(0, True)
     lead = rm.lead_of(student, row, SHAPE)
     pointers = rm.row_pair(student, teacher, row, lead, ALIGNED, SHAPE)
     out = rm.aligned_start(grad, row, lead, ALIGNED, SHAPE)
@@ -99,7 +100,7 @@ def row_grad_kernel(
             return
     k, wanted = gradient_row(stats, coefficients, N, row, inv_T, f)
     if wanted:
-        first, inner, outer, last = rm.tile_span(V, width, lead, SHAPE)
+        first, inner, outer, last = rm.tile_span(V, width, lead, SHAPE, True)
         for tile in range(inner, outer):
             at = tile * SIZE + columns
             a, b = rm.load_pair(pointers, at, lead, V, PAIR, False)
@@ -111,7 +112,7 @@ def row_grad_kernel(
             g = gradient(k, a, b, at == token, scale, PAIR)
             tl.store(out + at, rm.rounded(g, out.dtype.element_ty), (at >= lead) & (at < width + lead))
     else:
-        rm.zero_row(out, width, lead, SHAPE)
+        rm.zero_row(out, width, lead, SHAPE, True)
 
 
 def row_grad(

@@ -51,9 +51,10 @@ TILES: dict[int, list[tuple[int, int, int]]] = {
     90: [(4096, 1, 4), (1 << 31, 2, 8)],
     100: [(4096, 1, 4), (1 << 31, 2, 8)],
 }
-# Programs to launch at least: eight for each of 132 multiprocessors, so that the last wave is short. One number for
-# all devices, since the order of additions, hence the bits, must not depend on the device.
-PROGRAMS = 1056
+# Programs to launch at least: eight for each of 132 multiprocessors; or sixteen, so that the last wave is short, where
+# the parts are long enough to be worth their merge. The same numbers for all devices, since the order of additions,
+# hence the bits, must not depend on the device.
+PROGRAMS, EVEN_PROGRAMS, LONG_PART = 1056, 2112, 16384
 MAX_PARTS = 64
 
 
@@ -70,7 +71,9 @@ def tiles_of(n_rows: int, width: int, *tensors: Tensor | None) -> Tiles:
     loads, warps = next((k, w) for most, k, w in TILES[architecture()] if width <= most)
     shape = (loads, 32 * warps, vec)
     n_tiles = triton.cdiv(width + vec - 1, loads * 32 * warps * vec)
-    parts = max(1, min(MAX_PARTS, n_tiles, PROGRAMS // max(n_rows, 1)))
+    rows = max(n_rows, 1)
+    enough, even = PROGRAMS // rows, min(triton.cdiv(EVEN_PROGRAMS, rows), width // LONG_PART)
+    parts = max(1, min(MAX_PARTS, n_tiles, max(enough, even)))
     return Tiles(shape, warps, parts, len({_phase(x, vec) for x in given}) == 1)
 
 

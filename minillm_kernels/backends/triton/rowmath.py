@@ -62,6 +62,16 @@ INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def program(AXIS: tl.constexpr, BACKWARDS: tl.constexpr):
+    """This program's row (axis 0) or part of a row (axis 1). A second visit goes backwards: what the first one read
+    last is in the L2 cache still."""
+    if BACKWARDS:
+        return tl.num_programs(AXIS) - 1 - tl.program_id(AXIS)
+    else:
+        return tl.program_id(AXIS)
+
+
+@triton.jit
 def row_offset(rows, row):
     """Elements from the pointer to the first column of a row; launch.Rows says why its numbers are 2x + 3."""
     inner = (rows.inner - 3) >> 1
@@ -92,13 +102,13 @@ def aligned_start(rows, row, lead, ALIGNED: tl.constexpr, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def tile_span(V, width, lead, SHAPE: tl.constexpr):
+def tile_span(V, width, lead, SHAPE: tl.constexpr, BACKWARDS: tl.constexpr = False):
     """This program's part of the tiles of a row of that width: [first, last), of which [inner, outer) lie wholly
     inside the V columns. The parts are the programs of axis 1."""
     SIZE: tl.constexpr = SHAPE[0] * SHAPE[1] * SHAPE[2]
     n_tiles = tl.cdiv(width + lead, SIZE)
     each = tl.cdiv(n_tiles, tl.num_programs(1))
-    first = tl.minimum(tl.program_id(1) * each, n_tiles)
+    first = tl.minimum(program(1, BACKWARDS) * each, n_tiles)
     last = tl.minimum(first + each, n_tiles)
     inner = tl.minimum(tl.maximum(first, tl.minimum(lead, 1)), last)
     outer = tl.maximum(tl.minimum(last, (V + lead) // SIZE), inner)
@@ -124,12 +134,12 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def zero_row(out, width, lead, SHAPE: tl.constexpr):
+def zero_row(out, width, lead, SHAPE: tl.constexpr, BACKWARDS: tl.constexpr = False):
     """Zeros over this program's part of a row of a gradient."""
     SIZE: tl.constexpr = SHAPE[0] * SHAPE[1] * SHAPE[2]
     columns = tile_columns(SHAPE)
     zero = tl.zeros(columns.shape, out.dtype.element_ty)
-    first, inner, outer, last = tile_span(width, width, lead, SHAPE)
+    first, inner, outer, last = tile_span(width, width, lead, SHAPE, BACKWARDS)
     for tile in range(inner, outer):
         tl.store(out + tile * SIZE + columns, zero)
     for i in range(inner - first + last - outer):

@@ -39,13 +39,13 @@ INSTANTIATIONS = {
     "row_stats": ["row_stats_kernel<{0}, {0}>(StatsArgs, int, RowState<float>*)"],
     "row_grad": ["row_grad_kernel<{0}, {0}>(GradArgs, int)"],
     "row_scale": ["row_scale_kernel<{0}>(ScaleArgs)"],
-    "row_stats_grad": ["row_stats_grad_kernel<{0}, {0}>(StatsGradArgs, int)"],
+    "row_stats_grad": ["row_stats_grad_kernel<{0}, {0}, false>(StatsGradArgs, int)"],
     "row_divergence": [
         f"{name}<Divergence::{kind}, {{0}}, {{0}}>({parameters})"
         for kind in ("jsd", "tvd")
         for name, parameters in zip(("row_divergence_kernel", "row_divergence_grad_kernel"), _DIVERGENCE, strict=True)
     ],
-    "row_sample": [
+    "row_sample_filter": [
         f"row_sample_{name}_kernel<{{0}}, {{0}}>(SampleArgs, SampleBuffers)" for name in ("mass", "filter", "argmax")
     ],
 }
@@ -76,7 +76,7 @@ class Executor:
         self.launched: dict[str, dict] = {}  # kernel -> ptxjit's counters of its last launch
 
     def __call__(self, name, blocks, threads, dynamic_shared, parameters) -> str:
-        pattern = rf"\d{name}(E|I(LNS_\d+DivergenceE{self.divergence}E)?{self.mangled}EE)"
+        pattern = rf"\d{name}(E|I(LNS_\d+DivergenceE{self.divergence}E)?{self.mangled}(Lb0E)?EE)"
         found = [(m, k) for m in self.modules for k in m.kernels() if re.search(pattern, k)]
         assert len(found) == 1, (name, pattern, found)
         module, kernel = found[0]
@@ -144,7 +144,10 @@ def run(executor: Executor, s: torch.Tensor, t: torch.Tensor, token_ids: torch.T
         assert torch.equal(again, factor.to(again.dtype) * out["grad"])
     in_one_launch = dataclasses.replace(cuda.backend, holds_rows=lambda operations, pair: True)
     at_once = in_one_launch.row_stats_grad(Pair(s, t, 1.0, V), token_ids, coefficients)
-    assert torch.equal(at_once[0], out["stats"]) and torch.equal(at_once[1], out["grad"])
+    if V <= 8192:  # one part
+        assert torch.equal(at_once[0], out["stats"]) and torch.equal(at_once[1], out["grad"])
+    torch.testing.assert_close(at_once[0], out["stats"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(at_once[1], out["grad"], rtol=2**-8 if s.dtype == BF16 else 1e-5, atol=1e-6)
     for executor.divergence, name in ((0, "jsd"), (3, "tvd")):
         values = cuda.backend.row_divergence(Pair(s, t, 1.0, V), None, out["stats"], name, 0.3)
         out[name] = values

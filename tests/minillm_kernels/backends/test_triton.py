@@ -10,7 +10,9 @@ from processes import in_a_process
 
 import minillm_kernels as mk
 from minillm_kernels import available_backends, use_backend
+from minillm_kernels.backends import reference
 from minillm_kernels.backends import triton as backend
+from minillm_kernels.rows import Pair
 
 if not backend.interpreted() or available_backends()["triton"] != "ok":
     pytest.skip("needs Triton's interpreter: " + available_backends()["triton"], allow_module_level=True)
@@ -150,9 +152,29 @@ def test_split_rows_are_whole_rows(monkeypatch):
     with use_backend("triton"):
         split, again = everything(s, t), everything(s, t)
         monkeypatch.setattr(launch, "PROGRAMS", 1)
+        monkeypatch.setattr(launch, "EVEN_PROGRAMS", 1)
         whole = everything(s, t)
     assert all(torch.equal(a, b) for a, b in zip(split, again, strict=True))
     assert_same(split, whole)
+
+
+@pytest.mark.parametrize("V", [517, 9001])
+def test_a_second_visit_begins_where_the_first_one_ended(V):
+    """That is in the cache of a GPU still. The interpreter runs programs in order: of rows in one place the one that
+    is written last stays, the first. Several programs a row go backwards too, and cover it."""
+    from minillm_kernels.backends.triton.divergence import row_divergence
+    from minillm_kernels.backends.triton.grad import row_grad
+
+    s, t = torch.randn(5, V), torch.randn(5, V)
+    pair, ones = Pair(s, t, 1.0, V), torch.ones(5, 5)
+    stats = reference.backend.row_stats(pair, None, None).float()
+    right, place = row_grad(pair, None, stats, ones), torch.zeros(1, V)
+    row_grad(pair, None, stats, ones, out=place.expand(5, V))
+    assert torch.equal(place[0], right[0])
+    mask = torch.arange(5) % 4 == 0
+    values = row_divergence(pair, mask, stats, "jsd", 0.5)
+    expected = reference.backend.row_divergence(pair, mask, stats, "jsd", 0.5)
+    torch.testing.assert_close(values, expected.float(), rtol=3e-6, atol=3e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"top_k": 20}, {"top_p": 0.8}, {"temperature": 0.0}])

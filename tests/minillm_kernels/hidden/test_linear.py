@@ -225,13 +225,14 @@ def test_compiles_into_one_graph(name):
 @pytest.mark.parametrize(
     "name", ["linear_stats", "linear_stats_loss", "linear_divergence", "linear_divergence_loss", "linear_minillm_loss"]
 )
-def test_opcheck(name):
+@pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, False, False]], ids=str)
+def test_opcheck(name, needs):
+    """And what an operator returns shares no memory with its inputs, nor one result with another."""
     case = Case(torch.float32)
     heads = [*case.leaves(), *case.teacher]
     mask = case.labels != -100
     ids = case.labels.clamp(min=0)
     settings = ([0.0, 0.0], [1.0, 1.0], 1.0, V, "chunked", 8, False, "reference")
-    needs = [True, True, True]
     args = {
         "linear_stats": (ids, mask),
         "linear_stats_loss": (ids, mask, torch.rand(5, N) * mask, needs),
@@ -239,7 +240,14 @@ def test_opcheck(name):
         "linear_divergence_loss": (case.weights, None, None, "mean", "jsd", BETA, needs),
         "linear_minillm_loss": (ids, mask, torch.ones(4, N), torch.tensor(0.1), 0.2, 0.0, needs),
     }[name]
-    torch.library.opcheck(getattr(torch.ops.minillm, name).default, (*args, *heads, *settings))
+    inputs = (*args, *heads, *settings)
+    operator = getattr(torch.ops.minillm, name).default
+    with torch.no_grad():
+        found = operator(*inputs)
+    tensors = [x for x in (*inputs, *(found if isinstance(found, tuple) else (found,))) if isinstance(x, torch.Tensor)]
+    assert len({x.untyped_storage()._cdata for x in tensors}) == len(tensors)
+    if all(needs):
+        torch.library.opcheck(operator, inputs)
 
 
 def test_bad_input():

@@ -6,7 +6,7 @@ from linear_cases import CAP, Case, H, N, T, V, assert_close, plain_logits
 
 import minillm_kernels as mk
 from minillm_kernels import available_backends, use_backend
-from minillm_kernels.hidden import tiled
+from minillm_kernels.hidden import operands, tiled
 
 if available_backends()["triton"] != "ok" or torch.cuda.is_available():
     pytest.skip("needs Triton's interpreter: " + available_backends()["triton"], allow_module_level=True)
@@ -103,6 +103,14 @@ def test_refusals():
     with pytest.raises(ValueError, match="needs the last dimension contiguous"):
         weight = torch.randn(H, V).t()
         mk.fused_linear_rkl_loss(args[0], weight, *args[2:], impl="tiled")
+
+
+def test_gradients_that_nobody_wants_share_no_memory():
+    """torch's operators may not return one tensor twice."""
+    student = operands.Projection(torch.zeros(2, H), torch.zeros(V, H), None, 0.0, 1.0)
+    for needs in ([False, False, False], [True, False, True]):
+        found = tiled.empty_gradients(student, needs)
+        assert len({x.untyped_storage()._cdata for x in found}) == 3
 
 
 @pytest.mark.parametrize("name", ["linear_stats", "linear_stats_loss"])
