@@ -34,10 +34,13 @@ def statistics(heads: Operands, token_ids: Tensor | None, mask: Tensor | None) -
 
 def empty_gradients(student: Projection, needs: Sequence[bool]) -> Gradients:
     """Of the hidden states in fp32, where tiles add up; of the weight in its own type."""
-    none = student.hidden.new_empty(0)
-    hidden = torch.zeros_like(student.hidden, dtype=torch.float32) if needs[0] else none
-    weight = torch.zeros_like(student.weight) if needs[1] else none
-    bias = torch.zeros_like(student.bias) if needs[2] and student.bias is not None else none
+    hidden, weight, bias = (student.hidden.new_empty(0) for _ in range(3))  # outputs: no two may share their memory
+    if needs[0]:
+        hidden = torch.zeros_like(student.hidden, dtype=torch.float32)
+    if needs[1]:
+        weight = torch.zeros_like(student.weight)
+    if needs[2] and student.bias is not None:
+        bias = torch.zeros_like(student.bias)
     return Gradients(hidden, weight, bias)
 
 
