@@ -80,3 +80,10 @@ def test_forward_mode_is_refused(name):
         x = BOTH[argument]
         with pytest.raises(RuntimeError, match=f"{argument} carry a tangent, but minillm_kernels has no forward-mode"):
             torch.func.jvp(lambda y, key=argument: called(name, **{key: y}), (x,), (torch.ones_like(x),))
+
+
+@pytest.mark.parametrize("name", [name for name, own in OWN.items() if "needs" in own])
+def test_no_two_outputs_are_one_tensor(name):
+    """Operators may not return aliases of each other: torch.compile takes them for several."""
+    outputs = called(name, needs=[False, False, False])
+    assert len({id(x) for x in outputs}) == len(outputs) >= 3
