@@ -359,12 +359,7 @@ MUTATIONS = {
         "without having arrived",
     ),
     "a state too few": ("row_stats_grad.cuh", "< blocks_a_row) all =", "< blocks_a_row - 1) all =", "wrong"),
-    "a slice too far": (
-        "row_stats_grad.cuh",
-        "min(cluster.rank() * slice,",
-        "min(cluster.rank() * slice + 1,",
-        "wrong|reads outside",
-    ),
+    "a slice too far": ("row_stats_grad.cuh", "rank() * slice,", "rank() * slice + 1,", "wrong|reads outside"),
     "a carry": ("row_sample_filter.cuh", "carry = before + low < before;", "carry = 0;", "a wide sum is wrong"),
     "an origin": ("row_state.cuh", "(b(i) - mt) * k", "(b(i) - ms) * k", "wrong"),
 }
