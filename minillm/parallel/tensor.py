@@ -27,6 +27,8 @@ from minillm_kernels.parallel.collectives import gather
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+Loss = Callable[[Output, Batch], Sums]
+"""Sums over the targets of a batch, from the student's output on it."""
 HOST, PROCESS = "host", "tp"
 """Dimensions of the mesh: a copy of the teacher, and a part of it."""
 
@@ -94,9 +96,6 @@ def share_of_work(*models: Scorer | None) -> tuple[int, int]:
     together = [lm.split_over.size() for lm in models if runs_together(lm)]  # type: ignore[union-attr]
     size = max(together, default=1)
     return state.process_index // size, state.num_processes // size
-
-
-Loss = Callable[[Output, Batch], Sums]
 
 
 def joined(loss: Loss, teacher: Scorer | None, score: Callable[[Batch], Output]) -> Loss:

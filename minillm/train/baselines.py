@@ -31,11 +31,12 @@ from minillm.files import read_lines, write_atomically
 from minillm.model.head import CausalLM, Output, Sums
 from minillm.model.sampling import draw_uniforms
 from minillm.parallel.gathered import gathered
+from minillm.parallel.tensor import Loss
 from minillm.teacher.served import ServedTeacher
 from minillm.teacher.stored import StoredTeacher
 from minillm.teacher.top_k import top_k_divergence
 from minillm.terminal import say
-from minillm.train.context import Context, Loss, Part, Step, chunks
+from minillm.train.context import Context, Part, Step, chunks
 from minillm_kernels import fused_linear_distill_loss, fused_linear_divergence_loss
 
 LossOf = Callable[[Context, Output, Batch], Sums]

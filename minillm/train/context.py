@@ -1,7 +1,7 @@
 """What a method gets to work with, its context, and what it gives back for each optimiser step."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,13 +16,13 @@ from minillm.engine import Engine
 from minillm.engine.pair import Draw, draw, engine_of
 from minillm.engine.rollout import drawn, read
 from minillm.model.coins import share_coins
-from minillm.model.head import CausalLM, Output, Sums, share_vocabulary
+from minillm.model.head import CausalLM, Output, share_vocabulary
 from minillm.model.load import packs_in_one_row
 from minillm.model.rollout import Rollout, add_teacher, gather_processes, rescore
 from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm.parallel.gathered import gathered
 from minillm.parallel.shard import is_sharded
-from minillm.parallel.tensor import joined, share_of_work
+from minillm.parallel.tensor import Loss, joined, share_of_work
 from minillm.run.clock import Clock
 from minillm.teacher import Teacher
 from minillm.teacher.choose import Elsewhere, ends_of
@@ -31,9 +31,6 @@ from minillm.teacher.routed import Routed, by_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Loss = Callable[[Output, Batch], Sums]
-"""Sums over the targets of a batch, from the student's output on it."""
 
 
 class Part(NamedTuple):

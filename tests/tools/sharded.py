@@ -21,7 +21,7 @@ import torch
 from accelerate import PartialState
 from sharded_checkpoints import full, killed, left, resumed, saved, straight
 from sharded_models import BATCH, FOLDER, HSDP, SHARDED, TENSOR, Pair, build, llama, micros_of, optimizer_of
-from sharded_tensor import COPIES, blamed_together, examined, joined, measured
+from sharded_tensor import COPIES, blamed_together, examined, joined, measured, unshared
 from sharded_training import CASES, COPIED, ON_HOSTS, SHARDABLE, TAUGHT, compared, failing_reward
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -261,7 +261,7 @@ WORLDS: list[tuple[int, list[tuple[str, Callable]]]] = [  # one after the other:
     (2, [("killed", lambda: killed(0))]),
     (1, [("left", left)]),
     (1, [("resumed", lambda: resumed(ONE))]),
-    (3, [*in_world(3, SHARDED, SHARDABLE), ("resumed", lambda: resumed(SHARDED))]),
+    (3, [*in_world(3, SHARDED, SHARDABLE), ("unshared", unshared), ("resumed", lambda: resumed(SHARDED))]),
     (
         4,
         [

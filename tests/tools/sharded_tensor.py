@@ -6,7 +6,7 @@ from sharded_models import FOLDER, V, build
 from torch import distributed
 
 from minillm.config.parallel import ParallelConfig
-from minillm.config.schema import EvalConfig
+from minillm.config.schema import ConfigError, EvalConfig
 from minillm.doctor import CHECKS, examine
 from minillm.evaluation.divergence import draw, references
 from minillm.train import loop
@@ -39,6 +39,15 @@ def measured(where: ParallelConfig) -> dict:
         Selection(context, METHODS["kd"](context, FOLDER), FOLDER)._loss(METHODS["kd"](context, FOLDER)),
     ]
     return {"numbers": numbers}
+
+
+def unshared() -> dict:
+    """Three processes, and a teacher of four heads."""
+    try:
+        build("kd", COPIES)
+    except ConfigError as error:
+        return {"told": str(error)}
+    return {"told": ""}
 
 
 def joined() -> dict:

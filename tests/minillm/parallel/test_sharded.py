@@ -175,6 +175,12 @@ def test_the_sample_at_fault_is_named_where_losses_are_joined(found):
         assert case["told"] == f"the first sample at fault is {case['where']} (responses)"
 
 
+def test_heads_that_processes_cannot_share_are_refused(found):
+    told = found["unshared", 3, 2]["told"]
+    assert "the 3 processes of a host cannot share the heads of the attention of LlamaForCausalLM" in told
+    assert "set parallel.teacher to shard" in told
+
+
 def test_doctor_validation_and_evaluation_of_a_teacher_in_parts(found):
     one = found["examined", 1, 0]
     assert {"ok", "warning"} >= {one[method]["gradient"] for method in ("kd", "minillm")}
