@@ -114,10 +114,8 @@ class Replayed:
         self.warm = False
 
     def __call__(self) -> None:
-        if (
-            self.device.type != "cuda" or not self.warm
-        ):  # what is made at a first call is made here: workspaces, casts, kernels
-            self.warm = True
+        if self.device.type != "cuda" or not self.warm:
+            self.warm = True  # the first call makes what no graph may: workspaces, casts, kernels
             self.work()
             return
         if self.graph is None:
