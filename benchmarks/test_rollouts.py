@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -32,39 +33,54 @@ from minillm.model.sampling import Decoding, draw_uniforms, sample
 from minillm.train.preflight import prepare
 
 pytestmark = pytest.mark.download
-PROMPTS, PLACES, NEW_TOKENS, ALPHA = 48, 8, 64, 0.2
-FREE = Decoding(NEW_TOKENS, ends=(), chunk_size=PLACES)
+ALPHA = 0.2
+
+
+class Size(NamedTuple):
+    prompts: int
+    places: int
+    new_tokens: int
+
+
+TIMED, VERIFIED = Size(48, 8, 64), Size(16, 4, 24)
 
 
 @pytest.fixture(scope="module")
-def context():
-    recipe = load_recipe(RECIPE, [f"--rollout.max_new_tokens={NEW_TOKENS}"])
+def size(request) -> Size:
+    return VERIFIED if request.config.getoption("benchmark_disable") else TIMED
+
+
+@pytest.fixture(scope="module")
+def context(size):
+    recipe = load_recipe(RECIPE, [f"--rollout.max_new_tokens={size.new_tokens}"])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield prepare(recipe.run, recipe.stages["minillm"], *load_pair(recipe.run))
     torch.set_num_threads(threads)
 
 
-def ends_for(rollout, share: float) -> list[int]:
-    """Tokens that would end the responses of a rollout after this share of its limit, in the mean: the frequent ones,
+def ends_for(rollout, tokens: float) -> list[int]:
+    """Tokens that would end the responses of a rollout after so many tokens, in the mean: the frequent ones,
     but for those that would end them sooner."""
     responses, ends = rollout.responses(), []
     for token, _ in Counter(token for response in responses for token in response).most_common():
         tried = {*ends, token}
         lengths = [next((i + 1 for i, t in enumerate(r) if t in tried), len(r)) for r in responses]
-        if sum(lengths) >= share * NEW_TOKENS * len(responses):
+        if sum(lengths) >= tokens * len(responses):
             ends.append(token)
     return ends
 
 
-def test_rollouts(benchmark, context):
-    prompts = [example.prompt for example in context.examples[:PROMPTS]]
-    in_turn = sorted(range(PROMPTS), key=lambda i: -len(prompts[i]))
-    turns = [in_turn[start : start + PLACES] for start in range(0, PROMPTS, PLACES)]
+def test_rollouts(benchmark, context, size):
+    sequences, places, limit = size
+    free_of_ends = Decoding(limit, ends=(), chunk_size=places)
+    prompts = [example.prompt for example in context.examples[:sequences]]
+    in_turn = sorted(range(sequences), key=lambda i: -len(prompts[i]))
+    turns = [in_turn[start : start + places] for start in range(0, sequences, places)]
     student, teacher = context.student, context.teacher
-    uniforms = share_coins(draw_uniforms(0, NEW_TOKENS, PROMPTS), 1)
+    uniforms = share_coins(draw_uniforms(0, limit, sequences), 1)
 
-    def roll(decoding=FREE, teacher=teacher, alpha=ALPHA, rows=in_turn):
+    def roll(decoding=free_of_ends, teacher=teacher, alpha=ALPHA, rows=in_turn):
         chosen, columns = [prompts[i] for i in rows], context.vocab_size
         return sample(student, teacher, chosen, decoding, alpha=alpha, uniforms=uniforms[:, rows], vocab_size=columns)
 
@@ -73,7 +89,7 @@ def test_rollouts(benchmark, context):
             longest = max(len(prompts[i]) for i in rows)
             ids = torch.tensor([[0] * (longest - len(prompts[i])) + prompts[i] for i in rows])
             mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
-            options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": True, "top_k": 0}
+            options = {"max_new_tokens": limit, "min_new_tokens": limit, "do_sample": True, "top_k": 0}
             student.model.generate(ids, attention_mask=mask, pad_token_id=0, **options)
 
     passes: Counter[str] = Counter()
@@ -83,13 +99,13 @@ def test_rollouts(benchmark, context):
     seconds, counted, found = {}, {}, {}
 
     def ending():
-        return replace(FREE, ends=ends_for(found["in_turns_to_the_limit"], 1 / 3))
+        return replace(free_of_ends, ends=ends_for(found["in_turns_to_the_limit"], limit / 3))
 
     functions = {
         "in_turns_to_the_limit": roll,  # no row ends, none is dropped: what responses that end took at first
         "in_turns": lambda: [roll(ending(), rows=rows) for rows in turns],
         "refilled": lambda: roll(ending()),
-        "coins_first": lambda: roll(replace(FREE, coins_first=True)),
+        "coins_first": lambda: roll(replace(free_of_ends, coins_first=True)),
         "student_alone": lambda: roll(teacher=None, alpha=0.0),
         "teacher_reads": lambda: add_teacher(found["student_alone"], teacher, 1.0, context.vocab_size, 0),
         "generate": generate,
@@ -112,22 +128,22 @@ def test_rollouts(benchmark, context):
         (refilled.responses(), in_turns),
         (found["coins_first"].responses(), free.responses()),
     ):
-        assert sum(a == b for a, b in zip(one, other, strict=True)) >= 0.8 * PROMPTS
+        assert sum(a == b for a, b in zip(one, other, strict=True)) >= 0.8 * sequences
     same = (free.token_ids == found["coins_first"].token_ids).all(dim=1)
     torch.testing.assert_close(
         found["coins_first"].teacher_hidden[same], free.teacher_hidden[same], rtol=1e-2, atol=1e-2
     )
     mean = float(refilled.lengths.float().mean())
-    assert 0.3 < mean / NEW_TOKENS < 0.4
+    assert 0.3 < mean / limit < 0.4
     if benchmark.stats is None:  # --benchmark-disable
         return
-    tokens = dict.fromkeys(functions, PROMPTS * NEW_TOKENS)
-    tokens |= {name: round(PROMPTS * mean) for name in ("in_turns", "refilled")}
+    tokens = dict.fromkeys(functions, sequences * limit)
+    tokens |= {name: round(sequences * mean) for name in ("in_turns", "refilled")}
     benchmark.extra_info.update(
         threads=torch.get_num_threads(),
-        sequences=PROMPTS,
-        places=PLACES,
-        new_tokens=NEW_TOKENS,
+        sequences=sequences,
+        places=places,
+        new_tokens=limit,
         alpha=ALPHA,
         teacher_turns=int((uniforms[:, 0, 0] < ALPHA).sum()),
         mean_length_ending=round(mean, 1),
