@@ -1,7 +1,7 @@
 """What every benchmark shares: verify, then time; bandwidth against torch.add on tensors of that size; peak memory.
 
 A kernel alone is also held to its roofline, measured here: the call itself (on rows of 64 columns), and the slower of
-memory (torch.add's bandwidth) and arithmetic (all rows of one thread at one address, so that they stay in its cache).
+memory (torch.add's bandwidth) and arithmetic (one row over and over by one thread, so that it stays in its cache).
 """
 
 from __future__ import annotations
@@ -95,13 +95,14 @@ def roofline(
 ) -> dict[str, object]:
     """What bounds a kernel that took `seconds` on `shape`, and how much of that time the bound explains."""
 
-    def one_row(shape: tuple[int, int], seed: int) -> Tensor:
-        return logits((1, shape[1]), dtype, seed).expand(shape)
+    def make(shape: tuple[int, int], seed: int) -> Tensor:
+        return logits(shape, dtype, seed)
 
     threads = torch.get_num_threads()
-    call = median_seconds(kernel(one_row, (shape[0], 64)))
+    call = median_seconds(kernel(make, (shape[0], 64)))
     torch.set_num_threads(1)
-    arithmetic = median_seconds(kernel(one_row, shape), 3) / threads
+    one_row, nothing = (median_seconds(kernel(make, (1, columns))) for columns in (shape[1], 64))
+    arithmetic = shape[0] * (one_row - nothing) / threads
     torch.set_num_threads(threads)
     memory = tensors * shape[0] * shape[1] * dtype.itemsize / (add_bandwidth(shape, dtype) * 1e9)
     parts = {"call": call, "arithmetic": arithmetic, "memory": memory}
