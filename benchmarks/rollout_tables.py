@@ -8,6 +8,14 @@ LARGE = {"student": 3.1e9, "teacher": 15.2e9}
 """Bytes of the weights of 1.5B and 7B in bfloat16, which each forward pass reads."""
 
 
+def timed(info: dict, titles: dict[str, str]) -> list[list[str]]:
+    """A row for each title: seconds and tokens per second of what it names."""
+    return [
+        [title, f"{info['seconds'][name]:.2f}", f"{info['tokens_per_second'][name]:.0f}"]
+        for name, title in titles.items()
+    ]
+
+
 def training_table() -> str:
     """What the trainer's own work takes on the demo pair."""
     results = load("cpu.json")
@@ -19,10 +27,7 @@ def training_table() -> str:
         "teacher_alone": "teacher alone",
         "generate_student": "student alone, `transformers.generate`",
     }
-    rows = [
-        [title, f"{rollout['seconds'][name]:.2f}", f"{rollout['tokens_per_second'][name]:.0f}"]
-        for name, title in titles.items()
-    ]
+    rows = timed(rollout, titles)
     ratio = rollout["both_over_sum_of_alone"]
     note = (
         f"{machine(results)}, least of a few in turns. Both models at once take {ratio:.2f}× the sum of their own "
@@ -87,10 +92,7 @@ def engine_table() -> str:
         "coins_first": "mixture, coins first, shared by all rows",
         "mixture_vllm": "mixture, two engines of vLLM, coins of its own for each row",
     }
-    rows = [
-        [title, f"{info['seconds'][name]:.2f}", f"{info['tokens_per_second'][name]:.0f}"]
-        for name, title in titles.items()
-    ]
+    rows = timed(info, titles)
     note = (
         f"{machine(results)}, vLLM {info['vllm']}, float32, least of a few in turns; an engine's time includes the "
         f"weights that it is given. Then both models read the samples, in {info['seconds']['read']:.2f} s; "

@@ -66,9 +66,8 @@ class VllmTeacher:
         by_name = {value: name for name, value in DTYPES.items()}
         self.wire_name = by_name[self.dtype] if settings.wire == "auto" else settings.wire
         ids = torch.tensor(tokenizer.encode(PROBE), dtype=torch.int32)
-        self._states(
-            Question(ids, torch.tensor([len(ids)], dtype=torch.int32), torch.arange(len(ids)))
-        )  # once, as a try
+        tried = Question(ids, torch.tensor([len(ids)], dtype=torch.int32), torch.arange(len(ids)))
+        self._states(tried)  # what serves something else is told at the start
         self.pool = ThreadPoolExecutor(settings.prefetch, "teacher")
 
     def __str__(self) -> str:
