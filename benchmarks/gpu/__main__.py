@@ -1,7 +1,7 @@
 """What a card shows in about ten minutes, offline: python -m benchmarks.gpu [SECTION ...] [--dry] [--out FILE]
 
 Every record goes at once to the file, one JSON object a line, by default benchmarks/results/gpu/CARD.jsonl; a table is
-printed at the end. Each section runs in processes of its own and within its own time, so that one that fails or hangs
+printed at the end. What the same sections recorded there before goes; other sections' records stay. Each section runs in processes of its own and within its own time, so that one that fails or hangs
 costs the others nothing. --dry runs the same code on the CPU at tiny sizes.
 
     build      the core for this card, in place        ceilings   bandwidth, matmuls
@@ -61,17 +61,23 @@ def main() -> None:
     if not args.dry and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --dry runs the same code on the CPU")
     RUN.dry, RUN.out = args.dry, (args.out or default_file(args.dry)).resolve()
-    RUN.out.parent.mkdir(parents=True, exist_ok=True)
-    RUN.out.unlink(missing_ok=True)
-    RUN.out.touch()
+    sections = args.sections or list(SECTIONS)
+    forget(sections)
     end = time.perf_counter() + args.seconds
-    for name in args.sections or SECTIONS:
+    for name in sections:
         most = 600 if args.dry else SECTIONS[name]  # tiny sizes take as long as the machine lets them
         run(name, min(most, end - time.perf_counter()))
     summary()
     print(f"\n{RUN.out}")
     records = [json.loads(line) for line in RUN.out.read_text().splitlines()]
     sys.exit(any(x.get("ok") is False or "error" in x for x in records))
+
+
+def forget(sections: list[str]) -> None:
+    """What these sections recorded before; the others' records stay."""
+    RUN.out.parent.mkdir(parents=True, exist_ok=True)
+    lines = RUN.out.read_text().splitlines(keepends=True) if RUN.out.exists() else []
+    RUN.out.write_text("".join(line for line in lines if json.loads(line)["section"] not in sections))
 
 
 def run(section: str, seconds: float) -> None:

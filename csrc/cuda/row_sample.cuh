@@ -39,6 +39,21 @@ __device__ inline float weight(float z, float max, float cutoff, float k) {
     return z < cutoff ? 0.0f : exp2_fast((z - max) * k);
 }
 
+// Units first, first + stride, ... of a row of n columns; -inf behind its end.
+template <class E, int W, int UNITS>
+__device__ void load_ragged(Raw<E, W> (&x)[UNITS], const Row<E, W>& row, int n, int first, int stride) {
+#pragma unroll
+    for (int j = 0; j < UNITS; ++j) {
+        float one[W];
+#pragma unroll
+        for (int i = 0; i < W; ++i) {
+            const int v = (first + j * stride) * W + i;
+            one[i] = v < n ? row[v] : -INFINITY;
+        }
+        x[j] = Raw<E, W>::of(one);  // exact
+    }
+}
+
 // Of the n columns from z on; the row ends left_in_row columns behind z.
 template <class E>
 __device__ TileMass tile_mass(const E* z, int n, int left_in_row, float cutoff, float k) {
@@ -53,16 +68,7 @@ __device__ TileMass tile_mass(const E* z, int n, int left_in_row, float cutoff, 
 #pragma unroll
         for (int j = 0; j < UNITS; ++j) x[j] = row.load(j * WARP + lane);
     } else {
-#pragma unroll
-        for (int j = 0; j < UNITS; ++j) {
-            float one[W];
-#pragma unroll
-            for (int i = 0; i < W; ++i) {
-                const int v = (j * WARP + lane) * W + i;
-                one[i] = v < n ? row[v] : -INFINITY;
-            }
-            x[j] = Raw<E, W>::of(one);  // exact
-        }
+        load_ragged(x, row, n, lane, WARP);
     }
     float max = -INFINITY;
 #pragma unroll
@@ -204,21 +210,12 @@ struct LaneColumns {
     Raw<E, W> x[UNITS];
 
     __device__ LaneColumns(const E* z, int V, int begin) {
+        const Row<E, W> row(z, V);
         if (begin + LANE_COLUMNS <= V) {
-            const Row<E, W> row(z, V);
 #pragma unroll
             for (int j = 0; j < UNITS; ++j) x[j] = row.load(begin / W + j);
         } else {
-#pragma unroll
-            for (int j = 0; j < UNITS; ++j) {
-                float one[W];
-#pragma unroll
-                for (int i = 0; i < W; ++i) {
-                    const int v = begin + j * W + i;
-                    one[i] = v < V ? load_one(z + v) : -INFINITY;
-                }
-                x[j] = Raw<E, W>::of(one);  // exact
-            }
+            load_ragged(x, row, V, begin / W, 1);
         }
     }
     __device__ float operator[](int i) const { return x[i / W][i % W]; }
