@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 from .measure import RUN, record
 
 ROOT = Path(__file__).parents[2]
-# Those that need a card, but for the one that times: collecting all tests takes long, and what they import may be missing.
+# Those that need a card, but for the one that times: others take long to collect, and what they import may be missing.
 TESTS = ["tests/minillm_kernels/test_gpu.py", "tests/minillm/model/test_static.py"]
 
 

@@ -9,7 +9,7 @@ Legend: B sequences, b of them decoded now, T longest response, H hidden, V voca
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -137,9 +137,9 @@ class Places:
         self.rows = torch.arange(rows.start, rows.stop, device=law.uniforms.device)
         self.times, self.token_ids = torch.zeros_like(self.rows), torch.zeros_like(self.rows)
         self.running = torch.ones_like(self.rows, dtype=torch.bool)
-        self.advance: Callable[[], None] = self._draw
-        self.settle: Callable[[], None] = self._settle
-        self.fixed = False
+        self.reads = False
+        """Whether tokens were drawn, which are read before the next ones are."""
+        self.graphs: tuple[Replayed, Replayed] | None = None
 
     def going_on(self) -> list[int]:
         """The rows that have not ended, as far as the host knows."""
@@ -147,23 +147,22 @@ class Places:
 
     def step(self, turns: Turns | None = None) -> None:
         """One more token of each sequence. `turns`: the teacher's part, of rows that all stand at one position."""
-        self.advance()
+        advance = self._advance if self.reads else self._draw
+        advance() if self.graphs is None else self.graphs[0](advance)
+        self.reads = True
         if turns is not None:
             going_on = self.going_on()
             theirs = turns.draw(self.ends.drawn[going_on[0]], self.rows, self.logits[0], self.drawn, going_on)
             for mine, value in zip(self.drawn, theirs or (), strict=False):
                 if mine is not None and value is not None:
                     mine.copy_(value)
-        self.settle()
+        self._settle() if self.graphs is None else self.graphs[1](self._settle)
         self.ends.send(self.held, self.running)
-        if self.advance == self._draw:
-            self.advance = self._advance
 
     def fix(self, room: int) -> None:
         """From now on read and write at fixed addresses, with room for so many tokens of a sequence, and on a card
         replay a step instead of launching what it is made of."""
         self.decoders = [StaticDecoder(decoder, room) for decoder in self.decoders if isinstance(decoder, Decoder)]
-        self.fixed = True
         self._replay()
 
     def drop(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -176,13 +175,13 @@ class Places:
         longest = max(len(prompts[row]) + self.ends.drawn[row] - 1 for row in self.held)
         for decoder in self.decoders:
             decoder.keep(at, longest)
-        if self.fixed:
+        if self.graphs is not None:
             self._replay()
 
     def join(self, other: "Places") -> None:
         """Go on with these sequences as well, which have drawn their first tokens; `other` is used up."""
         mine, theirs = ((each.rows, each.times, each.token_ids, each.running) for each in (self, other))
-        if self.fixed:
+        if self.graphs is not None:
             free = [i for i, row in enumerate(self.held) if not self.ends.goes_on(row)][: len(other.held)]
             at = torch.tensor(free, dtype=torch.long).to(self.rows.device, non_blocking=True)
             for i, row in zip(free, other.held, strict=True):
@@ -201,8 +200,7 @@ class Places:
                 decoder.join(more)
 
     def _replay(self) -> None:
-        device = self.rows.device
-        self.advance, self.settle = Replayed(self._advance, device), Replayed(self._settle, device)
+        self.graphs = Replayed(self.rows.device), Replayed(self.rows.device)
 
     def _advance(self) -> None:
         for decoder in self.decoders:

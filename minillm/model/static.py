@@ -11,7 +11,9 @@ Which models decode so is tried on a few tokens (`takes_graphs`); the others dec
 Legend: B rows, K room for tokens of a row, H hidden.
 """
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
@@ -43,8 +45,9 @@ class Columns:
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         all_keys, all_values = self.kept[layer]
-        all_keys[self.rows, :, self.position] = keys[:, :, 0]
-        all_values[self.rows, :, self.position] = values[:, :, 0]
+        # Under autocast the caches of transformers keep values in the type of the keys, which rotation leaves in fp32.
+        all_keys[self.rows, :, self.position] = keys[:, :, 0].to(all_keys.dtype)
+        all_values[self.rows, :, self.position] = values[:, :, 0].to(all_values.dtype)
         return all_keys, all_values
 
     def get_seq_length(self, *layer: Any) -> int:
@@ -106,23 +109,44 @@ class StaticDecoder:
 
 class Replayed:
     """Work that reads and writes in place, whose shapes and addresses do not change. On a card it is launched once as
-    it is, then held by a CUDA graph; elsewhere it is only called."""
+    it is, then held by a CUDA graph; elsewhere it is only called.
 
-    def __init__(self, work: Callable[[], object], device: torch.device) -> None:
-        self.work, self.device = work, device
+    The work comes with each call: were it kept, a graph would lie in a cycle of references with what it works on, and
+    be freed when Python collects garbage, perhaps while another is captured, which that would break.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = False
 
-    def __call__(self) -> None:
+    def __call__(self, work: Callable[[], object]) -> None:
+        """work: the same at every call."""
         if self.device.type != "cuda" or not self.warm:
             self.warm = True  # the first call makes what no graph may: workspaces, casts, kernels
-            self.work()
+            work()
             return
         if self.graph is None:
             self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
-            with CAPTURING, torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                self.work()
+            with (
+                CAPTURING,
+                _no_garbage(),
+                torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"),
+            ):
+                work()
         self.graph.replay()
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """No collection meanwhile: it may free a graph of somebody else, which breaks the one that is captured."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def takes_graphs(lm: CausalLM) -> bool:
@@ -168,9 +192,9 @@ def _trial(lm: CausalLM) -> bool:
         for decoder in (plain, static):
             decoder.read(padded.ids)
         fixed = StaticDecoder(static, 12)
-        read = Replayed(lambda: fixed.read(token), lm.device)
+        read = Replayed(lm.device)
         for _ in range(3):
-            read()
+            read(lambda: fixed.read(token))
             plain.read(token)
             if not same_states(lm, fixed.state, plain.state):
                 return False

@@ -37,19 +37,19 @@ class Recorded:
 
     made: ClassVar[list["Recorded"]] = []
 
-    def __init__(self, work: Callable[[], object], device: torch.device) -> None:
-        self.work, self.warm = work, False
+    def __init__(self, device: torch.device) -> None:
+        self.warm = False
         self.calls: list[tuple] = []
         self.replays = 0
         Recorded.made.append(self)
 
-    def __call__(self) -> None:
+    def __call__(self, work: Callable[[], object]) -> None:
         if not self.warm:
             self.warm = True
-            self.work()
+            work()
         elif not self.calls:
             with _Calls() as mode:
-                self.work()
+                work()
             self.calls = mode.calls
         else:
             self.replays += 1

@@ -1,8 +1,10 @@
 """Decoding at fixed addresses against decoding with the caches of transformers: the same tokens, log-probs and states;
 and nothing in it that a CUDA graph could not hold, which is replayed here as a graph would be."""
 
+import gc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from weakref import ref
 
 import pytest
 import torch
@@ -165,6 +167,34 @@ def test_trying_a_model_leaves_nothing_in_the_casts_of_autocast(make_llama):
             sample(each, None, MANY, ENDING, alpha=0.0, uniforms=uniforms).student_hidden for each in (lm, tried)
         )
     assert torch.equal(found, expected)
+
+
+def test_under_autocast_the_caches_of_fp32_weights_are_of_two_types(make_llama, recorded):
+    """Keys are rotated in fp32, values come in 16 bits; those of transformers are widened as they join."""
+    lm, uniforms = CausalLM(make_llama(2)), draw_uniforms(0, T, len(MANY))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sample(lm, None, MANY, replace(ENDING, graphs=True), alpha=0.0, uniforms=uniforms)
+    assert any(each.replays for each in recorded) and found.student_logprobs.isfinite().all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"chunk_size": 4}, {"chunk_size": 4, "coins_first": True}], ids=str)
+def test_the_graphs_of_a_rollout_go_with_it(pair, monkeypatch, settings):
+    """At once, not when Python collects garbage, perhaps while another graph is captured, which that would break."""
+    made = []
+
+    def make(device):
+        graph = Recorded(device)
+        made.append(ref(graph))
+        Recorded.made.clear()
+        return graph
+
+    monkeypatch.setattr(places, "Replayed", make)
+    gc.disable()
+    try:
+        both(pair, replace(ENDING, **settings), groups=1, alpha=0.3)
+    finally:
+        gc.enable()
+    assert made and not any(graph() for graph in made)
 
 
 def test_a_model_that_decodes_otherwise_there_is_refused(make_llama, monkeypatch):
