@@ -2,8 +2,8 @@
 
 Every record goes at once to the file, one JSON object a line, by default benchmarks/results/gpu/CARD.jsonl; a table is
 printed at the end. What the same sections recorded there before goes; other sections' records stay. Each section runs
-in processes of its own and within its own time, so that one that fails or hangs costs the others nothing. --dry runs the
-same code on the CPU at tiny sizes.
+in processes of its own and within its own time, so that one that fails or hangs costs the others nothing. --dry runs
+the same code on the CPU at tiny sizes.
 
     build      the core for this card, in place        ceilings   bandwidth, matmuls
     env        versions, backends, card                correct    every operation, type and backend against float64

@@ -170,3 +170,9 @@ def _above(z: Tensor, mass: Tensor) -> Tensor:
     of_value = torch.zeros_like(values).scatter_add(0, place, mass)
     from_here_up = of_value.flip(0).cumsum(0).flip(0)
     return torch.cat([from_here_up[1:], values.new_zeros(1)])[place]
+
+
+def of_any_origin(stats: Tensor) -> Tensor:
+    """Rows 0 to 3 are an origin and the logarithm of the sum relative to it, of each model: their sum is defined, not
+    where parts of a row put the origin."""
+    return torch.cat([stats[0:1] + stats[1:2], stats[2:3] + stats[3:4], stats[4:]])
