@@ -231,7 +231,7 @@ def gpu_table() -> str:
     columns = ["bytes / least bytes", "registers", "instructions per column", "A100", "H100"]
     header = ["kernel", *(f"{backend}: {c}" for backend in ("CUDA", "Triton") for c in columns)]
     note = (
-        "bf16 rows of 151936 columns (row_stats_grad: 50256), registers and instructions of sm_90. A100, H100: the "
+        "bf16 rows of 151936 columns (row_stats_grad: 28656, cluster 57312), registers and instructions of sm_90. A100, H100: the "
         "bandwidth that the busiest pipe allows, divided by the card's; above 1× memory is the limit. Counted, not "
         "timed: `python -m benchmarks.gpu_static.cuda_kernels` and "
         f"`python -m benchmarks.gpu_static.triton_kernels` (Triton {results['triton_version']}). All of `csrc/cuda` "

@@ -59,7 +59,9 @@ def launch_each() -> None:
     """Every kernel once."""
     from minillm_kernels import fused_rkl_loss, mixed_sample, use_backend
 
-    shapes = [(8, 1001)] if RUN.dry else [(1056, 128256), (1056, 50256)]  # a row that is held, and one that is not
+    shapes = (
+        [(8, 1001)] if RUN.dry else [(1056, 128256), (1056, 50256)]
+    )  # a row that no cluster holds, and one that it does
     for n, V in shapes:
         s, t = (torch.empty(n, V, device=RUN.device, dtype=torch.bfloat16).normal_(0, 3) for _ in range(2))
         s.requires_grad_()

@@ -2,7 +2,7 @@
 //
 // From compute capability 9.0 on a launch may ask for clusters: blocks that run at the same time on multiprocessors next to
 // each other. Code for an older one does not know them; a kernel of clusters is empty there (PTX for it is never launched:
-// launch.h, most_blocks_a_cluster).
+// row_stats_grad.cu, takes_pairs).
 #pragma once
 
 #include "tiles.cuh"

@@ -2,10 +2,12 @@
 //
 // The statistics of row_stats and the gradient of row_grad in one launch, for coefficients that are known beforehand: a block
 // holds a row pair in shared memory, so the logits are read once. 2V elements read and V written, 6V bytes in bf16, where
-// two launches move 10V. An H100 or B200 holds 227 KB, V = 57800 in bf16; an A100 163 KB, V = 41000.
+// two launches move 10V. A multiprocessor holds two rows, one of which loads while the other one computes: V = 28000 in bf16 on
+// an H100 or B200, 20000 on an A100.
 //
-// Longer rows are held by a cluster of blocks, a slice each, which is to its block what a row is to a block alone. The
-// blocks of a row read each other's states, and each forms the statistics itself from the same numbers: one wait a row.
+// Rows of up to twice that are held by a cluster of two blocks, a slice each, which is to its block what a row is to a block
+// alone. The blocks of a row read each other's states, and each forms the statistics itself from the same numbers: one wait
+// a row.
 //
 // The rows arrive by asynchronous copies of 16 bytes (cp.async, from sm_80 on), all of them under way at once, in PIECES that
 // are summed while the next ones arrive. A row keeps its distance to an aligned address, so the functions of row_state.cuh

@@ -58,7 +58,7 @@ def launch(pair: Pair) -> Iterator[tuple[Callable[[int], int], int]]:
 
 
 def holds_rows(operations: Operations, pair: Pair) -> bool:
-    """Whether a multiprocessor can hold a row pair, and there are rows for all of them."""
+    """Whether a multiprocessor can hold two row pairs, or a cluster four, and there are rows for all of them."""
     if pair.teacher is None or pair.teacher.dtype != pair.student.dtype:
         return False
     with torch.cuda.device(pair.student.device):

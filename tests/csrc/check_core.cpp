@@ -147,7 +147,8 @@ static void check(int64_t N, int64_t V, DType student_type, DType teacher_type) 
         std::vector<char> out_of_cluster(out.size());
         f.grad.data = out_of_cluster.data();
         const int held = host_cuda::settings.shared_memory;
-        host_cuda::settings.shared_memory = 8 << 10;  // long rows are held by several blocks, which add in another order
+        // Room for two halves of a row pair: two blocks hold it, which add in another order.
+        host_cuda::settings.shared_memory = int(2 * (V * size_of(student_type) + 128) + (4 << 10));
         row_stats_grad(f);
         host_cuda::settings.shared_memory = held;
         f.grad.data = out_at_once.data();

@@ -268,9 +268,9 @@ def test_losses_of_hidden_states_are_those_of_the_reference(V):
 
 
 @pytest.mark.gpu_first
-@pytest.mark.parametrize("V", [28000, 50257, 128256, 151936, 262144])
+@pytest.mark.parametrize("V", [28000, 32000, 50257])
 def test_statistics_and_gradient_in_one_launch_are_those_of_two(on_gpu, V):
-    """By one block a row, and by clusters of 2 and 8; also over the student. Twice the same bits."""
+    """By one block a row, and by clusters of two; also over the student. Twice the same bits."""
     if on_gpu != "cuda":
         pytest.skip("of the CUDA backend alone")
     s, t = (x.cuda() for x in Case(V, (150,), BF16, BF16).logits())

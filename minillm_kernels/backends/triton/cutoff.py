@@ -17,8 +17,7 @@ from . import rowmath as rm
 from .launch import Rows
 
 PIVOTS: tl.constexpr = tl.constexpr(16)
-# The interpreter takes its time by the operation, not by the column.
-TILE: tl.constexpr = tl.constexpr(4096 if triton.knobs.runtime.interpret else 1024)
+TILE: tl.constexpr = tl.constexpr(4096)
 
 
 @triton.jit
@@ -99,5 +98,5 @@ def cutoffs_of(x: Tensor, n_rows: int, temperature: float, top_k: int, top_p: fl
     if top_k == 0 and top_p >= 1.0:
         return None
     cutoffs = torch.empty(n_rows, dtype=torch.float32, device=x.device)
-    cutoff_kernel[(n_rows,)](Rows.of(x), cutoffs, vocab_size, 1.0 / temperature, top_k, top_p, num_warps=8)
+    cutoff_kernel[(n_rows,)](Rows.of(x), cutoffs, vocab_size, 1.0 / temperature, top_k, top_p, num_warps=16)
     return cutoffs
