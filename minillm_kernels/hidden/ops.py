@@ -3,7 +3,7 @@
 Two kinds. `linear_stats` and `linear_divergence` return a value a row; their backward pass forms the logits again,
 since what arrives is not known before. `linear_stats_loss`, `linear_divergence_loss` and `linear_minillm_loss` return
 a scalar whose coefficients are known beforehand, so the gradients are formed in the same sweep as the loss, and the
-backward pass only scales them.
+backward pass only scales them. Losses of float16 are made of the first kind: see float16.py.
 
 Each takes its own arguments first, then those of `Operands`. Legend: N rows; `rows` a chunk of them, as chunked.py
 makes them.
@@ -25,6 +25,7 @@ from ..logits.reduction import write_row_weights
 from ..rows import DIFFERENTIABLE, DIFFERENTIABLE_INDEX, RowStats
 from . import chunked, tiled
 from .chunked import Gradients, Sweep
+from .float16 import in_units
 from .operands import Operands
 
 STATISTICS = len(RowStats._fields)
@@ -83,11 +84,12 @@ def _linear_stats_grad(
     if heads.impl == "tiled":
         return tuple(tiled.gradients(heads, token_ids, stats, coefficients, needs))
     sweep = Sweep(heads, (coefficients != 0).any(0), needs)
+    coefficients, unit = in_units(coefficients, heads)
     for rows in sweep:
         ids, known, c = _at(token_ids, rows), stats[:, rows], coefficients[:, rows]
         sweep.backend.row_grad(sweep.pair, ids, known, c, out=sweep.gradient)
         sweep.backward()
-    return tuple(sweep.gradients)
+    return tuple(sweep.finished(unit))
 
 
 def _linear_stats_loss(
@@ -101,15 +103,16 @@ def _linear_stats_loss(
         return weighted_sum(stats, coefficients), stats, *gradients
     sweep = Sweep(heads, mask, needs)
     stats = sweep.outputs(STATISTICS)
+    scaled, unit = in_units(coefficients, heads)
     for rows in sweep:
         ids = _at(token_ids, rows)
         if any(needs):
-            args = (sweep.pair, ids, coefficients[:, rows])
+            args = (sweep.pair, ids, scaled[:, rows])
             stats[:, rows] = sweep.backend.row_stats_grad(*args, out=sweep.gradient)[0]
             sweep.backward()
         else:
             stats[:, rows] = sweep.backend.row_stats(sweep.pair, ids, sweep.mask)
-    return weighted_sum(stats, coefficients), stats, *sweep.gradients
+    return weighted_sum(stats, coefficients), stats, *sweep.finished(unit)
 
 
 def _linear_divergence(mask: Tensor | None, divergence: str, beta: float, *operands: Any) -> Tensor:
@@ -145,15 +148,16 @@ def _linear_divergence_loss(
     row_weights = write_row_weights(coefficients[0], *own)
     sweep = Sweep(heads, mask, needs)
     per_row = sweep.outputs(1)[0]
+    scaled, unit = in_units(row_weights, heads)
     for rows in sweep:
         stats = sweep.backend.row_stats(sweep.pair, None, sweep.mask)
         values = sweep.backend.row_divergence(sweep.pair, sweep.mask, stats, divergence, beta)
         per_row[rows] = values[0]
         if any(needs):
-            args = (sweep.pair, stats, values, row_weights[rows], divergence, beta)
+            args = (sweep.pair, stats, values, scaled[rows], divergence, beta)
             sweep.backend.row_divergence_grad(*args, out=sweep.gradient)
             sweep.backward()
-    return (per_row * row_weights).sum(), *sweep.gradients
+    return (per_row * row_weights).sum(), *sweep.finished(unit)
 
 
 def _linear_minillm_loss(

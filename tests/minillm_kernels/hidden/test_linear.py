@@ -159,6 +159,17 @@ def test_rows_of_weight_zero_are_not_read_and_nothing_valid_gives_zero():
         assert nothing == 0
 
 
+def test_transposed_hidden_states_and_weights():
+    case = Case(torch.float32)
+    found = []
+    for strided in (False, True):
+        leaves = [x.t().contiguous().t() if strided and x.dim() == 2 else x for x in case.student]
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        (mk.fused_linear_rkl_loss(*case.models(leaves), case.labels) * 1.7).backward()
+        found.append([x.grad for x in leaves])
+    assert_close(*found, torch.float32)
+
+
 def test_value_without_gradient_and_leading_dimensions():
     case = Case(torch.float64)
     with torch.no_grad():
