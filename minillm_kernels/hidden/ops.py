@@ -11,6 +11,7 @@ makes them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -260,6 +261,13 @@ def _input_gradients(ctx, gradients: tuple) -> tuple:
     return *[None] * ctx.first, *own, *[None] * (ctx.n_inputs - ctx.first - 3)
 
 
+def _once_differentiable(gradients: tuple, student: Sequence[Tensor | None]) -> tuple:
+    """That asking for the derivative of these is an error, under create_graph=True."""
+    if not torch.is_grad_enabled():
+        return gradients
+    return tuple(torch.ops.minillm.first_derivative(g, *student) for g in gradients)
+
+
 def _stats_context(ctx, inputs, output) -> None:
     token_ids, mask, *_ = inputs
     heads = _remember(ctx, inputs)
@@ -288,7 +296,7 @@ def _divergence_backward(ctx, grad_values):
     weights = grad_values if mask is None else torch.where(mask, grad_values, 0)
     own = (weights, None, None, "sum", ctx.divergence, ctx.beta, _needs(ctx))
     _, *gradients = call("linear_divergence_loss", *own, *tensors, *ctx.settings)
-    return _input_gradients(ctx, tuple(gradients))
+    return _input_gradients(ctx, _once_differentiable(tuple(gradients), tensors[:3]))
 
 
 def _loss_context(ctx, inputs, output) -> None:
@@ -319,9 +327,7 @@ def _loss_backward(ctx, grad_loss, *_ignored):
         for g in gradients:
             if g.numel() > 0:
                 choose.resolve(ctx.backend, g).row_scale(g, grad_loss)
-    if torch.is_grad_enabled():  # create_graph=True
-        gradients = tuple(torch.ops.minillm.first_derivative(g, *ctx.student) for g in gradients)
-    return _input_gradients(ctx, gradients)
+    return _input_gradients(ctx, _once_differentiable(gradients, ctx.student))
 
 
 # ---- the operators

@@ -4,7 +4,8 @@ A kernel of the Triton backend forms the logits tile by tile and folds them into
 memory is O(N). The gradient goes one vocabulary tile at a time: a kernel forms the logits of all rows on that tile
 again and writes their gradient [N, tile] into a buffer of at most GRADIENT_BYTES; two matmuls send it to the hidden
 states (accumulated in fp32) and to the tile's rows of the weight, which are then complete: no fp32 copy of the
-weight's gradient. Six matmuls where chunked.py takes four: the memory optimum beside the speed optimum.
+weight's gradient, but in float16 one of a tile's rows. Six matmuls where chunked.py takes four: the memory optimum
+beside the speed optimum.
 
 Legend: N rows, H hidden, V vocab_size.
 """
@@ -74,11 +75,13 @@ def gradients(
         triton.linear_grad_tile(*args, out=g, start=start)
         if needs[0]:
             add_product(result.hidden, g, student.weight[start:end])
-        if needs[1] and unit is None:
-            torch.mm(g.t(), hidden, out=result.weight[start:end])
-        elif needs[1]:
-            add_product(sums[: end - start].zero_(), g.t(), hidden)
-            torch.mul(sums[: end - start], unit, out=result.weight[start:end])
+        if needs[1]:
+            weight = result.weight[start:end]
+            if unit is None:
+                torch.mm(g.t(), hidden, out=weight)
+            else:
+                add_product(sums[: end - start].zero_(), g.t(), hidden)
+                torch.mul(sums[: end - start], unit, out=weight)
         if needs[2]:
             bias = g.sum(0, dtype=torch.float32)
             result.bias[start:end] = bias if unit is None else bias * unit

@@ -50,7 +50,7 @@ def test_bf16_gradients_accumulate_in_fp32():
     assert ((weight.grad.double() - exact.grad).norm() / exact.grad.norm()) < 0.01
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_distill_stats_and_token_logprobs(dtype):
     case = Case(dtype)
     fields = ("reverse_kl", "forward_kl", "student_logprobs", "student_entropy", "student_logsumexp")
@@ -85,7 +85,7 @@ COEFFICIENTS = {
 
 
 @pytest.mark.parametrize("impl", ["chunked", "tiled"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", COEFFICIENTS)
 def test_losses_linear_in_the_statistics(name, dtype, impl):
     """Numbers and tensors as coefficients; rows that do not count hold NaN."""
@@ -306,10 +306,11 @@ def test_the_chunks_of_a_gpu_follow_from_the_shape_of_the_matmuls():
     assert rows(5120, 2) == 4096 and rows(3072, 2 * 4) == 1024 and rows(5120, 2 * 2) == 2560
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("loss_of", ["rkl", "jsd", "distill", "minillm"])
-def test_second_derivatives_and_second_backward_passes_are_refused(loss_of):
-    """Rather than missing, or of gradients that were given away."""
-    case = Case(torch.float32)
+def test_second_derivatives_and_second_backward_passes_are_refused(loss_of, dtype):
+    """Rather than missing, or of gradients that were given away; in float16 none is."""
+    case = Case(dtype)
 
     def make():
         leaves = case.leaves()
@@ -328,6 +329,8 @@ def test_second_derivatives_and_second_backward_passes_are_refused(loss_of):
             grad.square().sum().backward()
     leaves, loss = make()
     loss.backward(retain_graph=True)
+    if dtype == torch.float16:
+        return loss.backward()
     with pytest.raises(RuntimeError, match="a first backward pass has taken them: compute the loss again"):
         loss.backward()
 
