@@ -3,8 +3,8 @@
 A loss that takes hidden states and heads needs the logits of a chunk of rows only while that chunk is worked on: one
 matmul a model forms them in a reused buffer, the row operations turn the student's into their own gradient in place,
 and two matmuls send it to the hidden states and the weight. Four matmuls, none done twice (in float16 two of them, see
-float16.py); the extra memory is the two buffers, 2 x chunk_rows x V, whatever the number of rows (plus one more when a soft-cap needs the logits and their
-gradient at once, and their fp32 copies on a CPU for 16-bit weights).
+float16.py); the extra memory is the two buffers, 2 x chunk_rows x V, whatever the number of rows (plus one more when a
+soft-cap needs the logits and their gradient at once, and their fp32 copies on a CPU for 16-bit weights).
 
 Chunks are slices of a fixed size: the host looks at no tensor, so nothing waits for the device and a CUDA graph can
 hold it all. Rows that do not count take part in the matmuls as zeros, with a gradient of zeros. `gather` leaves them

@@ -46,7 +46,8 @@ def fused_linear_rkl_loss(
     It is `fused_rkl_loss` (Gu et al., ICLR 2024, eq. 3) of the logits that the heads make, which never exist for all
     rows at once. A scalar reduction forms the gradients in the same sweep as the loss: four matmuls.
     reduction="none", and any loss in float16, whose scale must be known first, form the logits again in the backward
-    pass. The parameters, more than a dozen, are those of `fused_rkl_loss` with a head for each model and how to go about it.
+    pass. The parameters, more than a dozen, are those of `fused_rkl_loss` with a head for each model and how to go
+    about it.
 
     Args:
         student_hidden: [..., H], the student's last hidden states. Differentiable.
