@@ -2,9 +2,9 @@
 
 A loss that takes hidden states and heads needs the logits of a chunk of rows only while that chunk is worked on: one
 matmul a model forms them in a reused buffer, the row operations turn the student's into their own gradient in place,
-and two matmuls send it to the hidden states and the weight. Four matmuls, none done twice; the extra memory is the two
-buffers, 2 x chunk_rows x V, whatever the number of rows (plus one more when a soft-cap needs the logits and their
-gradient at once, and their fp32 copies on a CPU for 16-bit weights).
+and two matmuls send it to the hidden states and the weight. Four matmuls, none done twice (in float16 two of them, see
+float16.py); the extra memory is the two buffers, 2 x chunk_rows x V, whatever the number of rows (plus one more when a
+soft-cap needs the logits and their gradient at once, and their fp32 copies on a CPU for 16-bit weights).
 
 Chunks are slices of a fixed size: the host looks at no tensor, so nothing waits for the device and a CUDA graph can
 hold it all. Rows that do not count take part in the matmuls as zeros, with a gradient of zeros. `gather` leaves them
@@ -46,7 +46,8 @@ class Sweep:
             ... sweep.pair ...        # their logits; sweep.mask: which of them count, None for all
             sweep.backward()          # sweep.gradient, filled before, goes to the hidden states, weight and bias
 
-    What the chunks add up to, in their order (deterministic), is sweep.gradients.
+    What the chunks add up to, in their order (deterministic), is sweep.gradients; sweep.finished(unit) where the
+    coefficients came in a unit.
     """
 
     def __init__(self, heads: Operands, mask: Tensor | None, needs: Sequence[bool] = (False, False, False)) -> None:
@@ -108,6 +109,14 @@ class Sweep:
         if self.needs[2]:
             total.bias[:vocab_size] += g.sum(0, dtype=total.bias.dtype)
 
+    def finished(self, unit: Tensor | None) -> Gradients:
+        """The gradients, of coefficients that float16.py has brought to that unit."""
+        if unit is not None:
+            for g in self.gradients:
+                if g.numel() > 0:
+                    self.backend.row_scale(g, unit)
+        return self.gradients
+
 
 def _buffer(shape: tuple[int, int], weight: Tensor) -> Tensor:
     return advise(torch.empty(shape, dtype=weight.dtype, device=weight.device))
@@ -145,13 +154,15 @@ def chunk_rows_of_matmuls(hidden_size: int, column_bytes: int) -> int:
 
 def empty_gradients(student: Projection, needs: Sequence[bool]) -> Gradients:
     """Zeros of the right shapes, empty where nothing is needed. The weight's and the bias's accumulate over chunks in
-    fp32 (fp64 for fp64)."""
+    fp32 (fp64 for fp64). Rows are dense whatever the operands' strides are: row_scale takes nothing else."""
+    dense = torch.contiguous_format
     accumulator = torch.promote_types(student.weight.dtype, torch.float32)
     gradients = no_gradients(student)
     if needs[0]:
-        gradients = gradients._replace(hidden=torch.zeros_like(student.hidden))
+        gradients = gradients._replace(hidden=torch.zeros_like(student.hidden, memory_format=dense))
     if needs[1]:
-        gradients = gradients._replace(weight=advise(torch.empty_like(student.weight, dtype=accumulator)).zero_())
+        weight = torch.empty_like(student.weight, dtype=accumulator, memory_format=dense)
+        gradients = gradients._replace(weight=advise(weight).zero_())
     if needs[2] and student.bias is not None:
         gradients = gradients._replace(bias=torch.zeros_like(student.bias, dtype=accumulator))
     return gradients

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import arguments
 from ..logits import losses
 from ..logits.ops import call
-from ..logits.reduction import split_normalizer
+from ..logits.reduction import split_normalizer, write_row_weights
 from ..rows import MIXTURE_DIVERGENCES, RowStats
 from . import ops  # noqa: F401  (registers torch.ops.minillm)
+from .float16 import formed_late
 from .head import Head, as_heads, models_here
 from .operands import flat, like_logits, needs_of, operands
 from .tiled import COMPUTES
@@ -43,8 +45,9 @@ def fused_linear_rkl_loss(
 
     It is `fused_rkl_loss` (Gu et al., ICLR 2024, eq. 3) of the logits that the heads make, which never exist for all
     rows at once. A scalar reduction forms the gradients in the same sweep as the loss: four matmuls.
-    reduction="none" forms the logits again in the backward pass. The parameters, more than a dozen,
-    are those of `fused_rkl_loss` with a head for each model and how to go about it.
+    reduction="none", and any loss in float16, whose scale must be known first, form the logits again in the backward
+    pass. The parameters, more than a dozen, are those of `fused_rkl_loss` with a head for each model and how to go
+    about it.
 
     Args:
         student_hidden: [..., H], the student's last hidden states. Differentiable.
@@ -204,13 +207,16 @@ def fused_linear_divergence_loss(
     heads = operands(student, teacher, impl, chunk_rows, gather, temperature, vocab_size, ranks)
     like = like_logits(heads, student_hidden.shape[:-1])
     w = losses.row_weights(like, labels, weights, ignore_index)
-    if reduction == "none":
+    if reduction == "none" or formed_late(heads):
         mask = None if w is None else flat(w != 0)
         if name in MIXTURE_DIVERGENCES:
             per_row = call("linear_divergence", mask, name, beta, *heads)
         else:
             per_row = call("linear_stats", None, mask, *heads)[RowStats._fields.index(name)]
         per_row = per_row.reshape(like.shape[:-1])
+        if reduction != "none":
+            normalizing = split_normalizer(normalizer, student_hidden)
+            return (per_row * write_row_weights(torch.empty_like(per_row), w, reduction, *normalizing)).sum()
         return per_row if w is None else per_row * w
     scalar = (*split_normalizer(normalizer, student_hidden), reduction, name, beta, needs_of(heads))
     return call("linear_divergence_loss", flat(w), *scalar, *heads)[0]

@@ -26,13 +26,13 @@ def add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
     """total += x y, of x [m, n] and y [n, k] in one type and total [m, k] in that type or a wider one.
 
     A GPU multiplies 16-bit matrices and adds to fp32 in one matmul: 8 bytes of traffic an element of `total` where
-    a product of its own, rounded to 16 bits, and its addition take 12.
+    a product of its own, rounded to 16 bits, and its addition take 12. float16 may not hold that product.
     """
     if x.dtype == total.dtype:
         total.addmm_(x, y)
     elif x.is_cuda and _ADDS_TO_FP32:
         torch.addmm(total, x, y, out_dtype=total.dtype, out=total)
-    elif x.is_cuda:
+    elif x.is_cuda and x.dtype == torch.bfloat16:
         total += x @ y
     else:
         total.addmm_(x.to(total.dtype), y.to(total.dtype))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import arguments
 from ..logits import minillm
+from ..logits.loss_ops import weighted_sum
 from ..logits.minillm import MiniLLMLoss
 from ..logits.ops import call
-from ..logits.policy import LossSums, check_policy, denominator, loss_sums, policy_tensors
+from ..logits.policy import LossSums, check_policy, denominator, loss_coefficients, loss_sums, policy_tensors
 from . import ops  # noqa: F401  (registers torch.ops.minillm)
+from .float16 import formed_late
 from .head import Head, as_heads, models_here
 from .operands import flat, like_logits, named, needs_of, operands
 
@@ -40,8 +43,8 @@ def fused_linear_minillm_loss(
     r"""MiniLLM's objective of hidden states and heads (Gu et al., ICLR 2024, eq. 2 to 6 and algorithm 1).
 
     It is `minillm_loss`, where the formulas are, of the logits that the heads make, which never exist for all rows at
-    once: value and gradients in one sweep, four matmuls. The parameters, more than a dozen, are those of
-    `minillm_loss` with a head for each model and how to go about it.
+    once: value and gradients in one sweep, four matmuls (in float16 two sweeps, as in `fused_linear_rkl_loss`). The
+    parameters, more than a dozen, are those of `minillm_loss` with a head for each model and how to go about it.
 
     Args:
         student_hidden: [..., H], differentiable, as in `fused_linear_rkl_loss`.
@@ -129,17 +132,25 @@ def fused_linear_minillm_loss(
         entropy_coef,
     )
     over = denominator(counts, normalizer, policy.advantages.dtype)
-    loss, stats, *_gradients = call(
-        "linear_minillm_loss",
-        flat(ids),
-        flat(counts),
-        policy_tensors(policy).flatten(1),
-        1.0 / over,
-        clip_range,
-        entropy_coef,
-        needs_of(heads),
-        *heads,
-    )
+    late = formed_late(heads)
+    if late:
+        stats = call("linear_stats", flat(ids), flat(counts), *heads)
+    else:
+        loss, stats, *_gradients = call(
+            "linear_minillm_loss",
+            flat(ids),
+            flat(counts),
+            policy_tensors(policy).flatten(1),
+            1.0 / over,
+            clip_range,
+            entropy_coef,
+            needs_of(heads),
+            *heads,
+        )
     by_name = named(stats.detach(), like)
     sums = loss_sums(by_name, policy, counts, over)
+    if late:
+        slopes = torch.where(counts, loss_coefficients(by_name, policy) / over, 0)
+        linear = weighted_sum(stats, slopes.flatten(1))
+        loss = sums.loss + (linear - linear.detach())  # the value of the one, the gradient of the other
     return minillm.named_loss(LossSums(loss, sums.policy, sums.single_step, sums.clip_fraction), by_name)

@@ -3,7 +3,7 @@
 Two kinds. `linear_stats` and `linear_divergence` return a value a row; their backward pass forms the logits again,
 since what arrives is not known before. `linear_stats_loss`, `linear_divergence_loss` and `linear_minillm_loss` return
 a scalar whose coefficients are known beforehand, so the gradients are formed in the same sweep as the loss, and the
-backward pass only scales them.
+backward pass only scales them. Losses of float16 are made of the first kind: see float16.py.
 
 Each takes its own arguments first, then those of `Operands`. Legend: N rows; `rows` a chunk of them, as chunked.py
 makes them.
@@ -11,6 +11,7 @@ makes them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ..logits.reduction import write_row_weights
 from ..rows import DIFFERENTIABLE, DIFFERENTIABLE_INDEX, RowStats
 from . import chunked, tiled
 from .chunked import Gradients, Sweep
+from .float16 import in_units
 from .operands import Operands
 
 STATISTICS = len(RowStats._fields)
@@ -83,11 +85,12 @@ def _linear_stats_grad(
     if heads.impl == "tiled":
         return tuple(tiled.gradients(heads, token_ids, stats, coefficients, needs))
     sweep = Sweep(heads, (coefficients != 0).any(0), needs)
+    coefficients, unit = in_units(coefficients, heads)
     for rows in sweep:
         ids, known, c = _at(token_ids, rows), stats[:, rows], coefficients[:, rows]
         sweep.backend.row_grad(sweep.pair, ids, known, c, out=sweep.gradient)
         sweep.backward()
-    return tuple(sweep.gradients)
+    return tuple(sweep.finished(unit))
 
 
 def _linear_stats_loss(
@@ -101,15 +104,16 @@ def _linear_stats_loss(
         return weighted_sum(stats, coefficients), stats, *gradients
     sweep = Sweep(heads, mask, needs)
     stats = sweep.outputs(STATISTICS)
+    scaled, unit = in_units(coefficients, heads)
     for rows in sweep:
         ids = _at(token_ids, rows)
         if any(needs):
-            args = (sweep.pair, ids, coefficients[:, rows])
+            args = (sweep.pair, ids, scaled[:, rows])
             stats[:, rows] = sweep.backend.row_stats_grad(*args, out=sweep.gradient)[0]
             sweep.backward()
         else:
             stats[:, rows] = sweep.backend.row_stats(sweep.pair, ids, sweep.mask)
-    return weighted_sum(stats, coefficients), stats, *sweep.gradients
+    return weighted_sum(stats, coefficients), stats, *sweep.finished(unit)
 
 
 def _linear_divergence(mask: Tensor | None, divergence: str, beta: float, *operands: Any) -> Tensor:
@@ -145,15 +149,16 @@ def _linear_divergence_loss(
     row_weights = write_row_weights(coefficients[0], *own)
     sweep = Sweep(heads, mask, needs)
     per_row = sweep.outputs(1)[0]
+    scaled, unit = in_units(row_weights, heads)
     for rows in sweep:
         stats = sweep.backend.row_stats(sweep.pair, None, sweep.mask)
         values = sweep.backend.row_divergence(sweep.pair, sweep.mask, stats, divergence, beta)
         per_row[rows] = values[0]
         if any(needs):
-            args = (sweep.pair, stats, values, row_weights[rows], divergence, beta)
+            args = (sweep.pair, stats, values, scaled[rows], divergence, beta)
             sweep.backend.row_divergence_grad(*args, out=sweep.gradient)
             sweep.backward()
-    return (per_row * row_weights).sum(), *sweep.gradients
+    return (per_row * row_weights).sum(), *sweep.finished(unit)
 
 
 def _linear_minillm_loss(
@@ -256,6 +261,13 @@ def _input_gradients(ctx, gradients: tuple) -> tuple:
     return *[None] * ctx.first, *own, *[None] * (ctx.n_inputs - ctx.first - 3)
 
 
+def _once_differentiable(gradients: tuple, student: Sequence[Tensor | None]) -> tuple:
+    """That asking for the derivative of these is an error, under create_graph=True."""
+    if not torch.is_grad_enabled():
+        return gradients
+    return tuple(torch.ops.minillm.first_derivative(g, *student) for g in gradients)
+
+
 def _stats_context(ctx, inputs, output) -> None:
     token_ids, mask, *_ = inputs
     heads = _remember(ctx, inputs)
@@ -284,7 +296,7 @@ def _divergence_backward(ctx, grad_values):
     weights = grad_values if mask is None else torch.where(mask, grad_values, 0)
     own = (weights, None, None, "sum", ctx.divergence, ctx.beta, _needs(ctx))
     _, *gradients = call("linear_divergence_loss", *own, *tensors, *ctx.settings)
-    return _input_gradients(ctx, tuple(gradients))
+    return _input_gradients(ctx, _once_differentiable(tuple(gradients), tensors[:3]))
 
 
 def _loss_context(ctx, inputs, output) -> None:
@@ -315,9 +327,7 @@ def _loss_backward(ctx, grad_loss, *_ignored):
         for g in gradients:
             if g.numel() > 0:
                 choose.resolve(ctx.backend, g).row_scale(g, grad_loss)
-    if torch.is_grad_enabled():  # create_graph=True
-        gradients = tuple(torch.ops.minillm.first_derivative(g, *ctx.student) for g in gradients)
-    return _input_gradients(ctx, gradients)
+    return _input_gradients(ctx, _once_differentiable(gradients, ctx.student))
 
 
 # ---- the operators

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from .. import arguments
 from ..logits import statistics
+from ..logits.loss_ops import weighted_sum
 from ..logits.ops import call
 from ..logits.reduction import check_coefficients, weighted_rows
 from ..logits.statistics import DistillLoss, DistillStats
 from . import ops  # noqa: F401  (registers torch.ops.minillm)
+from .float16 import formed_late
 from .head import Head, as_heads, models_here
 from .operands import flat, like_logits, named, needs_of, operands
 
@@ -281,12 +283,10 @@ def fused_linear_distill_loss(
     like = like_logits(heads, student_hidden.shape[:-1])
     check_coefficients(given, teacher is not None, token_ids)
     rows = weighted_rows(given, like, token_ids, ignore_index)
-    loss, stats, *_gradients = call(
-        "linear_stats_loss",
-        flat(rows.token_ids),
-        flat(rows.counts),
-        rows.coefficients.reshape(5, heads.n_rows),
-        needs_of(heads),
-        *heads,
-    )
+    ids, counts, coefficients = flat(rows.token_ids), flat(rows.counts), rows.coefficients.reshape(5, heads.n_rows)
+    if formed_late(heads):
+        stats = call("linear_stats", ids, counts, *heads)
+        loss = weighted_sum(stats, coefficients)
+    else:
+        loss, stats, *_gradients = call("linear_stats_loss", ids, counts, coefficients, needs_of(heads), *heads)
     return DistillLoss(loss, DistillStats.of(named(stats.detach(), like)))

@@ -11,7 +11,7 @@ from minillm_kernels import Head
 N, H, H_T, V, V_T = 37, 24, 32, 1001, 1010
 SCALE, CAP, T, BETA = (0.7, 1.1), 5.0, 1.3, 0.3
 # Relative to the largest entry: what two matmuls of this depth and a sum over 37 rows lose in that type.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 6e-2}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 6e-2 / 8}
 
 
 class Case:

@@ -50,7 +50,7 @@ def test_bf16_gradients_accumulate_in_fp32():
     assert ((weight.grad.double() - exact.grad).norm() / exact.grad.norm()) < 0.01
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_distill_stats_and_token_logprobs(dtype):
     case = Case(dtype)
     fields = ("reverse_kl", "forward_kl", "student_logprobs", "student_entropy", "student_logsumexp")
@@ -85,7 +85,7 @@ COEFFICIENTS = {
 
 
 @pytest.mark.parametrize("impl", ["chunked", "tiled"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", COEFFICIENTS)
 def test_losses_linear_in_the_statistics(name, dtype, impl):
     """Numbers and tensors as coefficients; rows that do not count hold NaN."""
@@ -157,6 +157,17 @@ def test_rows_of_weight_zero_are_not_read_and_nothing_valid_gives_zero():
         nothing = mk.fused_linear_rkl_loss(rows, weight, case.teacher[0][: len(rows)], case.teacher[1], labels)
         nothing.backward()
         assert nothing == 0
+
+
+def test_transposed_hidden_states_and_weights():
+    case = Case(torch.float32)
+    found = []
+    for strided in (False, True):
+        leaves = [x.t().contiguous().t() if strided and x.dim() == 2 else x for x in case.student]
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        (mk.fused_linear_rkl_loss(*case.models(leaves), case.labels) * 1.7).backward()
+        found.append([x.grad for x in leaves])
+    assert_close(*found, torch.float32)
 
 
 def test_value_without_gradient_and_leading_dimensions():
@@ -295,10 +306,11 @@ def test_the_chunks_of_a_gpu_follow_from_the_shape_of_the_matmuls():
     assert rows(5120, 2) == 4096 and rows(3072, 2 * 4) == 1024 and rows(5120, 2 * 2) == 2560
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("loss_of", ["rkl", "jsd", "distill", "minillm"])
-def test_second_derivatives_and_second_backward_passes_are_refused(loss_of):
-    """Rather than missing, or of gradients that were given away."""
-    case = Case(torch.float32)
+def test_second_derivatives_and_second_backward_passes_are_refused(loss_of, dtype):
+    """Rather than missing, or of gradients that were given away; in float16 none is."""
+    case = Case(dtype)
 
     def make():
         leaves = case.leaves()
@@ -317,6 +329,8 @@ def test_second_derivatives_and_second_backward_passes_are_refused(loss_of):
             grad.square().sum().backward()
     leaves, loss = make()
     loss.backward(retain_graph=True)
+    if dtype == torch.float16:
+        return loss.backward()
     with pytest.raises(RuntimeError, match="a first backward pass has taken them: compute the loss again"):
         loss.backward()
 

@@ -37,6 +37,19 @@ def test_losses(divergence, dtype, cap, monkeypatch):
     assert (ours[0].grad[case.labels == -100] == 0).all()
 
 
+@pytest.mark.parametrize("cap", [None, CAP])
+def test_float16_under_a_loss_scale(cap, monkeypatch):
+    """A share of 1e-6 in the loss, times a probability, is 0 in float16; the scale brings it back."""
+    monkeypatch.setattr(tiled, "GRADIENT_BYTES", 1)
+    case, options = Case(torch.float16), {"normalizer": 1e6, "temperature": T}
+    truth, ours = case.leaves(), case.leaves()
+    wanted = mk.fused_rkl_loss(*plain_logits(truth, case.teacher, cap), case.labels, **options)
+    loss = mk.fused_linear_rkl_loss(*case.models(ours, cap), case.labels, impl="tiled", **options)
+    for x in (wanted, loss):
+        (x * 2.0**20).backward()
+    assert_close([loss.detach(), *(x.grad for x in ours)], [wanted.detach(), *(x.grad for x in truth)], torch.float16)
+
+
 def test_statistics_and_their_gradient():
     case = Case(torch.float32)
     fields = ("reverse_kl", "student_logprobs", "student_entropy", "student_logsumexp")

@@ -1,12 +1,23 @@
 """The autograd protocol: in place, twice, under checkpoint, under autocast, several outputs in one backward pass."""
 
+from contextlib import nullcontext
+
 import oracle
 import pytest
 import torch
 from cases import BF16, FP16, FP32, NAMES, Case
+from tolerance import HALF_ULP
 from torch.utils.checkpoint import checkpoint
 
-from minillm_kernels import distill_loss, distill_stats, fused_divergence_loss, fused_rkl_loss, token_logprobs
+from minillm_kernels import (
+    distill_loss,
+    distill_stats,
+    fused_divergence_loss,
+    fused_rkl_loss,
+    minillm_loss,
+    token_logprobs,
+    use_backend,
+)
 
 LOSSES = {
     "reverse_kl": lambda s, t, **k: fused_rkl_loss(s, t, **k),
@@ -40,6 +51,24 @@ def test_in_place_is_out_of_place(implementation, loss_of, dtype):
         assert torch.equal(inplace_leaf.grad, leaf.grad)
         assert logits.data_ptr() == at
         assert torch.equal(logits.detach(), leaf.grad)  # the logits are gone, the gradient stands in their place
+
+
+@pytest.mark.parametrize("name", [*LOSSES, "statistics", "minillm"])
+def test_float16_keeps_what_a_loss_scale_saves(implementation, name):
+    """A share of 1e-6 in the loss is 0 in float16. The scale is in the coefficients before anything is rounded."""
+    loss_of = {
+        **LOSSES,
+        "statistics": lambda s, t, **k: distill_loss(s, t, IDS, forward_kl=1e-6, student_logprobs=-1e-6).loss,
+        "minillm": lambda s, t, **k: minillm_loss(s, t, IDS, advantages=ones, old_logprobs=-6 * ones, **k).loss,
+    }[name]
+    ones, found = torch.ones(3), []
+    s, t = _logits(FP16)
+    for student, teacher in ((s.clone(), t), (s.double(), t.double())):
+        student.requires_grad_()
+        with nullcontext() if student.dtype == FP16 else use_backend("reference"):
+            (loss_of(student, teacher, normalizer=1e6) * 2.0**20).backward()
+        found.append(student.grad.double())
+    assert (found[0] - found[1]).norm() <= HALF_ULP[FP16] * found[1].norm()
 
 
 @pytest.mark.parametrize("inplace", [False, True])
