@@ -68,7 +68,7 @@ def card_linear_table() -> str:
             lines.append([shape, x["by"].replace("minillm ", "minillm, "), f"{x['ms']:.1f}", f"{x['tflops']:.0f}",
                           f"{x['tflops'] / peak:.0%}", f"{x['extra_mib'] / 1024:.1f}"])  # fmt: skip
     note = (
-        f"bf16, forward and backward; FLOP of four matmuls over the time, and that over a matmul of 8192 × 8192 × 8192 "
+        f"bf16, forward and backward; FLOP of four matmuls over the time, and that over one of 8192 × 8192 × 8192 "
         f"({peak:.0f} TFLOP/s). {card()}; {COMMAND}."
     )
     header = ["rows × width × vocabulary", "by", "ms", "TFLOP/s", "of a matmul", "working memory, GiB"]

@@ -15,6 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from card_tables import (
+    card_checks,
+    card_host_table,
+    card_linear_table,
+    card_rollouts_table,
+    card_rows_table,
+)
 from cells import RESULTS, load, machine, markdown, rows_of, shape_of
 from rollout_tables import coins_table, engine_table, operators_table, rollouts_table, training_table
 
@@ -231,9 +238,9 @@ def gpu_table() -> str:
     columns = ["bytes / least bytes", "registers", "instructions per column", "A100", "H100"]
     header = ["kernel", *(f"{backend}: {c}" for backend in ("CUDA", "Triton") for c in columns)]
     note = (
-        "bf16 rows of 151936 columns (row_stats_grad: 28656, cluster 57312), registers and instructions of sm_90. A100, H100: the "
-        "bandwidth that the busiest pipe allows, divided by the card's; above 1× memory is the limit. Counted, not "
-        "timed: `python -m benchmarks.gpu_static.cuda_kernels` and "
+        "bf16 rows of 151936 columns (row_stats_grad: 28656, cluster 57312), registers and instructions of sm_90. "
+        "A100, H100: the bandwidth that the busiest pipe allows, divided by the card's; above 1× memory is the limit. "
+        "Counted, not timed: `python -m benchmarks.gpu_static.cuda_kernels` and "
         f"`python -m benchmarks.gpu_static.triton_kernels` (Triton {results['triton_version']}). All of `csrc/cuda` "
         f"for {build['timed']} takes {build['processor_seconds']:.0f} s of a processor to compile (nvcc "
         f"{build['nvcc_version']})."
@@ -281,6 +288,11 @@ TABLES = {
     "kernels": kernels_table,
     "linear": linear_table,
     "gpu": gpu_table,
+    "card_checks": card_checks,
+    "card_rows": card_rows_table,
+    "card_linear": card_linear_table,
+    "card_host": card_host_table,
+    "card_rollouts": card_rollouts_table,
     "training": training_table,
     "rollouts": rollouts_table,
     "operators": operators_table,

@@ -12,9 +12,9 @@ from torch import Tensor
 from minillm_kernels import fused_rkl_loss, mixed_sample, token_logprobs, use_backend
 
 from .measure import RUN, attempt, backends_here, pair, record, sync
-from .rows import eager_sample
+from .rows import eager_rkl, eager_sample
 
-NOT_CAPTURED = ("rkl f+b", "mixed_sample", "eager sample")
+NOT_CAPTURED = ("rkl f+b", "eager rkl f+b", "mixed_sample", "eager sample")
 
 
 def host() -> None:
@@ -31,12 +31,13 @@ def calls(s: Tensor, t: Tensor) -> dict[str, Callable[[], object]]:
     x, ids = s.clone().requires_grad_(), torch.arange(len(s), device=s.device)
     u = torch.rand(len(s), 2, dtype=torch.float64, device=s.device)
 
-    def forward_backward() -> None:
+    def forward_backward(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         x.grad = None
-        fused_rkl_loss(x, t).backward()
+        loss(x, t).backward()
 
     return {
-        "rkl f+b": forward_backward,
+        "rkl f+b": lambda: forward_backward(fused_rkl_loss),
+        "eager rkl f+b": lambda: forward_backward(eager_rkl),
         "rkl forward": lambda: fused_rkl_loss(s, t),
         "rkl forward, none": lambda: fused_rkl_loss(s, t, reduction="none"),
         "token_logprobs": lambda: token_logprobs(s, ids, return_entropy=True),
