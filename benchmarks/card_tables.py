@@ -38,6 +38,28 @@ def ceiling(name: str) -> dict[str, Any]:
     return next(x for x in records("ceilings") if x["name"] == name)
 
 
+def headline_card_table() -> str:
+    """One line for each thing that a user would ask about first."""
+    lines = []
+    for name in ("rkl f+b", "mixed_sample"):
+        cells = {x["by"]: x for x in records("rows") if x.get("name") == name and x.get("shape") == [8192, 128256]
+                 and x["dtype"] == "bfloat16"}  # fmt: skip
+        others = [f"{BY[by]}: {cells[by]['ms']:.1f}" for by in ("eager", "torch.compile", "liger") if by in cells]
+        title = f"{ROWS[name]}, 8192 rows of 128256 tokens, bf16: time, ms"
+        lines.append([title, f"{cells['cuda']['ms']:.1f}", ", ".join(others)])
+    found = {x["by"]: x for x in records("linear") if x.get("shape") == [8192, 4096, 128256]}
+    peers = {"eager": "eager", "torch.compile, chunks of 1024": "torch.compile", "liger fused linear jsd": "Liger"}
+    size = "8192 rows of width 4096, 128256 tokens, bf16"
+    for unit, key, scale in (("time, ms", "ms", 1), ("working memory, GiB", "extra_mib", 1024)):
+        values = ", ".join(f"{title}: {found[by][key] / scale:.1f}" for by, title in peers.items())
+        title = f"reverse KL of hidden states, {size}, forward and backward: {unit}"
+        lines.append([title, f"{found['minillm cuda'][key] / scale:.1f}", values])
+    rates = {x["by"]: x["tokens_per_second"] for x in records("trainer") if x.get("sequences") == 128}
+    title = "a rollout of 128 sequences by a student of 103M parameters: new tokens a second"
+    lines.append([title, f"{rates['student']:.0f}", f"`transformers.generate`: {rates['generate']:.0f}"])
+    return markdown([f"measured on {card()}", "minillm", "for comparison"], lines)
+
+
 def card_rows_table() -> str:
     """Milliseconds of the row operations, and how much of a copy's bandwidth that is."""
     copy = ceiling("copy")["gbps"]

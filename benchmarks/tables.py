@@ -21,6 +21,7 @@ from card_tables import (
     card_linear_table,
     card_rollouts_table,
     card_rows_table,
+    headline_card_table,
 )
 from cells import RESULTS, load, machine, markdown, rows_of, shape_of
 from rollout_tables import coins_table, engine_table, operators_table, rollouts_table, training_table
@@ -282,6 +283,7 @@ def mesh_table() -> str:
 TABLES = {
     "mesh": mesh_table,
     "headline": headline_table,
+    "headline_card": headline_card_table,
     "demo": demo_table,
     "recipes": recipes_table,
     "cpu": cpu_table,
