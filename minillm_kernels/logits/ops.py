@@ -10,13 +10,12 @@ Legend: ... rows, V' the width of the student's head, V = vocab_size <= V' the c
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._library.autograd import Info, make_autograd_impl  # what register_autograd registers
 from torch.autograd import forward_ad
 
 from .. import arguments
@@ -50,11 +49,8 @@ def register(
     _library.define(schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"minillm::{name}", _of_one_device(fake), lib=_library)
-    operator = getattr(torch.ops.minillm, name).default
-    differentiated = _below_autograd(operator)
-    if backward is not None:
-        differentiated = make_autograd_impl(operator, Info(backward, setup_context))
-    _library.impl(name, _without_tangents(operator, differentiated), "Autograd", with_keyset=True)
+    autograd = _autograd_of(getattr(torch.ops.minillm, name).default, _operators[name])
+    _library.impl(name, autograd, "Autograd", with_keyset=True)
     if "(a!)" not in schema:
         torch.library.register_vmap(f"minillm::{name}", _no_vmap, lib=_library)
 
@@ -64,56 +60,64 @@ def call(name: str, *args: Any) -> Any:
     which is no argument of torch.ops and communicates. Then what the operator is made of runs without the operator."""
     if isinstance(args[-1], str):
         return getattr(torch.ops.minillm, name)(*args)
-    apply = _Undispatched.apply
+    operator = _operators[name]
+    apply = _Differentiated.apply
     if "torch._dynamo" in sys.modules:  # what takes seconds to import; without it nothing is compiled
         apply = torch.compiler.disable(apply)
-    return apply(*args, name)
+    return apply(*args, partial(_without_autocast, operator.implementation), operator)
 
 
-class _Undispatched(torch.autograd.Function):
+def _without_autocast(implementation: Callable, *args: Any) -> Any:
+    """As below the dispatcher: operands have been cast."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        return implementation(*args)
+
+
+class _Differentiated(torch.autograd.Function):
+    """run(*inputs), what the operator does, with the derivative of the operator."""
+
     @staticmethod
     def forward(ctx, *args):
-        *inputs, name = args
-        operator = ctx.operator = _operators[name]
-        with _no_autocast():
-            output = operator.implementation(*inputs)
-        if operator.setup_context is not None:
-            operator.setup_context(ctx, tuple(inputs), output)
+        *inputs, run, ctx.operator = args
+        output = run(*inputs)
+        if ctx.operator.setup_context is not None:
+            ctx.operator.setup_context(ctx, inputs, output)
         return output
 
     @staticmethod
     def backward(ctx, *grads):
-        with _no_autocast():
-            return *ctx.operator.backward(ctx, *grads), None
+        return *ctx.operator.backward(ctx, *grads), None, None
 
 
-@contextmanager
-def _no_autocast() -> Iterator[None]:
-    """As below the dispatcher: operands have been cast."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
+# What is left of a plain tensor's dispatch keys below autograd: no subclass, mode or transformation is among them.
+_PLAIN = {torch._C.DispatchKeySet(key).raw_repr() for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)}
 
 
-def _below_autograd(operator: torch._ops.OpOverload) -> Callable:
-    def run(keyset, *args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+def _autograd_of(operator: torch._ops.OpOverload, own: Operator) -> Callable:
+    """What register_autograd makes, in a tenth of its time: it asks the schema for defaults, of which there are none,
+    and the dispatcher, where only the implementation is left to come.
 
-    return run
-
-
-def _without_tangents(operator: torch._ops.OpOverload, differentiated: Callable) -> Callable:
-    """Forward-mode derivatives are refused where autograd begins: below it no operator sees that there are any."""
+    Forward-mode derivatives are refused here, where autograd begins: below no operator sees that there are any.
+    """
     names = [argument.name for argument in operator._schema.arguments]
 
-    def checked(keyset, *args):
+    def autograd(keyset, *args):
         if forward_ad._current_level >= 0:
-            for name, x in zip(names, args, strict=False):  # torch leaves out defaults at the end
+            for name, x in zip(names, args, strict=True):
                 if isinstance(x, Tensor):
                     arguments.check_no_tangent(name, x)
-        return differentiated(keyset, *args)
+        below = keyset & torch._C._after_autograd_keyset
+        step = own.implementation if below.raw_repr() in _PLAIN else partial(operator.redispatch, below)
 
-    return checked
+        def run(*args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return step(*args)
+
+        if own.backward is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return _Differentiated.apply(*args, run, own)
+        return run(*args)
+
+    return autograd
 
 
 def _of_one_device(fake: Callable) -> Callable:
