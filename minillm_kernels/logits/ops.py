@@ -26,10 +26,14 @@ from ..rows import DIFFERENTIABLE, DIFFERENTIABLE_INDEX, MIXTURE_DIVERGENCES, Pa
 _library = torch.library.Library("minillm", "DEF")
 
 
+FIRST, ALL = slice(0, 1), slice(None)  # arguments of an operator
+
+
 class Operator(NamedTuple):
     implementation: Callable
     backward: Callable | None
     setup_context: Callable | None
+    differentiable: slice
 
 
 _operators: dict[str, Operator] = {}
@@ -41,11 +45,12 @@ def register(
     fake: Callable,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
+    differentiable: slice = FIRST,
 ) -> None:
     """An operator of torch.ops.minillm: one implementation for every device, `fake` for shapes and types alone, and
-    how it is differentiated, if it can be."""
+    how it is differentiated, if it can be: `backward` gives the gradients of the `differentiable` arguments."""
     name = schema.partition("(")[0]
-    _operators[name] = Operator(implementation, backward, setup_context)
+    _operators[name] = Operator(implementation, backward, setup_context, differentiable)
     _library.define(schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"minillm::{name}", _of_one_device(fake), lib=_library)
@@ -56,15 +61,46 @@ def register(
 
 
 def call(name: str, *args: Any) -> Any:
-    """The operator of that name. The last argument is the backend: a name, or one above the ranks of a process group,
-    which is no argument of torch.ops and communicates. Then what the operator is made of runs without the operator."""
-    if isinstance(args[-1], str):
+    """The operator of that name, without the way through torch's dispatcher where nothing on that way would look at
+    it: that takes longer than a launch.
+
+    The last argument is the backend: a name, or one above the ranks of a process group, which is no argument of
+    torch.ops and communicates. Then there is no operator, only what it is made of.
+    """
+    own = _operators[name]
+    if not isinstance(args[-1], str):
+        run = _differentiated
+        if "torch._dynamo" in sys.modules:  # what takes seconds to import; without it nothing is compiled
+            run = torch.compiler.disable(run)
+        return run(own, partial(_without_autocast, own.implementation), args)
+    if torch.compiler.is_compiling() or not _is_eager(args):
         return getattr(torch.ops.minillm, name)(*args)
-    operator = _operators[name]
-    apply = _Differentiated.apply
-    if "torch._dynamo" in sys.modules:  # what takes seconds to import; without it nothing is compiled
-        apply = torch.compiler.disable(apply)
-    return apply(*args, partial(_without_autocast, operator.implementation), operator)
+    return _differentiated(own, partial(_below_autograd, own.implementation), args)
+
+
+_Keys, _Key = torch._C.DispatchKeySet, torch._C.DispatchKey
+# Of a tensor whose operators end at a kernel of its device: no subclass, no view that is to be resolved first.
+_PLAIN = {torch._C._dispatch_keys(torch.empty(0)).raw_repr()} | {
+    _Keys(_Key.CUDA).add(_Key.ADInplaceOrView).add(_Key.AutogradCUDA).add(_Key.AutocastCUDA).raw_repr()
+}
+_NO_MODE = _Keys(_Key.BackendSelect).add(_Key.ADInplaceOrView).raw_repr()
+
+
+def _is_eager(args: tuple) -> bool:
+    """Whether nothing but autograd stands between a call and the implementation: no mode, transformation, trace or
+    profile, and tensors that are nothing else."""
+    return (
+        torch._C._dispatch_tls_local_include_set().raw_repr() == _NO_MODE
+        and forward_ad._current_level < 0
+        and not torch._C._has_torch_function(args)
+        and not torch.autograd._profiler_enabled()  # which is to name the operators
+        and all([torch._C._dispatch_keys(x).raw_repr() in _PLAIN for x in args if isinstance(x, Tensor)])
+    )
+
+
+def _below_autograd(step: Callable, *args: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return step(*args)
 
 
 def _without_autocast(implementation: Callable, *args: Any) -> Any:
@@ -73,29 +109,31 @@ def _without_autocast(implementation: Callable, *args: Any) -> Any:
         return implementation(*args)
 
 
+def _differentiated(own: Operator, run: Callable, args: tuple) -> Any:
+    """run(*args), what the operator does, and its derivative."""
+    if own.backward is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        return _Differentiated.apply(own, run, args, *args[own.differentiable])
+    return run(*args)
+
+
 class _Differentiated(torch.autograd.Function):
-    """run(*inputs), what the operator does, with the derivative of the operator."""
+    """The arguments without a derivative come in `args` alone: autograd looks at each of its own."""
 
     @staticmethod
-    def forward(ctx, *args):
-        *inputs, run, ctx.operator = args
-        output = run(*inputs)
-        if ctx.operator.setup_context is not None:
-            ctx.operator.setup_context(ctx, inputs, output)
+    def forward(ctx, own, run, args, *_differentiable):
+        ctx.operator = own
+        output = run(*args)
+        if own.setup_context is not None:
+            own.setup_context(ctx, args, output)
         return output
 
     @staticmethod
     def backward(ctx, *grads):
-        return *ctx.operator.backward(ctx, *grads), None, None
-
-
-# What is left of a plain tensor's dispatch keys below autograd: no subclass, mode or transformation is among them.
-_PLAIN = {torch._C.DispatchKeySet(key).raw_repr() for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)}
+        return None, None, None, *ctx.operator.backward(ctx, *grads)
 
 
 def _autograd_of(operator: torch._ops.OpOverload, own: Operator) -> Callable:
-    """What register_autograd makes, in a tenth of its time: it asks the schema for defaults, of which there are none,
-    and the dispatcher, where only the implementation is left to come.
+    """What register_autograd makes, in a tenth of its time: that asks the schema for defaults at every call.
 
     Forward-mode derivatives are refused here, where autograd begins: below no operator sees that there are any.
     """
@@ -106,16 +144,8 @@ def _autograd_of(operator: torch._ops.OpOverload, own: Operator) -> Callable:
             for name, x in zip(names, args, strict=True):
                 if isinstance(x, Tensor):
                     arguments.check_no_tangent(name, x)
-        below = keyset & torch._C._after_autograd_keyset
-        step = own.implementation if below.raw_repr() in _PLAIN else partial(operator.redispatch, below)
-
-        def run(*args):
-            with torch._C._AutoDispatchBelowAutograd():
-                return step(*args)
-
-        if own.backward is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return _Differentiated.apply(*args, run, own)
-        return run(*args)
+        below = partial(operator.redispatch, keyset & torch._C._after_autograd_keyset)
+        return _differentiated(own, partial(_below_autograd, below), args)
 
     return autograd
 
@@ -288,9 +318,8 @@ def _sample_fake(student, teacher, *_args) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _stats_context(ctx, inputs, output) -> None:
-    student, teacher, token_ids, mask, ctx.inplace, *settings, backend = inputs
+    student, teacher, token_ids, mask, ctx.inplace, *ctx.settings = inputs
     ctx.save_for_backward(student, teacher, token_ids, mask, output)
-    ctx.settings = (*settings, choose.kept(backend, student, teacher))
 
 
 def _stats_backward(ctx, grad_stats: Tensor):
@@ -301,13 +330,12 @@ def _stats_backward(ctx, grad_stats: Tensor):
         token_ids = None if token_ids is None else torch.where(mask, token_ids, 0)
     args = (teacher, token_ids, stats, coefficients, *ctx.settings)
     grad = gradient_of_logits(ctx, "row_grad", student, args)
-    return grad, *([None] * 7)
+    return (grad,)
 
 
 def _divergence_context(ctx, inputs, output) -> None:
-    student, teacher, mask, stats, ctx.inplace, *settings, backend = inputs
+    student, teacher, mask, stats, ctx.inplace, *ctx.settings = inputs
     ctx.save_for_backward(student, teacher, mask, stats, output)
-    ctx.settings = (*settings, choose.kept(backend, student, teacher))
 
 
 def _divergence_backward(ctx, grad_values: Tensor):
@@ -315,7 +343,7 @@ def _divergence_backward(ctx, grad_values: Tensor):
     scale = grad_values[0] if mask is None else torch.where(mask, grad_values[0], 0)
     args = (teacher, stats, values, scale, *ctx.settings)
     grad = gradient_of_logits(ctx, "row_divergence_grad", student, args)
-    return grad, *([None] * 9)
+    return (grad,)
 
 
 def gradient_of_logits(ctx, operator: str, student: Tensor, args: tuple) -> Tensor:
@@ -342,7 +370,9 @@ register(
     _stats_backward,
     _stats_context,
 )
-register(f"row_grad(Tensor student, {_GRAD}) -> Tensor", _row_grad, _gradient_fake, no_double_backward)
+register(
+    f"row_grad(Tensor student, {_GRAD}) -> Tensor", _row_grad, _gradient_fake, no_double_backward, differentiable=ALL
+)
 register(f"row_grad_(Tensor(a!) student, {_GRAD}) -> ()", _row_grad_, _in_place_fake)
 register(
     "row_divergence(Tensor student, Tensor teacher, Tensor? mask, Tensor stats, bool inplace, "
@@ -357,6 +387,7 @@ register(
     _row_divergence_grad,
     _gradient_fake,
     no_double_backward,
+    differentiable=ALL,
 )
 register(f"row_divergence_grad_(Tensor(a!) student, {_DIVERGENCE_GRAD}) -> ()", _row_divergence_grad_, _in_place_fake)
 register(
