@@ -111,8 +111,10 @@ def _without_autocast(implementation: Callable, *args: Any) -> Any:
 
 def _differentiated(own: Operator, run: Callable, args: tuple) -> Any:
     """run(*args), what the operator does, and its derivative."""
-    if own.backward is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        return _Differentiated.apply(own, run, args, *args[own.differentiable])
+    if own.backward is not None and torch.is_grad_enabled():
+        inputs = args[own.differentiable]
+        if any([isinstance(x, Tensor) and x.requires_grad for x in inputs]):
+            return _Differentiated.apply(own, run, args, *inputs)
     return run(*args)
 
 
