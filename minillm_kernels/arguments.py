@@ -19,6 +19,7 @@ TEMPERATURES = (1e-15, 1e37)
 def check_logits(student: Tensor, teacher: Tensor | None, least: int = 1) -> None:
     """Floating-point [..., V], contiguous columns, equal leading shapes, one device, a teacher without gradient; at
     least so many columns, 0 where other ranks have them."""
+    compiling = torch.compiler.is_compiling()
     for name, x in (("student_logits", student), ("teacher_logits", teacher)):
         if x is None:
             continue
@@ -33,7 +34,7 @@ def check_logits(student: Tensor, teacher: Tensor | None, least: int = 1) -> Non
                 f"{name} has stride {x.stride(-1)} in its last dimension; the vocabulary must be contiguous (1):"
                 " call .contiguous(), or transpose so that the vocabulary comes last"
             )
-        if not torch.compiler.is_compiling() and x._is_zerotensor():
+        if not compiling and x._is_zerotensor():
             raise ValueError(f"{name} have no memory of their own (torch._efficientzerotensor): call .clone()")
     if teacher is None:
         return
@@ -55,7 +56,7 @@ def check_logits(student: Tensor, teacher: Tensor | None, least: int = 1) -> Non
 
 def check_no_tangent(name: str, x: Tensor) -> None:
     """An operator without a forward-mode formula would drop a tangent without a word."""
-    if forward_ad.unpack_dual(x).tangent is not None:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
         raise RuntimeError(
             f"{name} carry a tangent, but minillm_kernels has no forward-mode derivatives (torch.func.jvp, "
             "torch.autograd.forward_ad); use backward(), or the plain formula (log_softmax) where one is needed"

@@ -1,7 +1,7 @@
 """Which implementation of the row operations runs.
 
 CPU tensors take cpu, then reference; CUDA tensors cuda, then triton, then reference; others reference. The backend is
-chosen at the forward pass and kept for the backward pass.
+asked for at the forward pass; the backward pass asks for the same, on the same tensors.
 """
 
 from __future__ import annotations
@@ -118,13 +118,6 @@ def resolve(name: str | Backend, *tensors: Tensor | None) -> Backend:
     chosen = _choose(name, tensors)
     _state["last"] = chosen
     return BACKENDS[chosen]
-
-
-def kept(name: str | Backend, *tensors: Tensor | None) -> str | Backend:
-    """The name for the backward pass of an operation that ran on these tensors under `name`."""
-    if not isinstance(name, str) or name != "auto" or torch.compiler.is_compiling():
-        return name
-    return _choose(name, tensors)
 
 
 def _choose(name: str, tensors: tuple[Tensor | None, ...]) -> str:

@@ -41,7 +41,7 @@ def _load() -> tuple[Any, str | None]:
 core, missing = _load()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Compiled(Backend):
     """The functions of a compiled module on the tensors of one device type. cpu.py and cuda.py say what is theirs."""
 
@@ -169,10 +169,13 @@ def pointer(x: Tensor | None, dtype: torch.dtype) -> tuple[int, Tensor | None]:
     """The address of a small per-row tensor in the type that the core expects, and the tensor that must stay alive."""
     if x is None:
         return 0, None
-    x = x.to(dtype).contiguous()
-    if x.data_ptr() % dtype.itemsize:  # a view of bytes
+    if x.dtype != dtype or not x.is_contiguous():
+        x = x.to(dtype).contiguous()
+    address = x.data_ptr()
+    if address % dtype.itemsize:  # a view of bytes
         x = x.clone()
-    return x.data_ptr(), x
+        address = x.data_ptr()
+    return address, x
 
 
 def per_row(pair: Pair, fields: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,32 +44,46 @@ def _version(v: int) -> str:
     return f"{v // 1000}.{v % 1000 // 10}"
 
 
-@contextmanager
-def launch(pair: Pair) -> Iterator[tuple[Callable[[int], int], int]]:
+class Launch:
     """Memory for an operation, and the current stream of the pair's device, which is the current device inside."""
-    workspaces = []
 
-    def allocate(size: int) -> int:
-        workspaces.append(pair.student.new_empty(size, dtype=torch.uint8))
-        return workspaces[-1].data_ptr()
+    def __init__(self, pair: Pair) -> None:
+        self.student = pair.student
+        self.index = pair.student.get_device()
+        self.device = torch.cuda.device(self.index)
 
-    with torch.cuda.device(pair.student.device):
-        yield allocate, torch.cuda.current_stream().cuda_stream
+    def __enter__(self) -> tuple[Callable[[int], int], int]:
+        self.device.__enter__()
+        return self.allocate, torch._C._cuda_getCurrentRawStream(self.index)
+
+    def __exit__(self, *raised: object) -> None:
+        self.device.__exit__(*raised)
+
+    def allocate(self, size: int) -> int:
+        """Asked for once at most."""
+        self.workspace = self.student.new_empty(size, dtype=torch.uint8)
+        return self.workspace.data_ptr()
 
 
 def holds_rows(operations: Operations, pair: Pair) -> bool:
     """Whether a multiprocessor can hold two row pairs, or a cluster four, and there are rows for all of them."""
     if pair.teacher is None or pair.teacher.dtype != pair.student.dtype:
         return False
-    with torch.cuda.device(pair.student.device):
-        return operations.holds_rows(pair.n_rows, pair.vocab_size, compiled.DTYPES[pair.student.dtype])
+    return _holds(operations, pair.student.get_device(), pair.n_rows, pair.vocab_size, pair.student.dtype)
+
+
+@lru_cache(4096)
+def _holds(operations: Operations, device: int, n_rows: int, vocab_size: int, dtype: torch.dtype) -> bool:
+    """What the driver says, which takes it longer than a launch."""
+    with torch.cuda.device(device):
+        return operations.holds_rows(n_rows, vocab_size, compiled.DTYPES[dtype])
 
 
 backend = compiled.Compiled(
     device="cuda",
     operations=operations,
     why_not=why_not,
-    launch=launch,
+    launch=Launch,
     holds_rows=holds_rows,
     gradient_like=lambda x: x.new_empty(x.shape),
 )

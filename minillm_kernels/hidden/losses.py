@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import arguments
 from ..logits import losses
 from ..logits.ops import call
-from ..logits.reduction import split_normalizer, write_row_weights
+from ..logits.reduction import reduced, scalar_weights, split_normalizer
 from ..rows import MIXTURE_DIVERGENCES, RowStats
 from . import ops  # noqa: F401  (registers torch.ops.minillm)
 from .float16 import formed_late
@@ -215,8 +214,9 @@ def fused_linear_divergence_loss(
             per_row = call("linear_stats", None, mask, *heads)[RowStats._fields.index(name)]
         per_row = per_row.reshape(like.shape[:-1])
         if reduction != "none":
-            normalizing = split_normalizer(normalizer, student_hidden)
-            return (per_row * write_row_weights(torch.empty_like(per_row), w, reduction, *normalizing)).sum()
+            return reduced(
+                per_row, scalar_weights(per_row, w, reduction, *split_normalizer(normalizer, student_hidden))
+            )
         return per_row if w is None else per_row * w
     scalar = (*split_normalizer(normalizer, student_hidden), reduction, name, beta, needs_of(heads))
     return call("linear_divergence_loss", flat(w), *scalar, *heads)[0]

@@ -67,9 +67,8 @@ class Operands(NamedTuple):
 
     @property
     def settings(self) -> tuple:
-        """What is no tensor. The backend is the one of the forward pass, for the backward pass to keep."""
-        backend = choose.kept(self.backend, self.student_weight, self.teacher_weight)
-        return *self[6:-1], backend
+        """What is no tensor."""
+        return self[6:]
 
     @property
     def n_rows(self) -> int:

@@ -20,9 +20,9 @@ from torch import Tensor
 from .. import arguments
 from ..backends import choose
 from ..logits.loss_ops import weighted_sum
-from ..logits.ops import call, check_divergence_name, check_rows, least_columns, no_double_backward, register
+from ..logits.ops import ALL, call, check_divergence_name, check_rows, least_columns, no_double_backward, register
 from ..logits.policy import Policy, loss_coefficients, loss_terms
-from ..logits.reduction import write_row_weights
+from ..logits.reduction import reduced, scalar_weights, write_row_weights
 from ..rows import DIFFERENTIABLE, DIFFERENTIABLE_INDEX, RowStats
 from . import chunked, tiled
 from .chunked import Gradients, Sweep
@@ -140,13 +140,13 @@ def _linear_divergence_loss(
     heads = _checked(operands, weights=weights)
     mask = None if weights is None else weights != 0
     coefficients = heads.student_hidden.new_zeros((len(DIFFERENTIABLE), heads.n_rows), dtype=heads.accumulator)
-    own = (weights, reduction, normalizer, divisor)
+    own = scalar_weights(coefficients[0], weights, reduction, normalizer, divisor)
     if divergence in DIFFERENTIABLE:
-        write_row_weights(coefficients[DIFFERENTIABLE.index(divergence)], *own)
+        write_row_weights(coefficients[DIFFERENTIABLE.index(divergence)], own)
         loss, _stats, *gradients = _linear_stats_loss(None, mask, coefficients, needs, *operands)
         return loss, *gradients
     check_divergence_name(divergence, beta)
-    row_weights = write_row_weights(coefficients[0], *own)
+    row_weights = write_row_weights(coefficients[0], own)
     sweep = Sweep(heads, mask, needs)
     per_row = sweep.outputs(1)[0]
     scaled, unit = in_units(row_weights, heads)
@@ -158,7 +158,7 @@ def _linear_divergence_loss(
             args = (sweep.pair, stats, values, scaled[rows], divergence, beta)
             sweep.backend.row_divergence_grad(*args, out=sweep.gradient)
             sweep.backward()
-    return (per_row * row_weights).sum(), *sweep.finished(unit)
+    return reduced(per_row, own), *sweep.finished(unit)
 
 
 def _linear_minillm_loss(
@@ -243,22 +243,20 @@ def _minillm_loss_fake(token_ids, counts, constants, loss_scale, clip_range, ent
 
 def _remember(ctx, inputs: tuple) -> Operands:
     """What the gradients of the inputs need to know, in any of the backward passes below."""
-    ctx.n_inputs, ctx.first = len(inputs), len(inputs) - len(Operands._fields)
-    heads = Operands(*inputs[ctx.first :])
+    heads = Operands(*inputs[-len(Operands._fields) :])
     student = (heads.student_hidden, heads.student_weight, heads.student_bias)
     ctx.dtypes = [None if x is None else x.dtype for x in student]
     return heads
 
 
 def _needs(ctx) -> list[bool]:
-    return list(ctx.needs_input_grad[ctx.first : ctx.first + 3])
+    return list(ctx.needs_input_grad[-3:])
 
 
 def _input_gradients(ctx, gradients: tuple) -> tuple:
-    """For each input: the student's in their own types, None where nothing was asked for."""
+    """Of the student's operands in their own types, None where nothing was asked for."""
     wanted = zip(gradients, ctx.dtypes, _needs(ctx), strict=True)
-    own = [g.to(dtype) if needed else None for g, dtype, needed in wanted]
-    return *[None] * ctx.first, *own, *[None] * (ctx.n_inputs - ctx.first - 3)
+    return tuple(g.to(dtype) if needed else None for g, dtype, needed in wanted)
 
 
 def _once_differentiable(gradients: tuple, student: Sequence[Tensor | None]) -> tuple:
@@ -313,7 +311,7 @@ def _loss_backward(ctx, grad_loss, *_ignored):
     """The gradients are there already. They are scaled in place, since the weight's is as large as the weight: they
     can be had once."""
     if grad_loss is None:
-        return (None,) * ctx.n_inputs
+        return (None,) * 3
     if ctx.spent:
         raise RuntimeError(
             "the gradients of this loss were formed with it, and a first backward pass has taken them: compute the "
@@ -339,6 +337,7 @@ _OPERANDS = (
     "bool gather, str backend"
 )
 _GRADIENTS = "Tensor, Tensor, Tensor"
+_STUDENT = slice(-len(Operands._fields), 3 - len(Operands._fields))  # its hidden states, weight and bias
 
 register(
     f"linear_stats(Tensor? token_ids, Tensor? mask, {_OPERANDS}) -> Tensor",
@@ -346,6 +345,7 @@ register(
     _stats_fake,
     _stats_backward,
     _stats_context,
+    _STUDENT,
 )
 register(
     f"linear_stats_grad(Tensor? token_ids, Tensor stats, Tensor coefficients, bool[] needs, {_OPERANDS}) "
@@ -353,6 +353,7 @@ register(
     _linear_stats_grad,
     _stats_grad_fake,
     no_double_backward,
+    differentiable=ALL,
 )
 register(
     f"linear_stats_loss(Tensor? token_ids, Tensor? mask, Tensor coefficients, bool[] needs, {_OPERANDS}) "
@@ -361,6 +362,7 @@ register(
     _stats_loss_fake,
     _loss_backward,
     _loss_context,
+    _STUDENT,
 )
 register(
     f"linear_divergence(Tensor? mask, str divergence, float beta, {_OPERANDS}) -> Tensor",
@@ -368,6 +370,7 @@ register(
     _divergence_fake,
     _divergence_backward,
     _divergence_context,
+    _STUDENT,
 )
 register(
     "linear_divergence_loss(Tensor? weights, Tensor? normalizer, float? divisor, str reduction, str divergence, "
@@ -376,6 +379,7 @@ register(
     _divergence_loss_fake,
     _loss_backward,
     _loss_context,
+    _STUDENT,
 )
 register(
     "linear_minillm_loss(Tensor token_ids, Tensor counts, Tensor constants, Tensor loss_scale, float clip_range, "
@@ -384,10 +388,12 @@ register(
     _minillm_loss_fake,
     _loss_backward,
     _loss_context,
+    _STUDENT,
 )
 register(
     "first_derivative(Tensor gradient, Tensor? hidden, Tensor? weight, Tensor? bias) -> Tensor",
     _first_derivative,
     lambda gradient, *_of: torch.empty_like(gradient),
     no_double_backward,
+    differentiable=ALL,
 )

@@ -103,12 +103,14 @@ def fused_linear_token_logprobs(
     (head,) = as_heads(head)
     ranks, (model,) = models_here(group, (hidden, head))
     if head.weight is None:
-        stats = statistics.token_stats(model[0], token_ids, temperature, ignore_index, vocab_size, ranks)
-    else:
-        heads = operands(model, None, impl, chunk_rows, gather, temperature, vocab_size, ranks)
-        like = like_logits(heads, hidden.shape[:-1])
-        ids, counts = arguments.check_token_ids(token_ids, like, ignore_index)
-        stats = named(call("linear_stats", flat(ids), flat(counts), *heads), like)
+        options: statistics.Options = {"temperature": temperature, "ignore_index": ignore_index}
+        options |= {"vocab_size": vocab_size, "group": ranks}
+        both = statistics.token_logprobs(model[0], token_ids, return_entropy=True, **options)
+        return both if return_entropy else both[0]
+    heads = operands(model, None, impl, chunk_rows, gather, temperature, vocab_size, ranks)
+    like = like_logits(heads, hidden.shape[:-1])
+    ids, counts = arguments.check_token_ids(token_ids, like, ignore_index)
+    stats = named(call("linear_stats", flat(ids), flat(counts), *heads), like)
     return (stats.student_logprobs, stats.student_entropy) if return_entropy else stats.student_logprobs
 
 

@@ -18,12 +18,16 @@ from torch import Tensor
 from ..backends import choose
 from ..rows import DIFFERENTIABLE, DIFFERENTIABLE_INDEX, Pair, RowStats, accumulator
 from .ops import check_divergence_name, check_rows, checked_pair, gradient_of_logits, register
-from .reduction import weighted_rows, write_row_weights
+from .reduction import reduced, scalar_weights, weighted_rows, write_row_weights
 
 
 def wants_gradient(student: Tensor) -> bool:
     """Whether an operator here is to form the gradient with the loss: its argument `needed`."""
-    return student.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return differentiable(student) and not torch.compiler.is_compiling()
+
+
+def differentiable(student: Tensor) -> bool:
+    return student.requires_grad and torch.is_grad_enabled()
 
 
 # ---- implementations
@@ -52,8 +56,8 @@ def _ahead(student: Tensor, inplace: bool, needed: bool) -> bool:
 
 
 def _divergence_loss(student, teacher, weights, normalizer, divisor, reduction, divergence, beta, *rest):
-    """(the reduced divergence; for the backward pass the weight of each row, statistics, values of row_divergence, and
-    the gradient where it is formed now)."""
+    """(the reduced divergence; for the backward pass the coefficients of each row, its statistics, and what was formed
+    of them: the gradient where that is now, or the values of row_divergence)."""
     inplace, needed, temperature, vocab_size, backend = rest
     pair = checked_pair(student, teacher, temperature, vocab_size, backend, inplace)
     check_rows(student, "weights", weights, (torch.float32, torch.float64))
@@ -61,21 +65,20 @@ def _divergence_loss(student, teacher, weights, normalizer, divisor, reduction, 
     if not linear:
         check_divergence_name(divergence, beta)
     chosen = choose.resolve(backend, student, teacher)
-    mask = None if weights is None else weights != 0
-    values, grad = student.new_empty(0), student.new_empty(0)
-    coefficients = student.new_zeros((len(DIFFERENTIABLE), *student.shape[:-1]), dtype=accumulator(student, teacher))
-    row_weights = coefficients[DIFFERENTIABLE.index(divergence) if linear else 0]
-    write_row_weights(row_weights, weights, reduction, normalizer, divisor)
+    shape = (len(DIFFERENTIABLE), *student.shape[:-1])
+    coefficients = torch.zeros(shape, dtype=accumulator(student, teacher), device=student.device)
+    row = coefficients[DIFFERENTIABLE.index(divergence) if linear else 0]
+    own = scalar_weights(row, weights, reduction, normalizer, divisor)
+    write_row_weights(row, own)
     if linear and _ahead(student, inplace, needed):
-        stats, grad = chosen.row_stats_grad(pair, None, coefficients)
-    else:
-        stats = chosen.row_stats(pair, None, mask)
+        stats, formed = chosen.row_stats_grad(pair, None, coefficients)
+        return reduced(stats[RowStats._fields.index(divergence)], own), coefficients, stats, formed
+    mask = None if weights is None else weights != 0
+    stats = chosen.row_stats(pair, None, mask)
     if linear:
-        per_row = stats[RowStats._fields.index(divergence)]
-    else:
-        values = chosen.row_divergence(pair, mask, stats, divergence, beta)
-        per_row = values[0]
-    return (per_row * row_weights).sum(), coefficients, stats, values, grad
+        return reduced(stats[RowStats._fields.index(divergence)], own), coefficients, stats, student.new_empty(0)
+    values = chosen.row_divergence(pair, mask, stats, divergence, beta)
+    return reduced(values[0], own), coefficients, stats, values
 
 
 def weighted_sum(stats: Tensor, coefficients: Tensor) -> Tensor:
@@ -105,19 +108,19 @@ def _divergence_loss_fake(student, teacher, weights, normalizer, divisor, reduct
     dtype, leading = accumulator(student, teacher), student.shape[:-1]
     coefficients = student.new_empty((len(DIFFERENTIABLE), *leading), dtype=dtype)
     stats = student.new_empty((len(RowStats._fields), *leading), dtype=dtype)
-    values = student.new_empty(0) if divergence in DIFFERENTIABLE else student.new_empty((2, *leading), dtype=dtype)
-    grad = _gradient_fake(student, inplace, needed and divergence in DIFFERENTIABLE)
-    return stats.new_empty(()), coefficients, stats, values, grad
+    linear = divergence in DIFFERENTIABLE
+    formed = _gradient_fake(student, inplace, needed) if linear else student.new_empty((2, *leading), dtype=dtype)
+    return stats.new_empty(()), coefficients, stats, formed
 
 
 # ---- autograd: in the student's logits only
 
 
-def remember(ctx, inplace: bool, backend: str, student: Tensor, teacher: Tensor | None, output: tuple) -> None:
+def remember(ctx, inplace: bool, backend: str, output: tuple) -> None:
     _, *others = output
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)  # zeros for the gradient's gradient would be as large as it is
-    ctx.inplace, ctx.backend = inplace, choose.kept(backend, student, teacher)
+    ctx.inplace, ctx.backend = inplace, backend
     ctx.taken = False  # the gradient that was formed with the loss
 
 
@@ -139,7 +142,7 @@ def _gradient_ahead(ctx, student, teacher, token_ids, stats, coefficients, grad,
 def _stats_loss_context(ctx, inputs, output) -> None:
     student, teacher, token_ids, *_given, inplace, _needed, temperature, vocab_size, backend = inputs
     ctx.settings, ctx.with_ids = (temperature, vocab_size), token_ids is not None
-    remember(ctx, inplace, backend, student, teacher, output)
+    remember(ctx, inplace, backend, output)
     ctx.save_for_backward(student, teacher, *output[1:])
 
 
@@ -150,27 +153,28 @@ def _stats_loss_backward(ctx, grad_loss, *_others):
     if grad is None:
         args = (teacher, ids, stats, coefficients * grad_loss, *ctx.settings, ctx.backend)
         grad = gradient_of_logits(ctx, "row_grad", student, args)
-    return grad, *([None] * 14)
+    return (grad,)
 
 
 def _divergence_loss_context(ctx, inputs, output) -> None:
     student, teacher, *_reduction, ctx.divergence, ctx.beta, inplace, _needed, temperature, V, backend = inputs
     ctx.settings = (temperature, V)
-    remember(ctx, inplace, backend, student, teacher, output)
+    remember(ctx, inplace, backend, output)
     ctx.save_for_backward(student, teacher, *output[1:])
 
 
 def _divergence_loss_backward(ctx, grad_loss, *_others):
-    student, teacher, coefficients, stats, values, ahead = ctx.saved_tensors
-    grad = _gradient_ahead(ctx, student, teacher, None, stats, coefficients, ahead, grad_loss)
+    student, teacher, coefficients, stats, formed = ctx.saved_tensors
     settings = (*ctx.settings, ctx.backend)
-    if grad is None and ctx.divergence in DIFFERENTIABLE:
-        args = (teacher, None, stats, coefficients * grad_loss, *settings)
-        grad = gradient_of_logits(ctx, "row_grad", student, args)
-    elif grad is None:
-        args = (teacher, stats, values, coefficients[0] * grad_loss, ctx.divergence, ctx.beta, *settings)
+    if ctx.divergence in DIFFERENTIABLE:
+        grad = _gradient_ahead(ctx, student, teacher, None, stats, coefficients, formed, grad_loss)
+        if grad is None:
+            args = (teacher, None, stats, coefficients * grad_loss, *settings)
+            grad = gradient_of_logits(ctx, "row_grad", student, args)
+    else:
+        args = (teacher, stats, formed, coefficients[0] * grad_loss, ctx.divergence, ctx.beta, *settings)
         grad = gradient_of_logits(ctx, "row_divergence_grad", student, args)
-    return grad, *([None] * 12)
+    return (grad,)
 
 
 # ---- the operators
@@ -188,7 +192,7 @@ register(
 )
 register(
     "divergence_loss(Tensor student, Tensor teacher, Tensor? weights, Tensor? normalizer, float? divisor, "
-    f"str reduction, str divergence, float beta, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"str reduction, str divergence, float beta, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _divergence_loss,
     _divergence_loss_fake,
     _divergence_loss_backward,

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from .. import arguments
 from ..parallel.split import checked_rows
 from ..rows import DIVERGENCES, RowStats
-from .loss_ops import wants_gradient
+from .loss_ops import differentiable
 from .ops import call
-from .reduction import split_normalizer
+from .reduction import reduced, scalar_weights, split_normalizer
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
@@ -169,9 +169,10 @@ def fused_divergence_loss(
     name = check_divergence(divergence, beta, reduction)
     w = row_weights(student_logits, labels, weights, ignore_index)
     settings = (temperature, vocab_size, backend)
-    if reduction != "none":
-        needed = wants_gradient(student_logits)
-        scalar = (*split_normalizer(normalizer, student_logits), reduction, name, beta, inplace, needed)
+    compiling = torch.compiler.is_compiling()
+    denominator = split_normalizer(normalizer if reduction != "none" else None, student_logits)
+    if reduction != "none" and (compiling or differentiable(student_logits)):
+        scalar = (*denominator, reduction, name, beta, inplace, not compiling)
         loss = call("divergence_loss", student_logits, teacher_logits, w, *scalar, *settings)[0]
         _check_constants(inplace, student_logits, labels, weights)
         return loss
@@ -185,6 +186,8 @@ def fused_divergence_loss(
         args = (student_logits, teacher_logits, mask, stats, inplace, name, beta, *settings)
         per_row = call("row_divergence", *args)[0]
     _check_constants(inplace, student_logits, labels, weights)
+    if reduction != "none":  # nobody will differentiate it: the sum of the rows is all
+        return reduced(per_row, scalar_weights(per_row, w, reduction, *denominator))
     return per_row if w is None else per_row * w
 
 

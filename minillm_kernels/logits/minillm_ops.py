@@ -41,7 +41,7 @@ def _fake(student, teacher, token_ids, *_settings):
 def _context(ctx, inputs, output) -> None:
     student, teacher, *_rows, inplace, temperature, vocab_size, backend = inputs
     ctx.settings = (temperature, vocab_size)
-    remember(ctx, inplace, backend, student, teacher, output)
+    remember(ctx, inplace, backend, output)
     ctx.save_for_backward(student, teacher, *output[4:])
 
 
@@ -51,7 +51,7 @@ def _backward(ctx, grad_loss, *_others):
     grad = gradient_of_logits(
         ctx, "row_grad", student, (teacher, ids, stats, coefficients, *ctx.settings, ctx.backend)
     )
-    return grad, *([None] * 16)
+    return (grad,)
 
 
 register(

@@ -10,13 +10,12 @@ Legend: ... rows, V' the width of the student's head, V = vocab_size <= V' the c
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._library.autograd import Info, make_autograd_impl  # what register_autograd registers
 from torch.autograd import forward_ad
 
 from .. import arguments
@@ -27,10 +26,14 @@ from ..rows import DIFFERENTIABLE, DIFFERENTIABLE_INDEX, MIXTURE_DIVERGENCES, Pa
 _library = torch.library.Library("minillm", "DEF")
 
 
+FIRST, ALL = slice(0, 1), slice(None)  # arguments of an operator
+
+
 class Operator(NamedTuple):
     implementation: Callable
     backward: Callable | None
     setup_context: Callable | None
+    differentiable: slice
 
 
 _operators: dict[str, Operator] = {}
@@ -42,78 +45,111 @@ def register(
     fake: Callable,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
+    differentiable: slice = FIRST,
 ) -> None:
     """An operator of torch.ops.minillm: one implementation for every device, `fake` for shapes and types alone, and
-    how it is differentiated, if it can be."""
+    how it is differentiated, if it can be: `backward` gives the gradients of the `differentiable` arguments."""
     name = schema.partition("(")[0]
-    _operators[name] = Operator(implementation, backward, setup_context)
+    _operators[name] = Operator(implementation, backward, setup_context, differentiable)
     _library.define(schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"minillm::{name}", _of_one_device(fake), lib=_library)
-    operator = getattr(torch.ops.minillm, name).default
-    differentiated = _below_autograd(operator)
-    if backward is not None:
-        differentiated = make_autograd_impl(operator, Info(backward, setup_context))
-    _library.impl(name, _without_tangents(operator, differentiated), "Autograd", with_keyset=True)
+    autograd = _autograd_of(getattr(torch.ops.minillm, name).default, _operators[name])
+    _library.impl(name, autograd, "Autograd", with_keyset=True)
     if "(a!)" not in schema:
         torch.library.register_vmap(f"minillm::{name}", _no_vmap, lib=_library)
 
 
 def call(name: str, *args: Any) -> Any:
-    """The operator of that name. The last argument is the backend: a name, or one above the ranks of a process group,
-    which is no argument of torch.ops and communicates. Then what the operator is made of runs without the operator."""
-    if isinstance(args[-1], str):
+    """The operator of that name, without the way through torch's dispatcher where nothing on that way would look at
+    it: that takes longer than a launch.
+
+    The last argument is the backend: a name, or one above the ranks of a process group, which is no argument of
+    torch.ops and communicates. Then there is no operator, only what it is made of.
+    """
+    own = _operators[name]
+    if not isinstance(args[-1], str):
+        run = _differentiated
+        if "torch._dynamo" in sys.modules:  # what takes seconds to import; without it nothing is compiled
+            run = torch.compiler.disable(run)
+        return run(own, partial(_without_autocast, own.implementation), args)
+    if torch.compiler.is_compiling() or not _is_eager(args):
         return getattr(torch.ops.minillm, name)(*args)
-    apply = _Undispatched.apply
-    if "torch._dynamo" in sys.modules:  # what takes seconds to import; without it nothing is compiled
-        apply = torch.compiler.disable(apply)
-    return apply(*args, name)
+    return _differentiated(own, partial(_below_autograd, own.implementation), args)
 
 
-class _Undispatched(torch.autograd.Function):
+_Keys, _Key = torch._C.DispatchKeySet, torch._C.DispatchKey
+# Of a tensor whose operators end at a kernel of its device: no subclass, no view that is to be resolved first.
+_PLAIN = {torch._C._dispatch_keys(torch.empty(0)).raw_repr()} | {
+    _Keys(_Key.CUDA).add(_Key.ADInplaceOrView).add(_Key.AutogradCUDA).add(_Key.AutocastCUDA).raw_repr()
+}
+_NO_MODE = _Keys(_Key.BackendSelect).add(_Key.ADInplaceOrView).raw_repr()
+
+
+def _is_eager(args: tuple) -> bool:
+    """Whether nothing but autograd stands between a call and the implementation: no mode, transformation, trace or
+    profile, and tensors that are nothing else."""
+    return (
+        torch._C._dispatch_tls_local_include_set().raw_repr() == _NO_MODE
+        and forward_ad._current_level < 0
+        and not torch._C._has_torch_function(args)
+        and not torch.autograd._profiler_enabled()  # which is to name the operators
+        and all([torch._C._dispatch_keys(x).raw_repr() in _PLAIN for x in args if isinstance(x, Tensor)])
+    )
+
+
+def _below_autograd(step: Callable, *args: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return step(*args)
+
+
+def _without_autocast(implementation: Callable, *args: Any) -> Any:
+    """As below the dispatcher: operands have been cast."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        return implementation(*args)
+
+
+def _differentiated(own: Operator, run: Callable, args: tuple) -> Any:
+    """run(*args), what the operator does, and its derivative."""
+    if own.backward is not None and torch.is_grad_enabled():
+        inputs = args[own.differentiable]
+        if any([isinstance(x, Tensor) and x.requires_grad for x in inputs]):
+            return _Differentiated.apply(own, run, args, *inputs)
+    return run(*args)
+
+
+class _Differentiated(torch.autograd.Function):
+    """The arguments without a derivative come in `args` alone: autograd looks at each of its own."""
+
     @staticmethod
-    def forward(ctx, *args):
-        *inputs, name = args
-        operator = ctx.operator = _operators[name]
-        with _no_autocast():
-            output = operator.implementation(*inputs)
-        if operator.setup_context is not None:
-            operator.setup_context(ctx, tuple(inputs), output)
+    def forward(ctx, own, run, args, *_differentiable):
+        ctx.operator = own
+        output = run(*args)
+        if own.setup_context is not None:
+            own.setup_context(ctx, args, output)
         return output
 
     @staticmethod
     def backward(ctx, *grads):
-        with _no_autocast():
-            return *ctx.operator.backward(ctx, *grads), None
+        return None, None, None, *ctx.operator.backward(ctx, *grads)
 
 
-@contextmanager
-def _no_autocast() -> Iterator[None]:
-    """As below the dispatcher: operands have been cast."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
+def _autograd_of(operator: torch._ops.OpOverload, own: Operator) -> Callable:
+    """What register_autograd makes, in a tenth of its time: that asks the schema for defaults at every call.
 
-
-def _below_autograd(operator: torch._ops.OpOverload) -> Callable:
-    def run(keyset, *args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
-
-    return run
-
-
-def _without_tangents(operator: torch._ops.OpOverload, differentiated: Callable) -> Callable:
-    """Forward-mode derivatives are refused where autograd begins: below it no operator sees that there are any."""
+    Forward-mode derivatives are refused here, where autograd begins: below no operator sees that there are any.
+    """
     names = [argument.name for argument in operator._schema.arguments]
 
-    def checked(keyset, *args):
+    def autograd(keyset, *args):
         if forward_ad._current_level >= 0:
-            for name, x in zip(names, args, strict=False):  # torch leaves out defaults at the end
+            for name, x in zip(names, args, strict=True):
                 if isinstance(x, Tensor):
                     arguments.check_no_tangent(name, x)
-        return differentiated(keyset, *args)
+        below = partial(operator.redispatch, keyset & torch._C._after_autograd_keyset)
+        return _differentiated(own, partial(_below_autograd, below), args)
 
-    return checked
+    return autograd
 
 
 def _of_one_device(fake: Callable) -> Callable:
@@ -284,9 +320,8 @@ def _sample_fake(student, teacher, *_args) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _stats_context(ctx, inputs, output) -> None:
-    student, teacher, token_ids, mask, ctx.inplace, *settings, backend = inputs
+    student, teacher, token_ids, mask, ctx.inplace, *ctx.settings = inputs
     ctx.save_for_backward(student, teacher, token_ids, mask, output)
-    ctx.settings = (*settings, choose.kept(backend, student, teacher))
 
 
 def _stats_backward(ctx, grad_stats: Tensor):
@@ -297,13 +332,12 @@ def _stats_backward(ctx, grad_stats: Tensor):
         token_ids = None if token_ids is None else torch.where(mask, token_ids, 0)
     args = (teacher, token_ids, stats, coefficients, *ctx.settings)
     grad = gradient_of_logits(ctx, "row_grad", student, args)
-    return grad, *([None] * 7)
+    return (grad,)
 
 
 def _divergence_context(ctx, inputs, output) -> None:
-    student, teacher, mask, stats, ctx.inplace, *settings, backend = inputs
+    student, teacher, mask, stats, ctx.inplace, *ctx.settings = inputs
     ctx.save_for_backward(student, teacher, mask, stats, output)
-    ctx.settings = (*settings, choose.kept(backend, student, teacher))
 
 
 def _divergence_backward(ctx, grad_values: Tensor):
@@ -311,7 +345,7 @@ def _divergence_backward(ctx, grad_values: Tensor):
     scale = grad_values[0] if mask is None else torch.where(mask, grad_values[0], 0)
     args = (teacher, stats, values, scale, *ctx.settings)
     grad = gradient_of_logits(ctx, "row_divergence_grad", student, args)
-    return grad, *([None] * 9)
+    return (grad,)
 
 
 def gradient_of_logits(ctx, operator: str, student: Tensor, args: tuple) -> Tensor:
@@ -338,7 +372,9 @@ register(
     _stats_backward,
     _stats_context,
 )
-register(f"row_grad(Tensor student, {_GRAD}) -> Tensor", _row_grad, _gradient_fake, no_double_backward)
+register(
+    f"row_grad(Tensor student, {_GRAD}) -> Tensor", _row_grad, _gradient_fake, no_double_backward, differentiable=ALL
+)
 register(f"row_grad_(Tensor(a!) student, {_GRAD}) -> ()", _row_grad_, _in_place_fake)
 register(
     "row_divergence(Tensor student, Tensor teacher, Tensor? mask, Tensor stats, bool inplace, "
@@ -353,6 +389,7 @@ register(
     _row_divergence_grad,
     _gradient_fake,
     no_double_backward,
+    differentiable=ALL,
 )
 register(f"row_divergence_grad_(Tensor(a!) student, {_DIVERGENCE_GRAD}) -> ()", _row_divergence_grad_, _in_place_fake)
 register(

@@ -78,7 +78,8 @@ def loss_coefficients(stats: RowStats, policy: Policy) -> Tensor:
         "student_logprobs": torch.where(bounded < plain, 0, -plain),
         "student_entropy": torch.full_like(plain, -policy.entropy_coef),
     }
-    return torch.stack([by_name.get(name, torch.zeros_like(plain)) for name in DIFFERENTIABLE])
+    nothing = torch.zeros_like(plain)
+    return torch.stack([by_name.get(name, nothing) for name in DIFFERENTIABLE])
 
 
 def _surrogates(stats: RowStats, policy: Policy) -> tuple[Tensor, Tensor]:

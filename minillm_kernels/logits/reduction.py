@@ -19,20 +19,32 @@ def normalized(w: Tensor, reduction: str, normalizer: float | Tensor | None) -> 
     if normalizer is not None:
         return w / arguments.check_normalizer(normalizer, w, w.dtype)
     if reduction == "batchmean":
-        return w / arguments.nonzero((w != 0).sum().to(w.dtype))
+        return w / (w != 0).sum().clamp(min=1)
     w = w / arguments.nonzero(w.abs().amax())  # the sum of the weights themselves may be beyond their type
     return w / arguments.nonzero(w.sum())
 
 
-def write_row_weights(
-    out: Tensor, w: Tensor | None, reduction: str, normalizer: Tensor | None, divisor: float | None
-) -> Tensor:
-    """Into out [...]: what each row's value is multiplied by before the sum. w: None where every row counts once. The
-    normalizer comes as a tensor, or as a number in `divisor`."""
+def scalar_weights(
+    like: Tensor, w: Tensor | None, reduction: str, normalizer: Tensor | None, divisor: float | None
+) -> Tensor | float:
+    """What each row's value is multiplied by before the sum: [...] of the type of `like`, or one number for all rows.
+    w: None where every row counts once. The normalizer comes as a tensor, or as a number in `divisor`."""
     if w is None and (reduction == "sum" or (normalizer is None and divisor is None)):
-        return out.fill_(1.0 if reduction == "sum" else 1.0 / max(out.numel(), 1))
-    w = torch.ones_like(out) if w is None else w
-    return out.copy_(normalized(w, reduction, divisor if normalizer is None else normalizer))
+        return 1.0 if reduction == "sum" else 1.0 / max(like.numel(), 1)
+    w = torch.ones_like(like) if w is None else w.to(like.dtype)
+    return normalized(w, reduction, divisor if normalizer is None else normalizer)
+
+
+def write_row_weights(out: Tensor, weights: Tensor | float) -> Tensor:
+    """`scalar_weights` into out [...]."""
+    return out.copy_(weights) if isinstance(weights, Tensor) else out.fill_(weights)
+
+
+def reduced(per_row: Tensor, weights: Tensor | float) -> Tensor:
+    """The sum of the rows by their `scalar_weights`."""
+    if isinstance(weights, Tensor):
+        return (per_row * weights).sum()
+    return per_row.sum() if weights == 1.0 else per_row.mean()
 
 
 def split_normalizer(normalizer: float | Tensor | None, like: Tensor) -> tuple[Tensor | None, float | None]:

@@ -18,6 +18,8 @@ from .reduction import check_coefficients, split_coefficients
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+_LOGPROBS, _ENTROPY = (RowStats._fields.index(name) for name in ("student_logprobs", "student_entropy"))
+
 
 class DistillStats(NamedTuple):
     """The statistics of each row of two models' logits, [...] each, in nats, float32 (float64 for float64 logits).
@@ -146,18 +148,13 @@ def token_logprobs(
         >>> entropy
         tensor([1.0397, 0.0000])
     """
-    stats = token_stats(logits, token_ids, temperature, ignore_index, vocab_size, group)
-    return (stats.student_logprobs, stats.student_entropy) if return_entropy else stats.student_logprobs
-
-
-def token_stats(
-    logits: Tensor, token_ids: Tensor, temperature: float, ignore_index: int, vocab_size: int | None, group: object
-) -> RowStats:
     logits, _, vocab_size, backend = checked_rows(logits, None, vocab_size, group)
     temperature = arguments.check_temperature(temperature)
-    ids, counts = arguments.check_token_ids(token_ids, logits, ignore_index)
+    counts = arguments.rows_that_count("token_ids", token_ids, logits, ignore_index)
     settings = (temperature, vocab_size, backend)
-    return RowStats(*call("row_stats", logits, None, ids, counts, False, *settings).unbind(0))
+    stats = call("row_stats", logits, None, token_ids.long(), counts, False, *settings)
+    logprobs = stats[_LOGPROBS]
+    return (logprobs, stats[_ENTROPY]) if return_entropy else logprobs
 
 
 def distill_stats(
@@ -206,9 +203,9 @@ def distill_stats(
         student_logits, teacher_logits, vocab_size, group
     )
     temperature = arguments.check_temperature(temperature)
-    ids, counts = arguments.check_token_ids(token_ids, student_logits, ignore_index)
+    counts = arguments.rows_that_count("token_ids", token_ids, student_logits, ignore_index)
     settings = (temperature, vocab_size, backend)
-    stats = call("row_stats", student_logits, teacher_logits, ids, counts, False, *settings)
+    stats = call("row_stats", student_logits, teacher_logits, token_ids.long(), counts, False, *settings)
     return DistillStats.of(RowStats(*stats.unbind(0)))
 
 

@@ -57,7 +57,7 @@ def ranks_of(group: object, *held: tuple[Tensor, int]) -> Ranks | None:
 
 
 def is_dtensor(x: Tensor | None) -> bool:
-    return hasattr(x, "device_mesh")  # its module takes more than a second to import
+    return type(x) is not Tensor and hasattr(x, "device_mesh")  # its module takes more than a second to import
 
 
 def local(x: Any) -> Any:

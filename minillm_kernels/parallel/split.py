@@ -222,7 +222,8 @@ def checked_rows(
 ) -> tuple[Tensor, Any, int, str | Split]:
     """The logits here, how many of their columns count, and the backend for them."""
     ranks = ranks_of(group, *((x, -1) for x in (student, teacher) if isinstance(x, Tensor)))
-    student, teacher = local(student), local(teacher)
+    if ranks is not None:
+        student, teacher = local(student), local(teacher)
     arguments.check_logits(student, teacher, least=0 if ranks else 1)
     sizes = [x.shape[-1] for x in (student, teacher) if x is not None]
     return student, teacher, *columns(ranks, vocab_size, *sizes)

@@ -1,5 +1,9 @@
 """What a loss asks of the host: few operators, none that waits for the device, none whose shape depends on values."""
 
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,6 +20,7 @@ N, H, V = 40, 16, 300
 # No work on any device.
 NOTHING = {"view", "reshape", "select", "slice", "expand", "detach", "as_strided", "unsqueeze", "squeeze", "t"}
 NOTHING |= {"unbind", "promote_types", "result_type"}
+ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty"}
 WAITS = {"item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal"}
 
 
@@ -98,6 +103,76 @@ def test_losses_of_tokens_are_at_most_six_operators_too(function, options, inpla
     called, every = operators(run)
     assert len(called) <= 6, called
     assert not every & WAITS
+
+
+PACKAGE = str(Path(mk.__file__).parent)
+
+
+def cost(run) -> tuple[int, int]:
+    """Of a call: the operators that do work, those that minillm's are made of among them and each of minillm's as one
+    (on a GPU each is a launch or more), and the functions of minillm_kernels that Python enters (not torch's)."""
+    run()  # whatever happens once
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        run()
+    launches = 0
+    for event in found.events():
+        space, _, name = event.name.partition("::")
+        launches += space == "minillm" or (space == "aten" and not _in_aten(event) and not _is_nothing(event, name))
+    entered = 0
+
+    def count(frame, happened: str, _argument: object) -> None:
+        nonlocal entered
+        entered += happened == "call" and frame.f_code.co_filename.startswith(PACKAGE)
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return launches, entered
+
+
+def _in_aten(event) -> bool:
+    parent = event.cpu_parent
+    return parent is not None and (parent.name.startswith("aten::") or _in_aten(parent))
+
+
+def _is_nothing(event, name: str) -> bool:
+    return name in NOTHING | ALLOCATES or (name == "to" and not event.cpu_children)
+
+
+UNIFORMS = torch.rand(N, 2, dtype=torch.float64)
+IDS = torch.arange(N)
+# name -> (the call, and at most how many operators and functions: of a constant student, and of one that is
+# differentiated, with the backward pass, which begins with ones_like).
+COSTS: dict[str, tuple[Callable, tuple[int, int], tuple[int, int] | None]] = {
+    "fused_rkl_loss": (mk.fused_rkl_loss, (2, 60), (5, 86)),
+    "fused_rkl_loss, labels": (lambda s, t: mk.fused_rkl_loss(s, t, LABELS), (10, 64), (12, 90)),
+    "fused_rkl_loss, none": (lambda s, t: mk.fused_rkl_loss(s, t, reduction="none"), (1, 57), (6, 99)),
+    "jsd": (lambda s, t: mk.fused_divergence_loss(s, t, "jsd"), (3, 93), (7, 121)),
+    "token_logprobs": (lambda s, t: mk.token_logprobs(s, IDS), (2, 46), (9, 85)),
+    "distill_stats": (lambda s, t: mk.distill_stats(s, t, IDS).reverse_kl, (2, 54), (19, 96)),
+    "distill_loss": (lambda s, t: mk.distill_loss(s, t, IDS, student_logprobs=-1 / N).loss, (11, 73), (12, 97)),
+    "minillm_loss": (lambda s, t: mk.minillm_loss(s, t, IDS, **POLICY).loss, (54, 82), (59, 124)),
+    "mixed_sample": (lambda s, t: mk.mixed_sample(s, t, uniforms=UNIFORMS), (1, 54), None),
+}
+
+
+@pytest.mark.parametrize(("function", "forward", "both"), COSTS.values(), ids=COSTS)
+def test_what_a_call_costs_the_host(function, forward, both):
+    """A small batch is bound by the host. Counted, since a count does not depend on the machine."""
+    student, teacher = torch.randn(N, V), torch.randn(N, V)
+    assert all(map(int.__le__, found := cost(lambda: function(student, teacher)), forward)), (found, forward)
+    if both is not None:
+        student.requires_grad_()
+
+        def differentiate() -> None:
+            student.grad = None
+            loss = function(student, teacher)
+            (loss.sum() if loss.dim() else loss).backward()
+
+        assert all(map(int.__le__, found := cost(differentiate), both)), (found, both)
 
 
 def everything():

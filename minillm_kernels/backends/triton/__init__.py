@@ -46,7 +46,7 @@ def _launching(x: Tensor) -> Iterator[None]:
         with numpy.errstate(all="ignore"):
             yield
     else:
-        with torch.cuda.device(x.device):
+        with torch.cuda.device(x.get_device()):
             yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ class Rows(NamedTuple):
 
     @staticmethod
     def of(x: Tensor) -> Rows:
-        return Rows(x, *(2 * number + 3 for number in row_strides(x)))
+        inner, outer_stride, inner_stride = row_strides(x)
+        return Rows(x, 2 * inner + 3, 2 * outer_stride + 3, 2 * inner_stride + 3)
 
 
 class Tiles(NamedTuple):
@@ -62,25 +64,31 @@ def architecture() -> int:
     """Compute capability, e.g. 90, of the current device; the interpreter has none and passes for the oldest."""
     if triton.knobs.runtime.interpret:
         return min(TILES)
+    return _architecture_of(triton.runtime.driver.active.get_current_device())
+
+
+@functools.cache
+def _architecture_of(_device: int) -> int:
+    """Of the current device, which is that one: a driver takes longer to say it than the rest of a launch."""
     return max(a for a in TILES if a <= max(int(triton.runtime.driver.active.get_current_target().arch), min(TILES)))
 
 
 def tiles_of(n_rows: int, width: int, *tensors: Tensor | None) -> Tiles:
     given = [x for x in tensors if x is not None]
-    vec = 4 if all(x.element_size() == 4 for x in given) else 8
+    vec = 4 if all([x.element_size() == 4 for x in given]) else 8
     loads, warps = next((k, w) for most, k, w in TILES[architecture()] if width <= most)
     shape = (loads, 32 * warps, vec)
-    n_tiles = triton.cdiv(width + vec - 1, loads * 32 * warps * vec)
+    n_tiles = -(-(width + vec - 1) // (loads * 32 * warps * vec))
     rows = max(n_rows, 1)
-    enough, even = PROGRAMS // rows, min(triton.cdiv(EVEN_PROGRAMS, rows), width // LONG_PART)
+    enough, even = PROGRAMS // rows, min(-(-EVEN_PROGRAMS // rows), width // LONG_PART)
     parts = max(1, min(MAX_PARTS, n_tiles, max(enough, even)))
     return Tiles(shape, warps, parts, len({_phase(x, vec) for x in given}) == 1)
 
 
-def _phase(x: Tensor, vec: int) -> tuple[int, ...]:
+def _phase(x: Tensor, vec: int) -> tuple[int, int, int]:
     """Where the rows start, modulo vec: equal for two tensors if each row of one starts as that of the other."""
-    strides = (s % vec if size > 1 else 0 for size, s in zip(x.shape[:-1], x.stride()[:-1], strict=True))
-    return (x.data_ptr() // x.element_size() % vec, *strides)
+    _, outer_stride, inner_stride = row_strides(x)
+    return x.data_ptr() // x.element_size() % vec, outer_stride % vec, inner_stride % vec
 
 
 def per_row(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import BF16, FP32, NAMES, Case
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import minillm_kernels as mk
 from minillm_kernels import last_backend, use_backend
@@ -186,6 +187,29 @@ def _value_and_gradient(function, s, t):
     value = function(x, t)
     (grad,) = torch.autograd.grad(value, x)
     return value.detach(), grad
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.namespaces: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.namespaces.add(func.namespace)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_eager_call_needs_no_dispatcher_and_a_mode_sees_the_operators(name, monkeypatch):
+    s, t = Case(60, (4,)).logits()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.ops, "minillm", None)
+        eager = _value_and_gradient(FUNCTIONS[name], s, t)
+    with _Seen() as seen:
+        dispatched = _value_and_gradient(FUNCTIONS[name], s, t)
+    assert "minillm" in seen.namespaces
+    for a, b in zip(eager, dispatched, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.fixture
