@@ -74,11 +74,10 @@ def rows() -> None:
         if RUN.dry
         else [(8192, 128256), (8192, 50257), (8192, 32000), (8192, 151936), (8, 151936)]
     )
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype, peers in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)):
         for shape in shapes:
-            attempt(f"rows {shape} {dtype}", lambda d=dtype, s=shape: sweep(d, s, peers=False), least=5)
-    for shape in shapes:  # torch.compile takes seconds a shape
-        attempt(f"peers {shape}", lambda s=shape: sweep(torch.bfloat16, s, peers=True), least=5)
+            run = lambda d=dtype, s=shape, p=peers: sweep(d, s, p)
+            attempt(f"rows {shape} {dtype}{' peers' * peers}", run, least=5)
 
 
 def sweep(dtype: torch.dtype, shape: tuple[int, int], peers: bool) -> None:
