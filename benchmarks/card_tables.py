@@ -50,10 +50,9 @@ def headline_card_table() -> str:
     found = {x["by"]: x for x in records("linear") if x.get("shape") == [8192, 4096, 128256]}
     peers = {"eager": "eager", "torch.compile, chunks of 1024": "torch.compile", "liger fused linear jsd": "Liger"}
     size = "8192 rows of width 4096, 128256 tokens, bf16"
-    for unit, key, scale in (("time, ms", "ms", 1), ("working memory, GiB", "extra_mib", 1024)):
-        values = ", ".join(f"{title}: {found[by][key] / scale:.1f}" for by, title in peers.items())
-        title = f"reverse KL of hidden states, {size}, forward and backward: {unit}"
-        lines.append([title, f"{found['minillm cuda'][key] / scale:.1f}", values])
+    cell = lambda by: f"{found[by]['ms']:.1f}; {found[by]['extra_mib'] / 1024:.1f}"
+    title = f"reverse KL of hidden states, {size}, forward and backward: time, ms; working memory, GiB"
+    lines.append([title, cell("minillm cuda"), ", ".join(f"{title}: {cell(by)}" for by, title in peers.items())])
     rates = {x["by"]: x["tokens_per_second"] for x in records("trainer") if x.get("sequences") == 128}
     title = "a rollout of 128 sequences by a student of 103M parameters: new tokens a second"
     lines.append([title, f"{rates['student']:.0f}", f"`transformers.generate`: {rates['generate']:.0f}"])
@@ -95,22 +94,6 @@ def card_linear_table() -> str:
     )
     header = ["rows × width × vocabulary", "by", "ms", "TFLOP/s", "of a matmul", "working memory, GiB"]
     return markdown(header, lines) + "\n\n" + note
-
-
-def card_host_table() -> str:
-    """What a call costs the host, and the device alone."""
-    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for x in records("host"):
-        found.setdefault((x["name"], " × ".join(map(str, x["shape"]))), {})[x["by"]] = x
-    lines = []
-    for (name, shape), cells in found.items():
-        row = [name, shape]
-        for by in ("cuda", "triton"):
-            x = cells.get(by, {})
-            row += [f"{x['us']:.0f}" if x else "", f"{x['device_us']:.0f}" if "device_us" in x else ""]
-        lines.append(row)
-    header = ["call", "bf16 rows", "CUDA: host, µs", "device, µs", "Triton: host, µs", "device, µs"]
-    return markdown(header, lines) + f"\n\nDevice: by replay of a CUDA graph. {card()}; {COMMAND}."
 
 
 def card_rollouts_table() -> str:

@@ -17,7 +17,6 @@ from typing import Any
 import yaml
 from card_tables import (
     card_checks,
-    card_host_table,
     card_linear_table,
     card_rollouts_table,
     card_rows_table,
@@ -50,28 +49,10 @@ def headline_table() -> str:
         [f"{step}: time, s", f"{ours['seconds']:.2f}", f"{version}: {theirs['seconds']:.2f}"],
         [f"{step}: working memory, MiB", f"{ours['extra_MiB']:.0f}", f"{version}: {theirs['extra_MiB']:.0f}"],
     ]
-    for title, group, name in (
-        ("reverse KL of logits, in place", "reverse_kl forward+backward bf16-192x151936", "minillm in place"),
-        ("a token from the mixture of both models", "mixed_sample bf16-8x151936", "minillm"),
-    ):
-        found = rows_of(cpu, group)
-        row = found[name]
-        shape = "{} rows of {} tokens".format(*found["minillm"]["shape"].split("x")) + f", {found['minillm']['dtype']}"
-        peers = ", ".join(f"{peer}: {found[peer]['ms']:.2f}" for peer in ("eager", "torch.compile"))
-        rows.append([f"{title}, {shape}: time, ms", f"{row['ms']:.2f}", peers])
-        if "reverse_kl" in group:
-            share = f"{row['fraction_of_add']:.2f}"
-            rows.append([f"{title}, {shape}: bandwidth, share of the machine's own", share, "`torch.add`: 1"])
-    group = next(b["group"] for b in cpu["benchmarks"] if b["group"].startswith("linear reverse_kl"))
-    found = rows_of(cpu, group)
-    size = "{} rows of width {}, {} tokens".format(*group.partition("-")[2].split("x"))
-    for unit, value in (
-        ("time, s", lambda row: f"{row['ms'] / 1e3:.2f}"),
-        ("working memory, MiB", lambda row: f"{row['working_MiB']:.0f}"),
-    ):
-        peers = ", ".join(f"{peer}: {value(found[peer])}" for peer in ("eager", "torch.compile"))
-        title = f"reverse KL of hidden states, {size}, float32: {unit}"
-        rows.append([title, value(found["minillm"]), peers])
+    found = rows_of(cpu, "reverse_kl forward+backward bf16-192x151936")
+    peers = ", ".join(f"{peer}: {found[peer]['ms']:.2f}" for peer in ("eager", "torch.compile"))
+    title = "reverse KL of logits, in place, 192 rows of 151936 tokens, bfloat16: time, ms"
+    rows.append([title, f"{found['minillm in place']['ms']:.2f}", peers])
     return markdown([f"measured on a CPU, {machine(cpu)}", "minillm", "for comparison"], rows)
 
 
@@ -293,7 +274,6 @@ TABLES = {
     "card_checks": card_checks,
     "card_rows": card_rows_table,
     "card_linear": card_linear_table,
-    "card_host": card_host_table,
     "card_rollouts": card_rollouts_table,
     "training": training_table,
     "rollouts": rollouts_table,
