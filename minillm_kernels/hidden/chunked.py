@@ -43,7 +43,7 @@ class Sweep:
     """One pass over the rows, a chunk at a time:
 
         for rows in sweep:            # a slice of them, or with `gather` the numbers of n that count
-            ... sweep.pair ...        # their logits; sweep.mask: which of them count, None for all
+            ... sweep.pair ...        # their logits, under no other name; sweep.mask: which of them count, or None
             sweep.backward()          # sweep.gradient, filled before, goes to the hidden states, weight and bias
 
     What the chunks add up to, in their order (deterministic), is sweep.gradients; sweep.finished(unit) where the

@@ -108,8 +108,8 @@ def _linear_stats_loss(
     for rows in sweep:
         ids = _at(token_ids, rows)
         if any(needs):
-            args = (sweep.pair, ids, scaled[:, rows])
-            stats[:, rows] = sweep.backend.row_stats_grad(*args, out=sweep.gradient)[0]
+            c = scaled[:, rows]
+            stats[:, rows] = sweep.backend.row_stats_grad(sweep.pair, ids, c, out=sweep.gradient)[0]
             sweep.backward()
         else:
             stats[:, rows] = sweep.backend.row_stats(sweep.pair, ids, sweep.mask)
@@ -155,8 +155,8 @@ def _linear_divergence_loss(
         values = sweep.backend.row_divergence(sweep.pair, sweep.mask, stats, divergence, beta)
         per_row[rows] = values[0]
         if any(needs):
-            args = (sweep.pair, stats, values, scaled[rows], divergence, beta)
-            sweep.backend.row_divergence_grad(*args, out=sweep.gradient)
+            args = (stats, values, scaled[rows], divergence, beta)
+            sweep.backend.row_divergence_grad(sweep.pair, *args, out=sweep.gradient)
             sweep.backward()
     return reduced(per_row, own), *sweep.finished(unit)
 

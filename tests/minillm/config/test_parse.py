@@ -25,11 +25,11 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     ],
 )  # fmt: skip
 def test_what_is_no_recipe_is_told_at_once(text):
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ConfigError, match=r"^r.yaml (is not valid YAML: |nests more than 50 levels)") as told:
         parse(text, "r.yaml")
     assert "\n" not in str(told.value) and len(str(told.value)) < 700
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
 
 
 def test_where_it_is_broken_is_told(tmp_path):
