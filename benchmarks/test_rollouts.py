@@ -42,7 +42,7 @@ class Size(NamedTuple):
     new_tokens: int
 
 
-TIMED, VERIFIED = Size(48, 8, 64), Size(16, 4, 24)
+TIMED, VERIFIED = Size(64, 16, 64), Size(16, 4, 24)
 
 
 @pytest.fixture(scope="module")
