@@ -53,9 +53,6 @@ def headline_card_table() -> str:
     cell = lambda by: f"{found[by]['ms']:.1f}; {found[by]['extra_mib'] / 1024:.1f}"
     title = f"reverse KL of hidden states, {size}, forward and backward: time, ms; working memory, GiB"
     lines.append([title, cell("minillm cuda"), ", ".join(f"{title}: {cell(by)}" for by, title in peers.items())])
-    rates = {x["by"]: x["tokens_per_second"] for x in records("trainer") if x.get("sequences") == 128}
-    title = "a rollout of 128 sequences by a student of 103M parameters: new tokens a second"
-    lines.append([title, f"{rates['student']:.0f}", f"`transformers.generate`: {rates['generate']:.0f}"])
     return markdown([f"measured on {card()}", "minillm", "for comparison"], lines)
 
 
