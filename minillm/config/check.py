@@ -162,11 +162,13 @@ def check_stage(stage: StageConfig, run: RunConfig) -> None:
     _finite(stage)
     one_of("method", stage.method, METHODS)
     one_of("rollout.engine", stage.rollout.engine, ENGINES)
-    alone = stage.rollout.engine == "builtin" and not addresses(run.model.teacher)
-    if stage.rollout.overlap and not (alone and {run.parallel.student, run.parallel.teacher} == {"replicate"}):
+    here = not addresses(run.model.teacher) and {run.parallel.student, run.parallel.teacher} == {"replicate"}
+    served = run.engine.url and (run.engine.teacher_url or stage.rollout.alpha == 0)
+    if stage.rollout.overlap and not (here and (stage.rollout.engine == "builtin" or served)):
         raise ConfigError(
-            "rollout.overlap samples in a thread of this process, by whole models that are here: set it to 0, or "
-            "rollout.engine to builtin and the section parallel to replicate, with a teacher in this process"
+            "rollout.overlap samples in a thread of this process, by whole models that are here, or by servers: set "
+            "it to 0, or the section parallel to replicate, with a teacher in this process, and rollout.engine to "
+            "builtin, or to vllm with engine.url (and engine.teacher_url where the teacher is mixed in)"
         )
     if "vllm" in (stage.rollout.engine, run.eval.engine) and {run.parallel.student, run.parallel.teacher} != {
         "replicate"

@@ -1,7 +1,9 @@
 """The engines of student and teacher: made once for each model, kept as long as it lives."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from threading import Lock
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, finalize, proxy
 
@@ -21,6 +23,8 @@ from minillm.lost import ServerLost
 from minillm.model.head import CausalLM
 from minillm.model.sampling import Decoding
 
+IN_USE: defaultdict[str, Lock] = defaultdict(Lock)
+"""Of each server, by its URL: it has the weights of one draw at a time, also where a thread samples ahead."""
 ENGINES: WeakKeyDictionary[CausalLM, tuple[EngineConfig, Engine]] = WeakKeyDictionary()
 
 
@@ -35,9 +39,12 @@ class Draw(NamedTuple):
     vocab_size: int
 
 
-def engine_of(lm: CausalLM, config: EngineConfig, dtype: torch.dtype | None = None) -> Engine:
+def engine_of(
+    lm: CausalLM, config: EngineConfig, dtype: torch.dtype | None = None, *, changes: bool = False
+) -> Engine:
     """The engine of a model: behind the URL of the student or, for a frozen model, of the teacher; where that is
-    empty, in this process. One that is made computes in `dtype`, by default the model's.
+    empty, in this process. One that is made computes in `dtype`, by default the model's. changes: whether the weights
+    of a frozen model change, as those of a student's older copy do.
 
     Raises ConfigError where there can be none.
     """
@@ -47,7 +54,7 @@ def engine_of(lm: CausalLM, config: EngineConfig, dtype: torch.dtype | None = No
             return engine
         engine.close()
     state, dtype = PartialState(), dtype or lm.model.dtype
-    trained = any(parameter.requires_grad for parameter in lm.parameters())
+    trained = changes or any(parameter.requires_grad for parameter in lm.parameters())
     known: CausalLM = proxy(lm)  # type: ignore[assignment]  # an engine must not keep its model alive
     if url := config.url if trained else config.teacher_url:
         push = pusher(known, config, dtype) if trained else None
@@ -87,8 +94,12 @@ def draw(
         Voice(engine, law_of(how.decoding, how.vocab_size, lm.rows)) if engine is not None and lm is not None else None
         for engine, lm in zip(engines, lms, strict=True)
     ]
-    plain = torch.autocast(how.student.device.type, enabled=False)  # an engine computes in the dtype of its own
-    with plain, torch.random.fork_rng(devices=[]):  # vLLM seeds torch's own generator, and draws from it
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(how.student.device.type, enabled=False))  # an engine has a dtype of its own
+        if any(isinstance(engine, Offline) for engine in awake):
+            stack.enter_context(torch.random.fork_rng(devices=[]))  # vLLM seeds torch's generator, and draws from it
+        for url in sorted({engine.url for engine in awake if isinstance(engine, Server)}):
+            stack.enter_context(IN_USE[url])
         try:
             _write(responses, voices, awake, length)
         finally:

@@ -115,7 +115,7 @@ def engine_weights(rollout: Rollout, largest: float) -> Tensor:
 def _log_ratios(rollout: Rollout) -> Tensor:
     """[B, T] 0 beyond the ends."""
     assert rollout.engine_logprobs is not None
-    own = rollout.student_logprobs
+    own = rollout.student_logprobs if rollout.older_logprobs is None else rollout.older_logprobs
     if rollout.teacher_logprobs is not None:
         own = torch.where(rollout.from_teacher, rollout.teacher_logprobs, own)
     return torch.where(rollout.mask, own - rollout.engine_logprobs, torch.zeros_like(own))

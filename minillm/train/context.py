@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -207,8 +208,10 @@ class Context:
         )
 
     def engine(self, lm: CausalLM) -> Engine:
-        """The engine of student or teacher. Raises ConfigError where there can be none."""
-        return engine_of(lm, self.run.engine, self.compute_dtype if lm is self.student else None)
+        """The engine of the student, its older copy or a teacher. Raises ConfigError where there can be none."""
+        taught = all(lm is not teacher for teacher in self.teachers)
+        dtype = self.compute_dtype if taught else None
+        return engine_of(lm, self.run.engine, dtype, changes=taught and lm is not self.student)
 
     def _drawn_by_engines(
         self, student: CausalLM, teacher: Teacher | None, prompts: list[list[int]], uniforms: Tensor, alpha: float
@@ -222,7 +225,7 @@ class Context:
         rollout = drawn(draw(how, engines, prompts, uniforms), student.device)
         if student is self.teacher or decoding.temperature == 0 or decoding.top_k or decoding.top_p < 1:
             return rollout
-        with self.clock("score"):
+        with self.clock("score") if student is self.student else nullcontext():  # a thread of its own is not timed
             return read(
                 rollout,
                 student,

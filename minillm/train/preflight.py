@@ -146,6 +146,11 @@ def prepare(
         run, config, accelerator, student, teacher, tokenizer, examples, validation, text, about, routed=routed
     )
     if config.rollout.engine != "builtin":
+        if config.rollout.overlap and accelerator.num_processes > 1:
+            raise ConfigError(
+                f"rollout.overlap with rollout.engine {config.rollout.engine} samples in a thread, where "
+                f"{accelerator.num_processes} processes cannot tell each other of a server that is lost: set it to 0"
+            )
         for model in samplers:
             if model is not None and (model is not teacher or config.method == "seqkd" or config.rollout.alpha > 0):
                 if not isinstance(model, CausalLM):

@@ -103,7 +103,7 @@ class Service:
         self.server.server_close()
 
 
-def answers(lm, service, prompts=((5, 6), (7,)), new_tokens=6, config=QUICK, seed=0):
-    engine = engine_of(lm, dataclasses.replace(config, url=service.url, teacher_url=service.url))
+def answers(lm, service, prompts=((5, 6), (7,)), new_tokens=6, config=QUICK, seed=0, changes=False):
+    engine = engine_of(lm, dataclasses.replace(config, url=service.url, teacher_url=service.url), changes=changes)
     how = Draw(lm, None, 0.0, Decoding(new_tokens, ()), lm.vocab_size)
     return draw(how, (engine, None), prompts, draw_uniforms(seed, new_tokens, len(prompts)))
