@@ -35,8 +35,8 @@ class RolloutConfig:
     place for the next prompt. 0: all of its share. It never changes a token."""
     overlap: int = 0
     """minillm: 1 samples the next batch of rollouts while the student learns from this one, by a copy of the student
-    as it is when the batch begins; the importance weights are of that copy's law. With an engine it takes servers, and a
-    run of one process. 0: one after the other."""
+    as it is when the batch begins; the importance weights are of that copy's law. With an engine it takes servers,
+    and a run of one process. 0: one after the other."""
     cuda_graphs: bool | Literal["auto"] = "auto"
     """Whether our decoder launches a token as a CUDA graph instead of as hundreds of kernels. `auto`: on a card, where
     the models let it; `true`: an error where that cannot be; `false`: never. It never changes a token."""
