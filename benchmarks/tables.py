@@ -141,7 +141,7 @@ def cpu_table() -> str:
     ]
     note = (
         f"{machine(results)}, {results['machine_info']['instruction_set']}, median of 15; made by `pytest benchmarks/ "
-        "--benchmark-only --benchmark-json=benchmarks/results/cpu.json`."
+        "--benchmark-only --ignore=benchmarks/test_rollouts.py --benchmark-json=benchmarks/results/cpu.json`."
     )
     return markdown(header, rows) + "\n\n" + note
 

@@ -85,10 +85,11 @@ def tiles_of(n_rows: int, width: int, *tensors: Tensor | None) -> Tiles:
     return Tiles(shape, warps, parts, len({_phase(x, vec) for x in given}) == 1)
 
 
-def _phase(x: Tensor, vec: int) -> tuple[int, int, int]:
-    """Where the rows start, modulo vec: equal for two tensors if each row of one starts as that of the other."""
-    _, outer_stride, inner_stride = row_strides(x)
-    return x.data_ptr() // x.element_size() % vec, outer_stride % vec, inner_stride % vec
+def _phase(x: Tensor, vec: int) -> tuple[int, ...]:
+    """Where the rows start, modulo vec: equal for two tensors if each row of one starts as that of the other. By every
+    leading dimension: row_strides may put those of one tensor together, and not those of the other."""
+    strides = [s % vec if size > 1 else 0 for size, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    return (x.data_ptr() // x.element_size() % vec, *strides)
 
 
 def per_row(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

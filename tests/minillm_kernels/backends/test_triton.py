@@ -225,3 +225,14 @@ def test_tuning_takes_the_fastest_shape_for_rows_of_that_length(monkeypatch):
     with pytest.raises(RuntimeError, match="out of registers"):
         tune.tune(5000, 2, torch.float32, "cpu", broken)
     assert lines == [(4096, 1, 4), (1 << 31, 2, 4)]
+
+
+@pytest.mark.parametrize("tokens", [4, 7, 8, 9])
+@pytest.mark.parametrize("V", [1000, 1001, 1004])
+def test_rows_are_aligned_alike_only_if_each_of_them_is(tokens, V):
+    """Shifted logits beside rows without a gap: with 8 tokens of an odd width both have strides of 0 and 1 modulo 8
+    once their dimensions are put together, and yet from the second sequence on the rows start elsewhere."""
+    shifted, dense = torch.randn(2, tokens, V)[:, :-1], torch.randn(2, tokens - 1, V)
+    for pair in ((shifted, dense), (shifted, shifted.clone()), (shifted, torch.randn(2, tokens, V)[:, 1:])):
+        starts = [[x[i, j].data_ptr() // 4 % 4 for i in range(2) for j in range(tokens - 1)] for x in pair]
+        assert launch.tiles_of(2 * (tokens - 1), V, *pair).aligned == (starts[0] == starts[1])
