@@ -82,9 +82,11 @@ def card_linear_table() -> str:
     lines = []
     for x in records("linear"):
         if "ms" in x:
-            shape = " × ".join(map(str, x["shape"]))
-            lines.append([shape, x["by"].replace("minillm ", "minillm, "), f"{x['ms']:.1f}", f"{x['tflops']:.0f}",
-                          f"{x['tflops'] / peak:.0%}", f"{x['extra_mib'] / 1024:.1f}"])  # fmt: skip
+            N, H, V = x["shape"]
+            width = H if x.get("teacher_width", H) == H else f"({H} | {x['teacher_width']})"
+            by = x["by"].replace("minillm ", "minillm, ")
+            rate = [f"{x['tflops']:.0f}", f"{x['tflops'] / peak:.0%}"]
+            lines.append([f"{N} × {width} × {V}", by, f"{x['ms']:.1f}", *rate, f"{x['extra_mib'] / 1024:.1f}"])
     note = (
         f"bf16, forward and backward; FLOP of four matmuls over the time, and that over one of 8192 × 8192 × 8192 "
         f"({peak:.0f} TFLOP/s). {card()}; {COMMAND}."

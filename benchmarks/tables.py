@@ -216,9 +216,12 @@ def gpu_table() -> str:
                 continue
             row += [f"{moved[kernel]:.3f}", str(found[90]["registers"]), f"{found[90]['instructions_per_column']:.1f}"]
             row += [f"{x['headroom']:.2f}× ({x['bound_by']})" if (x := found.get(a)) else "–" for a in (80, 90)]
+            if backend == "cuda":
+                row.append(f"{(x := found[90]['not_aligned'])['headroom']:.2f}× ({x['bound_by']})")
         rows.append(row)
     columns = ["bytes / least bytes", "registers", "instructions per column", "A100", "H100"]
-    header = ["kernel", *(f"{backend}: {c}" for backend in ("CUDA", "Triton") for c in columns)]
+    both = [f"{backend}: {c}" for backend in ("CUDA", "Triton") for c in columns]
+    header = ["kernel", *both[:5], "CUDA: H100, not aligned", *both[5:]]
     note = (
         "bf16 rows of 151936 columns (row_stats_grad: 28656, cluster 57312), registers and instructions of sm_90. "
         "A100, H100: the bandwidth that the busiest pipe allows, divided by the card's; above 1× memory is the limit. "

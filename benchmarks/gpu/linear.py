@@ -15,8 +15,13 @@ from .measure import RUN, attempt, backends_here, bench, ours, peak, record, syn
 Heads = tuple[Tensor, Tensor, Tensor, Tensor]  # student's hidden states and weight, teacher's
 
 
+# Rows, width of the student, of the teacher, vocabulary: equal widths, as peers are measured; Llama-3.2-1B from 8B;
+# Qwen2.5-0.5B from 7B.
+SHAPES = ((8192, 4096, 4096, 128256), (8192, 2048, 4096, 128256), (4096, 896, 3584, 151936))
+
+
 def linear() -> None:
-    for shape in [(64, 32, 1001)] if RUN.dry else [(8192, 4096, 128256), (4096, 896, 151936)]:
+    for shape in [(64, 32, 48, 1001)] if RUN.dry else SHAPES:
         if RUN.left() < 8:
             record(name=f"linear {shape}", skipped="no time left")
             continue
@@ -26,13 +31,14 @@ def linear() -> None:
         del heads
 
 
-def draw(N: int, H: int, V: int) -> Heads:
+def draw(N: int, H: int, H_t: int, V: int) -> Heads:
     generator = torch.Generator(RUN.device).manual_seed(0)
 
-    def normal(rows: int, scale: float) -> Tensor:
-        return torch.empty(rows, H, device=RUN.device, dtype=torch.bfloat16).normal_(0, scale, generator=generator)
+    def normal(rows: int, width: int, scale: float) -> Tensor:
+        x = torch.empty(rows, width, device=RUN.device, dtype=torch.bfloat16)
+        return x.normal_(0, scale, generator=generator)
 
-    h, w, th, tw = normal(N, 1.0), normal(V, 2.5 / H**0.5), normal(N, 1.0), normal(V, 2.5 / H**0.5)
+    h, w, th, tw = (x for width in (H, H_t) for x in (normal(N, width, 1.0), normal(V, width, 2.5 / width**0.5)))
     return h.requires_grad_(), w.requires_grad_(), th, tw
 
 
@@ -100,7 +106,7 @@ def liger(n_rows: int, chunk_size: int | None) -> Callable[..., None]:
 
 def measure(name: str, step: Callable[..., object], heads: Heads) -> None:
     leaves: Sequence[Tensor] = heads[:2]
-    N, H, V = *heads[0].shape, len(heads[1])
+    N, H, H_t, V = *heads[0].shape, heads[2].shape[1], len(heads[1])
     run = lambda: step(*heads)
     for x in leaves:
         x.grad = None
@@ -109,5 +115,6 @@ def measure(name: str, step: Callable[..., object], heads: Heads) -> None:
     memory = peak(run, leaves)
     found = bench(run, leaves, rep=600)
     mib = None if memory is None else memory >> 20
-    flops = 4 * 2 * N * H * V
-    record(name="linear rkl f+b", by=name, shape=[N, H, V], tflops=flops / found["ms"] / 1e9, extra_mib=mib, **found)
+    tflops = 2 * N * V * (3 * H + H_t) / found["ms"] / 1e9
+    shape = {"shape": [N, H, V], "teacher_width": H_t}
+    record(name="linear rkl f+b", by=name, **shape, tflops=tflops, extra_mib=mib, **found)

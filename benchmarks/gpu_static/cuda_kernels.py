@@ -8,6 +8,7 @@ the kernels (tests/tools/host_build.py).
 The main loops of csrc/cuda hold paths that are rarely taken: chunks with a column outside the support, rows that are
 not aligned. What is counted is the hot path: from the loop's head to its branch back, the shortest path with an access
 of 16 bytes for every 16 bytes of the chunk. Instructions that a predicate switches off are counted: they are issued.
+Rows that are not aligned have two accesses for each of their vectors: that path is counted as well.
 row_stats_grad has three such loops, which copy to shared memory, sum, and write the gradient: they are added. Its form
 for clusters is empty before sm_90.
 """
@@ -81,8 +82,8 @@ def kernels() -> list[Kernel]:
             Loop(16, {"shared load": vectors}),
             Loop(16, {"shared load": vectors, "global store": size}),
         )
-        for name, several, since in (("row_stats_grad", "false", 80), ("row_stats_grad, cluster", "true", 90)):
-            at_once = ("row_stats_grad", f"row_stats_grad_kernel<{pair}, {several}>", "StatsGradArgs, int")
+        for name, blocks, since in (("row_stats_grad", 1, 80), ("row_stats_grad, cluster", 2, 90)):
+            at_once = ("row_stats_grad", f"row_stats_grad_kernel<{pair}, {blocks}>", "StatsGradArgs")
             add(name, *at_once, 2 * size, size, loops=loops, since=since)
         for kind in MIXTURE_DIVERGENCES:
             template, divergence = f"<Divergence::{kind}, {pair}>", "DivergenceArgs, int, DivergenceSums*"
@@ -148,6 +149,8 @@ def hot_path(
             for vectors, (length, _) in best.get(j, {}).items() if j > i else ():
                 more = _plus(vectors, kinds, code[i], 1)
                 best[i][more] = min(best[i].get(more, (1 << 30, 0)), (length + 1, j))
+    if wanted not in best[start]:
+        raise LookupError(f"no path with {wanted} accesses")
     path, i, left = [], start, wanted
     while i != end:
         path.append(code[i])
@@ -176,6 +179,52 @@ def _conditional(x: sass.Instruction) -> bool:
     return bool(x.predicate) or ".DIV" in x.opcode or re.match(r"!?U?P\d", x.operands) is not None
 
 
+def loads_at_once(path: list[sass.Instruction]) -> int:
+    """How many of the path's loads of 16 bytes are under way before what one of them brings is used."""
+    brought: set[str] = set()
+    n = 0
+    for x in path:
+        registers = re.findall(r"\bR(\d+)", x.operands)
+        if _vector(x) == "global load":
+            brought.update(str(int(registers[0]) + i) for i in range(4))
+            n += 1
+            continue
+        written = registers[:1] if x.operands.startswith("R") else []
+        if brought.intersection(registers[len(written) :]):
+            return n
+        brought.difference_update(written)
+    return n
+
+
+def _bound(count: Counter[str], kernel: Kernel, architecture: int) -> dict:
+    per_column = {kind: round(n, 3) for kind, n in sorted(count.items())}
+    found = {"instructions_per_column": round(sum(count.values()), 2), "per_column": per_column}
+    if gpu := sass.GPUS.get(architecture):
+        ratio, pipe = sass.headroom(per_column, kernel.read + kernel.written, gpu)
+        found |= {"gpu": gpu.name, "headroom": round(ratio, 3), "bound_by": pipe}
+    return found
+
+
+def not_aligned(kernel: Kernel, code: list[sass.Instruction], labels: dict[str, int], architecture: int) -> dict:
+    """The same of rows that are not aligned, and how many loads from memory are under way at once, for each that a
+    chunk of aligned rows has."""
+    count: Counter[str] = Counter()
+    at_once = []
+    for loop in kernel.loops:
+        for times in (2, 3):  # 3: the loads of the aligned path are on the way as well, switched off by a predicate
+            loads = {k: n * times if k.endswith("load") else n for k, n in loop.accesses.items()}
+            try:
+                path, unrolled = hot_path(code, labels, loads)
+                break
+            except LookupError:
+                continue
+        for x in path:
+            count[x.kind] += loop.times / loop.columns / unrolled
+        if n := loop.accesses.get("global load"):
+            at_once.append(loads_at_once(path) / n)
+    return {"loads_at_once": min(at_once, default=None), **_bound(count, kernel, architecture)}
+
+
 def measure(kernel: Kernel, cubin: bytes, name: str, architecture: int) -> dict:
     used = sass.resources(cubin, name)
     code, labels = sass.instructions(cubin, name)
@@ -186,11 +235,6 @@ def measure(kernel: Kernel, cubin: bytes, name: str, architecture: int) -> dict:
         for x in path:
             count[x.kind] += loop.times / loop.columns / unrolled
             loads[str(x.load_bytes)] += x.load_bytes > 0
-    per_column = {kind: round(n, 3) for kind, n in sorted(count.items())}
-    bound = {}
-    if gpu := sass.GPUS.get(architecture):
-        ratio, pipe = sass.headroom(per_column, kernel.read + kernel.written, gpu)
-        bound = {"gpu": gpu.name, "headroom": round(ratio, 3), "bound_by": pipe}
     return {
         "kernel": kernel.label,
         "architecture": architecture,
@@ -198,10 +242,9 @@ def measure(kernel: Kernel, cubin: bytes, name: str, architecture: int) -> dict:
         "stack_bytes": used.stack,
         "local_bytes": used.local,
         "shared_bytes": used.shared,
-        "instructions_per_column": round(sum(count.values()), 2),
-        "per_column": per_column,
         "loads_by_bytes": {k: n for k, n in sorted(loads.items()) if n},
-        **bound,
+        **_bound(count, kernel, architecture),
+        "not_aligned": not_aligned(kernel, code, labels, architecture),
     }
 
 

@@ -18,15 +18,13 @@
 
 namespace minillm::cuda {
 
-// SEVERAL == false: a block alone, which waits for nobody.
-template <bool SEVERAL>
+// Of BLOCKS blocks; one alone waits for nobody.
+template <int BLOCKS>
 struct Cluster {
-    int blocks;
-
     // The place of a variable of the shared memory in that of another block of the cluster.
     template <class X>
     __device__ const X* of_block(X* shared, int rank) const {
-        if constexpr (!SEVERAL) return shared;
+        if constexpr (BLOCKS == 1) return shared;
 #if !defined(__CUDACC__)
         return static_cast<const X*>(host_cuda::of_block(shared, rank));
 #elif MINILLM_CLUSTERS
@@ -34,12 +32,12 @@ struct Cluster {
 #endif
         return shared;
     }
-    __device__ int rank() const { return SEVERAL ? int(blockIdx.x) % blocks : 0; }
+    __device__ int rank() const { return int(blockIdx.x) % BLOCKS; }
 
     // All threads of all blocks call them in turns: what was written before arrive() is seen behind wait(). A block must not
     // return before the others have read its memory.
     __device__ void arrive() const {
-        if constexpr (!SEVERAL) return;
+        if constexpr (BLOCKS == 1) return;
 #if !defined(__CUDACC__)
         host_cuda::arrive_in_cluster();
 #elif MINILLM_CLUSTERS
@@ -47,7 +45,7 @@ struct Cluster {
 #endif
     }
     __device__ void wait() const {
-        if constexpr (!SEVERAL) return;
+        if constexpr (BLOCKS == 1) return;
 #if !defined(__CUDACC__)
         host_cuda::wait_for_cluster();
 #elif MINILLM_CLUSTERS

@@ -82,13 +82,10 @@ __device__ void write_gradient(const S* s, const T* t, S* g, const C& c, const P
             store(g + v, Raw<S, W>::of(x));
         }
     }
-    const int v = part.is_last ? c.single() : -1;
-    if (v >= 0) {
-        const float a = load_one(s + v);
-        float b = 0.0f;
-        if constexpr (pair) b = load_one(t + v);
-        store_one(g + v, masked_gradient<S, T>(o, a, b, of) + (v == o.token ? o.ky : 0.0f));
-    }
+    const Single<S, T> single(c, s, t, part.is_last);
+    if (single.v < 0) return;
+    const float x = masked_gradient<S, T>(o, single.student(), single.teacher(), of);
+    store_one(g + single.v, x + (single.v == o.token ? o.ky : 0.0f));
 }
 
 }  // namespace minillm::cuda

@@ -51,6 +51,7 @@ __device__ DivergenceSums part_divergence(const S* s, const T* t, const Divergen
     constexpr int W = DivergenceColumns<S, T>::WIDTH;
     const auto student_row = c.row(s);
     const auto teacher_row = c.row(t);
+    const Single<S, T> single(c, s, t, part.is_last);
     DivergenceSums total = {0.0f, 0.0f};
     for (int chunk = part.first; chunk < part.last; ++chunk) {
         const Chunk<S, T, CHUNK / 2> columns(c, student_row, teacher_row, chunk);
@@ -75,8 +76,7 @@ __device__ DivergenceSums part_divergence(const S* s, const T* t, const Divergen
             total.slope += sums.slope;
         }
     }
-    const int v = part.is_last ? c.single() : -1;
-    if (v >= 0) add_masked_term<D>(total, r, student_row[v], teacher_row[v], k, beta);
+    if (single.v >= 0) add_masked_term<D>(total, r, single.student(), single.teacher(), k, beta);
     return total;
 }
 

@@ -39,37 +39,37 @@ __device__ inline float weight(float z, float max, float cutoff, float k) {
     return z < cutoff ? 0.0f : exp2_fast((z - max) * k);
 }
 
-// Units first, first + stride, ... of a row of n columns; -inf behind its end.
+// Units first, first + stride, ... of a row of V columns, which lie in columns [begin, end); -inf behind the row's end.
 template <class E, int W, int UNITS>
-__device__ void load_ragged(Raw<E, W> (&x)[UNITS], const Row<E, W>& row, int n, int first, int stride) {
+__device__ void load_units(Raw<E, W> (&x)[UNITS], const E* z, int V, int begin, int end, int first, int stride) {
+    const Row<E, W> row(z);
+    const auto unit_of = [&](int j) { return first + j * stride; };
+    const bool is_inner = row.aligned() ? end <= V : begin > 0 && end + W <= V;
+    if (is_inner && row.aligned()) {  // a branch each, so that the loads follow each other
 #pragma unroll
-    for (int j = 0; j < UNITS; ++j) {
-        float one[W];
+        for (int j = 0; j < UNITS; ++j) x[j] = row.load_first(unit_of(j));
+    } else if (is_inner) {
+        Unaligned<E, W, UNITS>(row, unit_of, [](int) { return true; }).join(x, row);
+    } else {
 #pragma unroll
-        for (int i = 0; i < W; ++i) {
-            const int v = (first + j * stride) * W + i;
-            one[i] = v < n ? row[v] : -INFINITY;
+        for (int j = 0; j < UNITS; ++j) {
+            float one[W];
+#pragma unroll
+            for (int i = 0; i < W; ++i) {
+                const int v = unit_of(j) * W + i;
+                one[i] = v < V ? load_one(z + v) : -INFINITY;
+            }
+            x[j] = Raw<E, W>::of(one);  // exact
         }
-        x[j] = Raw<E, W>::of(one);  // exact
     }
 }
 
-// Of the n columns from z on; the row ends left_in_row columns behind z.
 template <class E>
-__device__ TileMass tile_mass(const E* z, int n, int left_in_row, float cutoff, float k) {
+__device__ TileMass tile_mass(const E* z, int V, int tile, float cutoff, float k) {
     constexpr int W = UNIT<E>, UNITS = LANE_COLUMNS / W;
-    const int lane = threadIdx.x % WARP;
-    const Row<E, W> row(z, left_in_row);
+    const int begin = tile * TILE;
     Raw<E, W> x[UNITS];
-    if (n == TILE && row.aligned()) {  // one branch, so that the loads follow each other
-#pragma unroll
-        for (int j = 0; j < UNITS; ++j) x[j] = row.load_if_aligned(j * WARP + lane);
-    } else if (n == TILE) {
-#pragma unroll
-        for (int j = 0; j < UNITS; ++j) x[j] = row.load(j * WARP + lane);
-    } else {
-        load_ragged(x, row, n, lane, WARP);
-    }
+    load_units(x, z, V, begin, begin + TILE, begin / W + int(threadIdx.x) % WARP, WARP);
     float max = -INFINITY;
 #pragma unroll
     for (int j = 0; j < UNITS; ++j)
@@ -90,8 +90,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) row_sample_mass_kernel(Sample
     const float k = float(a.inv_T * LOG2E);
     const int64_t laws = a.teacher ? 2 * a.N : a.N;
     const auto mass_of = [&](const auto* row, int64_t law, int tile) {
-        const int begin = tile * TILE, n = min(int(a.V) - begin, TILE);
-        return tile_mass(row + begin, n, int(a.V) - begin, buffers.cutoff(law), k);
+        return tile_mass(row, int(a.V), tile, buffers.cutoff(law), k);
     };
     for (int64_t index = int64_t(blockIdx.x) * WARPS + threadIdx.x / WARP; index < laws * buffers.tiles;
          index += int64_t(gridDim.x) * WARPS) {
@@ -210,13 +209,7 @@ struct LaneColumns {
     Raw<E, W> x[UNITS];
 
     __device__ LaneColumns(const E* z, int V, int begin) {
-        const Row<E, W> row(z, V);
-        if (begin + LANE_COLUMNS <= V) {
-#pragma unroll
-            for (int j = 0; j < UNITS; ++j) x[j] = row.load(begin / W + j);
-        } else {
-            load_ragged(x, row, V, begin / W, 1);
-        }
+        load_units(x, z, V, begin, begin + LANE_COLUMNS, begin / W, 1);
     }
     __device__ float operator[](int i) const { return x[i / W][i % W]; }
 };

@@ -98,13 +98,10 @@ __device__ void add_chunks(RowState<float>& state, const Columns<S, T>& c, const
     }
 }
 
-// The column that is no chunk's, of the threads that have one.
-template <class S, class T, int W>
-__device__ void add_single(RowState<float>& state, const Columns<S, T>& c, const Row<S, W>& student_row,
-                           const Row<T, W>& teacher_row, float inv_T) {
-    const int v = c.single();
-    if (v < 0) return;
-    const float x = student_row[v], y = teacher_row[v], k = inv_T * float(LOG2E);
+template <class S, class T>
+__device__ void add_single(RowState<float>& state, const Single<S, T>& one, float inv_T) {
+    if (one.v < 0) return;
+    const float x = one.student(), y = one.teacher(), k = inv_T * float(LOG2E);
     state = merge(state, masked_state<1, T>([&](int) { return x; }, [&](int) { return y; }, k), inv_T);
 }
 

@@ -20,11 +20,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) row_stats_kernel(StatsArgs a,
         const T* t = row_of<T>(a.teacher, row);
         const Columns<S, T> c(a.V);
         const Part part(c, int(index % splits), splits);
-        const auto student_row = c.row(s);
-        const auto teacher_row = c.row(t);
+        const Single<S, T> single(c, s, t, part.is_last);
         RowState<float> state = RowState<float>::empty();
-        add_chunks(state, c, student_row, teacher_row, part.first, part.last, inv_T);
-        if (part.is_last) add_single(state, c, student_row, teacher_row, inv_T);
+        add_chunks(state, c, c.row(s), c.row(t), part.first, part.last, inv_T);
+        add_single(state, single, inv_T);
         state = block_merge(state, inv_T);
         if (threadIdx.x == 0) states[index] = state;
     }

@@ -28,7 +28,7 @@ static bool takes_pairs(int device) {
     static std::atomic<int> known[DEVICES];  // 0: not asked yet
     if (device >= DEVICES) return false;
     if (const int answer = known[device]) return answer == YES;
-    const auto kernel = row_stats_grad_kernel<float, float, true>;
+    const auto kernel = row_stats_grad_kernel<float, float, PAIR>;
     const void* const function = reinterpret_cast<const void*>(kernel);
     int at_once = 0;
     cudaFuncAttributes code = {};
@@ -85,8 +85,8 @@ std::string row_stats_grad(const StatsGradArgs& a, const Launch& l) {
     const Grid shape = {a.N * x.blocks, x.bytes, x.blocks};
     return with_type(a.student.dtype, [&](auto s) {
         using S = decltype(s);
-        const auto kernel = x.blocks == 1 ? row_stats_grad_kernel<S, S, false> : row_stats_grad_kernel<S, S, true>;
-        return launch("row_stats_grad_kernel", a, l, kernel, shape, a, x.blocks);
+        const auto kernel = x.blocks == 1 ? row_stats_grad_kernel<S, S, 1> : row_stats_grad_kernel<S, S, PAIR>;
+        return launch("row_stats_grad_kernel", a, l, kernel, shape, a);
     });
 }
 

@@ -72,9 +72,9 @@ struct HeldRow {
         lead = min(int((16 - behind) % 16 / sizeof(E)), V);
         vectors = (V - lead) / W;
     }
-    // The vectors that begin in columns [first, last).
-    __device__ void copy(int first, int last) const {
-        for (int i = vectors_before(first) + int(threadIdx.x); i < vectors_before(last); i += THREADS)
+    // The vectors that begin in columns [begin, end).
+    __device__ void copy(int begin, int end) const {
+        for (int i = vectors_before(begin) + int(threadIdx.x); i < vectors_before(end); i += THREADS)
             copy_async(at + lead + i * W, from + lead + i * W);
     }
     // What no vector holds, less than W columns on either side.
@@ -91,19 +91,19 @@ struct RowStatistics {
     float of[STATISTICS];
 };
 
-template <class S, class T, bool SEVERAL>
-__global__ void __launch_bounds__(THREADS, BLOCKS) row_stats_grad_kernel(StatsGradArgs a, int blocks_a_row) {
-    if constexpr (SEVERAL && !MINILLM_CLUSTERS) return;
+template <class S, class T, int BLOCKS_A_ROW>
+__global__ void __launch_bounds__(THREADS, BLOCKS) row_stats_grad_kernel(StatsGradArgs a) {
+    if constexpr (BLOCKS_A_ROW > 1 && !MINILLM_CLUSTERS) return;
     MINILLM_DYNAMIC_SHARED(memory);
     MINILLM_SHARED(RowState<float>, mine);
     MINILLM_SHARED(RowStatistics, stats);
     const float inv_T = float(a.inv_T);
-    const Cluster<SEVERAL> cluster = {blocks_a_row};
-    const int slice = int(slice_of(a.V, blocks_a_row)), first = min(cluster.rank() * slice, int(a.V));
-    const bool is_last = cluster.rank() + 1 == blocks_a_row;
+    const Cluster<BLOCKS_A_ROW> cluster = {};
+    const int slice = int(slice_of(a.V, BLOCKS_A_ROW)), first = min(cluster.rank() * slice, int(a.V));
+    const bool is_last = cluster.rank() + 1 == BLOCKS_A_ROW;
     const Columns<S, T> c(min(slice, int(a.V) - first));
     const int chunks_a_piece = (c.chunks() + PIECES - 1) / PIECES, columns_a_piece = chunks_a_piece * c.COLUMNS * THREADS;
-    for (int64_t row = blockIdx.x / blocks_a_row; row < a.N; row += gridDim.x / blocks_a_row) {
+    for (int64_t row = blockIdx.x / BLOCKS_A_ROW; row < a.N; row += gridDim.x / BLOCKS_A_ROW) {
         S* g = row_of<S>(a.grad, row) + first;
         const auto columns = gradient_columns<Columns<S, T>>(g, c.V);
         const Part whole(columns, 0, 1);
@@ -119,9 +119,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) row_stats_grad_kernel(StatsGr
         t.copy_edges();
 #pragma unroll 1
         for (int i = 0; i < PIECES; ++i) {
-            const int last = i + 1 < PIECES ? min((i + 1) * columns_a_piece, c.V) : c.V;
-            s.copy(min(i * columns_a_piece, c.V), last);
-            t.copy(min(i * columns_a_piece, c.V), last);
+            const int begin = i == 0 ? 0 : min(c.head + i * columns_a_piece, c.V);
+            const int end = i + 1 < PIECES ? min(c.head + (i + 1) * columns_a_piece, c.V) : c.V;
+            s.copy(begin, end);
+            t.copy(begin, end);
             commit_copies();
         }
         const auto student_row = c.row(s.at);
@@ -135,18 +136,18 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) row_stats_grad_kernel(StatsGr
             add_chunks(state, c, student_row, teacher_row, min(i * chunks_a_piece, c.chunks()),
                        min((i + 1) * chunks_a_piece, c.chunks()), inv_T);
         }
-        add_single(state, c, student_row, teacher_row, inv_T);
+        add_single(state, Single<S, T>(c, s.at, t.at), inv_T);
         state = block_merge(state, inv_T);
-        if (SEVERAL && threadIdx.x == 0) mine = state;
+        if (BLOCKS_A_ROW > 1 && threadIdx.x == 0) mine = state;
         // Before another block may write its gradient, perhaps over the student.
         const TokenLogits token(a, threadIdx.x == 0 ? a.token_ids : nullptr, row);
         cluster.arrive();
         cluster.wait();  // the states of all are there
         if (threadIdx.x < WARP) {
             RowState<float> all = state;
-            if constexpr (SEVERAL) {
+            if constexpr (BLOCKS_A_ROW > 1) {
                 all = RowState<float>::empty();
-                if (int(threadIdx.x) < blocks_a_row) all = *cluster.of_block(&mine, int(threadIdx.x));
+                if (int(threadIdx.x) < BLOCKS_A_ROW) all = *cluster.of_block(&mine, int(threadIdx.x));
                 all = warp_merge(all, inv_T);
             }
             if (threadIdx.x == 0) {

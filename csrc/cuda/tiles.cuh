@@ -6,7 +6,8 @@
 // where a 16-bit row goes with an fp32 row) that are THREADS vectors apart: all its loads are in flight before the first is
 // used, and a warp's loads are whole sectors. Which columns are a thread's does not depend on where the row lies, so a row
 // gives the same bits anywhere. A row that is not aligned is read by the two aligned vectors around each unit, the second of
-// them from the L1 cache; columns behind the last whole unit are taken one by one.
+// them from the L1 cache, and these loads too are all in flight before the first is used. Columns that no unit holds are
+// taken one by one, a thread each.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -141,55 +142,24 @@ __device__ R load_aligned(const E* p) {
     return r;
 }
 
-// A row as units of N columns, wherever it lies.
+// A row as units of N columns, wherever it lies. A unit lies in two aligned vectors, or is one; they must lie in the row.
 template <class E, int N>
 struct Row {
     using Unit = Raw<E, N>;
     const E* p;
-    int V;
     unsigned behind;  // bytes that p is behind an aligned address
 
-    __device__ Row(const E* p, int V) : p(p), V(V), behind(reinterpret_cast<uintptr_t>(p) % sizeof(Unit)) {}
+    __device__ explicit Row(const E* p) : p(p), behind(reinterpret_cast<uintptr_t>(p) % sizeof(Unit)) {}
 
     __device__ bool aligned() const { return behind == 0; }
-    __device__ Unit load_if_aligned(int unit) const { return load_aligned<Unit>(p + unit * N); }
-    __device__ Unit load(int unit) const {
-        const int v = unit * N;
-        if (behind == 0) return load_aligned<Unit>(p + v);
-        if (v > 0 && v + 2 * N <= V) {  // both vectors lie in the row
-            const E* before = p + v - behind / sizeof(E);
-            return join(load_aligned<Unit>(before), load_aligned<Unit>(before + N));
-        }
-        return one_by_one(p + v);
-    }
-    __device__ float operator[](int v) const { return load_one(p + v); }
-
-private:
-    // Rolled, and the columns pushed in from the last to the first: it is rare, and may cost the other paths no registers.
-    __device__ Unit one_by_one(const E* at) const {
-        constexpr int WORDS = sizeof(Unit) / 4;
-        Unit r = {};
-#pragma unroll 1
-        for (int v = N - 1; v >= 0; --v) {
-            MINILLM_TOUCH(at + v, sizeof(E), false);
-            if constexpr (sizeof(E) == 4) {
-#pragma unroll
-                for (int i = WORDS - 1; i > 0; --i) r.word[i] = r.word[i - 1];
-                r.word[0] = __float_as_uint(at[v]);
-            } else {
-#pragma unroll
-                for (int i = WORDS - 1; i > 0; --i) r.word[i] = r.word[i] << 16 | r.word[i - 1] >> 16;
-                r.word[0] = r.word[0] << 16 | *reinterpret_cast<const unsigned short*>(at + v);
-            }
-        }
-        return r;
-    }
-    // The words from byte `behind` on, by powers of two.
-    __device__ Unit join(const Unit& a, const Unit& b) const {
+    __device__ Unit load_first(int unit) const { return load_aligned<Unit>(p + unit * N - behind / sizeof(E)); }
+    __device__ Unit load_second(int unit) const { return aligned() ? Unit::absent() : load_first(unit + 1); }
+    // The words from byte `behind` of both on, by powers of two.
+    __device__ Unit join(const Unit& first, const Unit& second) const {
         constexpr int WORDS = sizeof(Unit) / 4;
         uint32_t w[2 * WORDS];
 #pragma unroll
-        for (int i = 0; i < WORDS; ++i) w[i] = a.word[i], w[i + WORDS] = b.word[i];
+        for (int i = 0; i < WORDS; ++i) w[i] = first.word[i], w[i + WORDS] = second.word[i];
 #pragma unroll
         for (int step = WORDS / 2; step > 0; step /= 2)
 #pragma unroll
@@ -197,17 +167,37 @@ private:
         Unit r;
 #pragma unroll
         for (int i = 0; i < WORDS; ++i)
-            r.word[i] = sizeof(E) == 2 && (behind & 2) ? w[i] >> 16 | w[i + 1] << 16 : w[i];
+            r.word[i] = sizeof(E) == 2 ? __funnelshift_r(w[i], w[i + 1], 8 * (behind & 2)) : w[i];
         return r;
     }
 };
 template <int N>
 struct Row<NoTeacher, N> {
-    __device__ Row(const NoTeacher*, int) {}
+    __device__ explicit Row(const NoTeacher*) {}
     __device__ bool aligned() const { return true; }
-    __device__ Raw<NoTeacher, N> load_if_aligned(int) const { return {}; }
-    __device__ Raw<NoTeacher, N> load(int) const { return {}; }
-    __device__ float operator[](int) const { return 0.0f; }
+    __device__ Raw<NoTeacher, N> load_first(int) const { return {}; }
+    __device__ Raw<NoTeacher, N> load_second(int) const { return {}; }
+    __device__ Raw<NoTeacher, N> join(const Raw<NoTeacher, N>&, const Raw<NoTeacher, N>&) const { return {}; }
+};
+
+// Units of a row that may not be aligned: the constructor asks for all their vectors at once, join() waits. Those that do not
+// exist are absent(): so are both their vectors, and what is joined of them.
+template <class E, int N, int UNITS>
+struct Unaligned {
+    Raw<E, N> first[UNITS], second[UNITS];
+
+    template <class UnitOf, class Exists>
+    __device__ Unaligned(const Row<E, N>& row, const UnitOf& unit_of, const Exists& exists) {
+#pragma unroll
+        for (int j = 0; j < UNITS; ++j) {
+            first[j] = exists(j) ? row.load_first(unit_of(j)) : Raw<E, N>::absent();
+            second[j] = exists(j) ? row.load_second(unit_of(j)) : Raw<E, N>::absent();
+        }
+    }
+    __device__ void join(Raw<E, N> (&x)[UNITS], const Row<E, N>& row) const {
+#pragma unroll
+        for (int j = 0; j < UNITS; ++j) x[j] = row.join(first[j], second[j]);
+    }
 };
 
 // To an aligned address, in one store.
@@ -224,20 +214,22 @@ __device__ void store(E* p, const Raw<E, N>& r) {
 template <class S, class T = NoTeacher>
 constexpr int UNIT = sizeof(S) == 4 || sizeof(T) == 4 ? 4 : 8;
 
-// The columns of a row: `head` single ones, `units` vectors of WIDTH, the rest single ones again. Offsets inside a row fit 31
-// bits (the launchers check), those of rows need 64.
+// The columns of a row: `head` single ones, `units` vectors of WIDTH, the rest single ones again. There are WIDTH at least on
+// each side, so that the aligned vectors around every unit lie in the row; in front LINE, so that the vectors of a warp begin
+// with a line of the cache. Offsets inside a row fit 31 bits (the launchers check), those of rows need 64.
+constexpr int LINE = 64;
 template <class S, class T, int EACH = std::is_same_v<T, NoTeacher> && sizeof(S) == 2 ? 2 * CHUNK : CHUNK>
 struct Columns {
     static constexpr int WIDTH = UNIT<S, T>;
     static constexpr int UNITS = EACH / WIDTH, COLUMNS = EACH;  // of a thread and chunk
     int V, head, units;
 
-    __device__ explicit Columns(int64_t V, int head = 0)
-        : V(int(V)), head(head < V ? head : int(V)), units((this->V - this->head) / WIDTH) {}
+    __device__ explicit Columns(int64_t V, int more = 0)
+        : V(int(V)), head(min(LINE + more, this->V)), units(max(this->V - head - WIDTH, 0) / WIDTH) {}
 
     template <class E>
     __device__ Row<E, WIDTH> row(const E* p) const {
-        return Row<E, WIDTH>(p + head, V - head);
+        return Row<E, WIDTH>(p + head);
     }
     __device__ int chunks() const { return (units + UNITS * THREADS - 1) / (UNITS * THREADS); }
     __device__ int unit(int chunk, int j) const { return (chunk * UNITS + j) * THREADS + int(threadIdx.x); }
@@ -248,7 +240,28 @@ struct Columns {
     }
 };
 
-// The units of a thread and chunk, of both models. Units that do not exist are absent(). One branch for the common case, so
+// The single column of a thread, of both models. Where a block waits for all its columns: asked for before the units, used
+// after them.
+template <class S, class T>
+struct Single {
+    int v;  // -1: the thread has none
+    S s = {};
+    T t = {};
+
+    template <class C>
+    __device__ Single(const C& c, const S* student, const T* teacher, bool any = true) : v(any ? c.single() : -1) {
+        if (v < 0) return;
+        s = load_raw(student + v);
+        if constexpr (!std::is_same_v<T, NoTeacher>) t = load_raw(teacher + v);
+    }
+    __device__ float student() const { return widen(s); }
+    __device__ float teacher() const {
+        if constexpr (std::is_same_v<T, NoTeacher>) return 0.0f;
+        else return widen(t);
+    }
+};
+
+// The units of a thread and chunk, of both models. Units that do not exist are absent(). A branch for each common case, so
 // that its loads follow each other.
 template <class S, class T, int EACH>
 struct Chunk {
@@ -257,20 +270,32 @@ struct Chunk {
     Raw<T, C::WIDTH> t[C::UNITS];
 
     __device__ Chunk(const C& c, const Row<S, C::WIDTH>& student, const Row<T, C::WIDTH>& teacher, int chunk) {
-        if (student.aligned() && teacher.aligned() && (chunk + 1) * C::UNITS * THREADS <= c.units) {
+        const auto unit_of = [&](int j) { return c.unit(chunk, j); };
+        if ((chunk + 1) * C::UNITS * THREADS > c.units) {
+            read_unaligned(student, teacher, unit_of, [&](int j) { return unit_of(j) < c.units; });
+        } else if (student.aligned() && teacher.aligned()) {
 #pragma unroll
             for (int j = 0; j < C::UNITS; ++j) {
-                s[j] = student.load_if_aligned(c.unit(chunk, j));
-                t[j] = teacher.load_if_aligned(c.unit(chunk, j));
+                s[j] = student.load_first(unit_of(j));
+                t[j] = teacher.load_first(unit_of(j));
             }
         } else {
-#pragma unroll
-            for (int j = 0; j < C::UNITS; ++j) {
-                const int u = c.unit(chunk, j);
-                s[j] = u < c.units ? student.load(u) : Raw<S, C::WIDTH>::absent();
-                t[j] = u < c.units ? teacher.load(u) : Raw<T, C::WIDTH>::absent();
-            }
+            read_unaligned(student, teacher, unit_of, [](int) { return true; });
         }
+    }
+
+private:
+    template <class UnitOf, class Exists>
+    __device__ void read_unaligned(const Row<S, C::WIDTH>& student, const Row<T, C::WIDTH>& teacher, const UnitOf& unit_of,
+                                   const Exists& exists) {
+        const Unaligned<S, C::WIDTH, C::UNITS> of_student(student, unit_of, exists);
+        if constexpr (sizeof(S) == 4) {
+            of_student.join(s, student);
+            __syncwarp();  // keeps the compiler from asking for both models at once where that takes too many registers
+        }
+        const Unaligned<T, C::WIDTH, C::UNITS> of_teacher(teacher, unit_of, exists);
+        if constexpr (sizeof(S) < 4) of_student.join(s, student);
+        of_teacher.join(t, teacher);
     }
 };
 

@@ -127,6 +127,10 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
     return unsigned(host_cuda::rendezvous(host_cuda::Collective::ballot, mask, predicate != 0, host_cuda::lane()));
 }
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+    return unsigned((uint64_t(high) << 32 | low) >> (shift & 31));
+}
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 inline int __clz(unsigned x) { return x == 0 ? 32 : __builtin_clz(x); }
 inline float __uint_as_float(unsigned x) {

@@ -39,7 +39,7 @@ INSTANTIATIONS = {
     "row_stats": ["row_stats_kernel<{0}, {0}>(StatsArgs, int, RowState<float>*)"],
     "row_grad": ["row_grad_kernel<{0}, {0}>(GradArgs, int)"],
     "row_scale": ["row_scale_kernel<{0}>(ScaleArgs)"],
-    "row_stats_grad": ["row_stats_grad_kernel<{0}, {0}, false>(StatsGradArgs, int)"],
+    "row_stats_grad": ["row_stats_grad_kernel<{0}, {0}, 1>(StatsGradArgs)"],
     "row_divergence": [
         f"{name}<Divergence::{kind}, {{0}}, {{0}}>({parameters})"
         for kind in ("jsd", "tvd")
@@ -76,7 +76,7 @@ class Executor:
         self.launched: dict[str, dict] = {}  # kernel -> ptxjit's counters of its last launch
 
     def __call__(self, name, blocks, threads, dynamic_shared, parameters) -> str:
-        pattern = rf"\d{name}(E|I(LNS_\d+DivergenceE{self.divergence}E)?{self.mangled}(Lb0E)?EE)"
+        pattern = rf"\d{name}(E|I(LNS_\d+DivergenceE{self.divergence}E)?{self.mangled}(Li1E)?EE)"
         found = [(m, k) for m in self.modules for k in m.kernels() if re.search(pattern, k)]
         assert len(found) == 1, (name, pattern, found)
         module, kernel = found[0]
