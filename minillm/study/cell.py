@@ -7,18 +7,18 @@ at.
 import json
 import math
 import shutil
-import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import Timeout
 
 import minillm
 from minillm.config.recipe import Recipe
-from minillm.config.schema import ModelConfig, RunConfig
-from minillm.data.examples import Example, Shuffled, encode, read_records
+from minillm.config.schema import ModelConfig
+from minillm.data.examples import Shuffled, encode, read_records
 from minillm.evaluation.measure import evaluation_set, measure
 from minillm.evaluation.result import START, TEACHER
 from minillm.files import publish, read_lines, write_atomically
@@ -30,9 +30,6 @@ from minillm.study.plan import REFERENCE, Cell, Study
 from minillm.terminal import say
 from minillm.train.loop import METHODS
 from minillm.train.preflight import prepare
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 KEPT = ("stage", "step", "loss", "kl/reverse", "reward/mean", "completions/mean_length", "entropy", "clip_fraction",
         "grad_norm", "loss/pt", "tokens_per_second")  # fmt: skip
@@ -66,29 +63,43 @@ def run_next(study: Study, command: str) -> Path | None:
 def run_cell(study: Study, cell: Cell, command: str) -> Path:
     """Returns the path of the JSON written. Asked to stop by a signal, raises Interrupted after a checkpoint."""
     record: dict[str, Any] = {"cell": cell._asdict(), "command": command, **trained(study, cell)}
-    started = time.perf_counter()
     first = cell.seed == study.seeds[0]
-    model, teacher = _load(study, cell), None if cell.name == TEACHER else _load(study, study.teacher)
-    tokenizer = load_tokenizer(str(study.model(cell)))
+    models = _load(study, cell), None if cell.name == TEACHER else _load(study, study.teacher)
+    seconds = 0.0
     if first and "validation" not in record:
-        config = study.evaluation("validate")
-        found = measure(model, None, tokenizer, _prompts(study, config, tokenizer), config, VALIDATED)
-        record["validation"] = found.to_dict()
+        record["validation"] = evaluated(study, cell, "validate", VALIDATED, models[0], None)
+        seconds += sum(record["validation"]["seconds"].values())
     if not cell.candidate and (first or cell.name != START):
-        record["evaluations"] = {}
-        for name, parts in study.parts.items():
-            config = study.evaluation(name)
-            examples = _prompts(study, config, tokenizer)
-            say(f"evaluating on {len(examples)} prompts ({name})")
-            found = measure(model, teacher, tokenizer, examples, config, parts)
-            lengths = [len(example.response) for example in examples]
-            record["evaluations"][name] = found.to_dict() | {"reference_lengths": lengths}
-    record["seconds"] = {"training": record["training"]["seconds"], "evaluation": time.perf_counter() - started}
+        record["evaluations"] = {x: evaluated(study, cell, x, parts, *models) for x, parts in study.parts.items()}
+        seconds += sum(sum(found["seconds"].values()) for found in record["evaluations"].values())
+    record["seconds"] = {"training": record["training"]["seconds"], "evaluation": seconds}
     record["environment"] = environment()
     target = study.result(cell)
     write_atomically(target, json.dumps(rounded(record), ensure_ascii=False) + "\n")
     _tidy(study, cell)
     return target
+
+
+def evaluated(
+    study: Study, cell: Cell, name: str, parts: Sequence[str], model: CausalLM, teacher: CausalLM | None
+) -> dict[str, Any]:
+    """What is measured of a model on a set of `evaluate`, or to choose by (`validate`). It is kept until the cell is
+    done: one that is stopped goes on behind it."""
+    config = study.evaluation(name)
+    kept, asked = _kept(study, cell, name), json.dumps(asdict(config))
+    if kept.exists():
+        before = json.loads(kept.read_text(encoding="utf-8"))
+        if before["asked"] == asked:
+            return before["found"]
+    tokenizer = load_tokenizer(str(study.model(cell)))
+    examples = evaluation_set(config, tokenizer, [study.base["data"]["train"]])
+    examples.sort(key=lambda example: len(example.prompt))  # a batch pads less; the same order for every model
+    say(f"evaluating on {len(examples)} prompts ({name})")
+    found = measure(model, teacher, tokenizer, examples, config, parts).to_dict()
+    if name != "validate":
+        found["reference_lengths"] = [len(example.response) for example in examples]
+    write_atomically(kept, json.dumps({"asked": asked, "found": found}))
+    return found
 
 
 def trained(study: Study, cell: Cell) -> dict[str, Any]:
@@ -183,15 +194,15 @@ def _load(study: Study, cell: Cell) -> CausalLM:
     return CausalLM(load_model(str(study.model(cell)), ModelConfig().dtype))
 
 
-def _prompts(study: Study, config: RunConfig, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
-    """By length, so that a batch pads less; the same order for every model."""
-    examples = evaluation_set(config, tokenizer, [study.base["data"]["train"]])
-    return sorted(examples, key=lambda example: len(example.prompt))
+def _kept(study: Study, cell: Cell, name: str) -> Path:
+    return study.work / cell.path / f"{name}.json"
 
 
 def _tidy(study: Study, cell: Cell) -> None:
     """Delete what nothing needs any more: gigabytes in all. Others need the models of the teacher and the starts, and
     those of candidates until one of them is chosen."""
+    for name in ("validate", *study.parts):
+        _kept(study, cell, name).unlink(missing_ok=True)
     folders = [study.work / each.path for each in study.candidates(cell.name)] if not cell.candidate else []
     folders.append(study.work / cell.path / ("checkpoints" if cell.name in (TEACHER, START) or cell.candidate else ""))
     for folder in folders:

@@ -214,6 +214,27 @@ def test_what_stops_an_evaluation_does_not_cost_the_training(study, monkeypatch)
     assert first not in plan.unfinished() and calls == [1]
 
 
+def test_a_cell_goes_on_behind_what_it_has_measured(study, monkeypatch):
+    plan, measured, sets = load_study(study, "smoke"), cell.measure, []
+    for candidate in plan.candidates("teacher"):
+        cell.run_cell(plan, candidate, "")
+
+    def stopped_at_the_second(*args):
+        sets.append(args[4])
+        if len(sets) == 2:
+            raise KeyboardInterrupt
+        return measured(*args)
+
+    monkeypatch.setattr(cell, "measure", stopped_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        cell.run_cell(plan, plan.teacher, "")
+    record = json.loads(cell.run_cell(plan, plan.teacher, "").read_text())
+    assert sets == [plan.evaluation(name) for name in ("test", "exposure", "exposure")]
+    assert list(record["evaluations"]) == ["test", "exposure"] and record["seconds"]["evaluation"] > 0
+    assert not (plan.work / plan.teacher.path / "test.json").exists()
+    assert (plan.model(plan.teacher)).exists()
+
+
 def test_a_study_goes_on_where_only_its_json_is(study, files, capsys):
     plan = load_study(study, "smoke")
     for _ in range(4):
