@@ -207,20 +207,21 @@ def _bound(count: Counter[str], kernel: Kernel, architecture: int) -> dict:
 
 def not_aligned(kernel: Kernel, code: list[sass.Instruction], labels: dict[str, int], architecture: int) -> dict:
     """The same of rows that are not aligned, and how many loads from memory are under way at once, for each that a
-    chunk of aligned rows has."""
+    chunk of aligned rows has; None where a chunk is read from shared memory.
+
+    Raises LookupError where there is no such path.
+    """
     count: Counter[str] = Counter()
     at_once = []
     for loop in kernel.loops:
-        for times in (2, 3):  # 3: the loads of the aligned path are on the way as well, switched off by a predicate
-            loads = {k: n * times if k.endswith("load") else n for k, n in loop.accesses.items()}
-            try:
-                path, unrolled = hot_path(code, labels, loads)
-                break
-            except LookupError:
-                continue
+        one = {k: n for k, n in loop.accesses.items() if k.endswith("load")}
+        try:
+            path, unrolled = hot_path(code, labels, loop.accesses | {k: 2 * n for k, n in one.items()})
+        except LookupError:  # the loads of the aligned path are on the way as well, switched off by a predicate
+            path, unrolled = hot_path(code, labels, loop.accesses | {k: 3 * n for k, n in one.items()})
         for x in path:
             count[x.kind] += loop.times / loop.columns / unrolled
-        if n := loop.accesses.get("global load"):
+        if n := one.get("global load"):
             at_once.append(loads_at_once(path) / n)
     return {"loads_at_once": min(at_once, default=None), **_bound(count, kernel, architecture)}
 

@@ -214,16 +214,18 @@ __device__ void store(E* p, const Raw<E, N>& r) {
 template <class S, class T = NoTeacher>
 constexpr int UNIT = sizeof(S) == 4 || sizeof(T) == 4 ? 4 : 8;
 
+constexpr int LINE = 64;  // bf16 columns in a line of the cache
+
 // The columns of a row: `head` single ones, `units` vectors of WIDTH, the rest single ones again. There are WIDTH at least on
-// each side, so that the aligned vectors around every unit lie in the row; in front LINE, so that the vectors of a warp begin
-// with a line of the cache. Offsets inside a row fit 31 bits (the launchers check), those of rows need 64.
-constexpr int LINE = 64;
+// each side, so that the aligned vectors around every unit lie in the row; in front LINE, so that those of a warp begin where
+// a line does if the row does. Offsets inside a row fit 31 bits (the launchers check), those of rows need 64.
 template <class S, class T, int EACH = std::is_same_v<T, NoTeacher> && sizeof(S) == 2 ? 2 * CHUNK : CHUNK>
 struct Columns {
     static constexpr int WIDTH = UNIT<S, T>;
     static constexpr int UNITS = EACH / WIDTH, COLUMNS = EACH;  // of a thread and chunk
     int V, head, units;
 
+    // `more` columns in front, so that the units of a gradient are aligned.
     __device__ explicit Columns(int64_t V, int more = 0)
         : V(int(V)), head(min(LINE + more, this->V)), units(max(this->V - head - WIDTH, 0) / WIDTH) {}
 

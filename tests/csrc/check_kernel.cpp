@@ -134,6 +134,7 @@ static void check(int64_t N, int64_t V) {
 
 int main() {
     check_wide_sums();
-    for (int64_t V : {1029, 9001, 1028, 7, 1}) check(4, V);  // at every distance to an aligned address; what shows most first
+    // At every distance to an aligned address; one unit, none, what shows most first.
+    for (int64_t V : {1029, 9001, 1028, LINE + 8, LINE + 7, 7, 1}) check(4, V);
     printf("ok\n");
 }
